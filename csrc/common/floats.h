@@ -1,0 +1,22 @@
+// The float types of the inputs; all arithmetic is float32 or wider.
+#pragma once
+
+#include "macros.h"
+
+namespace vstar {
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+enum class FloatType { kFloat32, kBFloat16, kFloat16 };
+
+VSTAR_INLINE float to_float(float x) { return x; }
+VSTAR_INLINE float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+VSTAR_INLINE float to_float(Float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7FFFu) << 13;
+  // The multiplication moves the exponent's bias and turns subnormal halves into normal floats.
+  float value = bit_cast<float>(magnitude) * 5.192296858534828e33f;  // 2^112
+  value = (x.bits & 0x7C00u) == 0x7C00u ? bit_cast<float>(magnitude | 0x7F800000u) : value;
+  return bit_cast<float>(bit_cast<uint32_t>(value) | (uint32_t(x.bits & 0x8000u) << 16));
+}
+
+}  // namespace vstar

@@ -1,0 +1,35 @@
+// Statistics of a group of numbers. Two passes in double over float32 data: sums of float32 rewards are
+// exact in practice, so the order of candidates does not show, and equal means compare equal.
+#pragma once
+
+#include "macros.h"
+
+namespace vstar {
+
+struct Moments {
+  double mean;
+  double sum_of_squares;  // of the deviations from the mean
+  bool equal;             // all values are the same: the standardised values are exactly 0
+};
+
+// `at(i)` gives the i-th of n >= 1 values.
+template <class At>
+VSTAR_INLINE Moments moments(int64_t n, const At& at) {
+  const double first = at(0);
+  double sum = 0;
+  bool equal = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = at(i);
+    sum += x;
+    equal = equal && x == first;
+  }
+  const double mean = sum / double(n);
+  double squares = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double off = at(i) - mean;
+    squares += off * off;
+  }
+  return {mean, squares, equal};
+}
+
+}  // namespace vstar

@@ -1,0 +1,33 @@
+"""Exact, fast decoding ops for generative recommendation: value-scored top-k prefix expansion under a
+trie of legal semantic IDs, and sibling advantages for reinforcement learning (V-STAR, arXiv 2602.10699).
+"""
+
+from ._backends import BackendStatus, backends, initialise, use_backend
+from .ops import (
+    ExpandTopK,
+    SiblingAdvantage,
+    expand_topk,
+    group_advantage,
+    sibling_advantage,
+    validation,
+)
+from .reference import derive_seeds
+from .trie import Trie
+
+initialise()
+del initialise
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendStatus",
+    "ExpandTopK",
+    "SiblingAdvantage",
+    "Trie",
+    "backends",
+    "derive_seeds",
+    "expand_topk",
+    "group_advantage",
+    "sibling_advantage",
+    "use_backend",
+    "validation",
+]

@@ -1,0 +1,117 @@
+"""Which implementations of the ops exist here, and which one is used.
+
+Every op is one entry of PyTorch's dispatcher (``torch.ops.vstar_ops.*``). The pure-torch reference is
+registered for every device; a native backend registers faster kernels for its own device type on top.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+NAMES = ("reference", "cpp", "triton", "cuda")
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can be used, and what it is or why it is off."""
+
+    available: bool
+    detail: str
+
+
+def _load_cpp() -> BackendStatus:
+    library = library_path()
+    if library is None:
+        return BackendStatus(
+            False,
+            "not built: no C++17 compiler or no torch at build time; "
+            "reinstall with both by `pip install --no-build-isolation vstar_ops`",
+        )
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return BackendStatus(False, f"{library.name} does not load beside torch {torch.__version__}: {error}")
+    return BackendStatus(True, f"C++ on CPU tensors, {torch.ops.vstar_ops.simd_level()} loops")
+
+
+def library_path() -> Path | None:
+    """The compiled CPU module beside this file, if it was built."""
+    return next(iter(sorted(Path(__file__).parent.glob("_C.*"))), None)
+
+
+def _status() -> dict[str, BackendStatus]:
+    return {
+        "reference": BackendStatus(True, "pure torch, any device"),
+        "cpp": _load_cpp(),
+        "triton": BackendStatus(False, "this version has no Triton kernels yet"),
+        "cuda": BackendStatus(False, "this version has no CUDA kernels yet"),
+    }
+
+
+_backends: dict[str, BackendStatus] = {}
+_active: str | None = None  # None: what the dispatcher finds best for the tensors' device
+
+
+def backends() -> dict[str, BackendStatus]:
+    """All backends by name, each with ``available`` and a ``detail`` that says why it is off.
+
+    Example:
+        >>> vstar_ops.backends()["reference"]
+        BackendStatus(available=True, detail='pure torch, any device')
+    """
+    return dict(_backends)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops inside the block on one backend, for the whole process.
+
+    Outside of any block the environment variable ``VSTAR_OPS_BACKEND`` decides, and without it the
+    fastest available backend of each tensor's device.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, or ``"auto"`` for the default.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend is not available here, with the reason.
+    """
+    global _active
+    previous = _active
+    _active = _checked("name", name)
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+def reference_wanted(device_type: str) -> bool:
+    """Whether an op called now on this device type must run the reference rather than be dispatched."""
+    if _active is None:
+        return False
+    if _active == "cpp" and device_type != "cpu":
+        raise RuntimeError(f"the backend 'cpp' runs on CPU tensors, got a tensor on {device_type!r}")
+    return _active == "reference"
+
+
+def _checked(argument: str, name: str) -> str | None:
+    if name == "auto":
+        return None
+    if name not in NAMES:
+        raise ValueError(f"{argument} must be one of {('auto', *NAMES)}, got {name!r}")
+    status = _backends[name]
+    if not status.available:
+        raise RuntimeError(f"the backend {name!r} is off: {status.detail}")
+    return name
+
+
+def initialise() -> None:
+    """Load what was built; called once by the package, after all schemas are defined."""
+    global _active
+    _backends.update(_status())
+    _active = _checked("VSTAR_OPS_BACKEND", os.environ.get("VSTAR_OPS_BACKEND", "auto"))

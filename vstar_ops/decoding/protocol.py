@@ -1,0 +1,48 @@
+"""What a decoder needs of a language model: two methods over a pool of evaluated prefixes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class PrefixModel(Protocol):
+    """A causal language model that keeps a cache shared by the prefixes of a request.
+
+    Every evaluated prefix owns a *slot*, a row of the model's own cache. ``prefill`` evaluates the
+    prompts and gives request ``b`` the slot ``b`` (its root, the empty prefix); ``extend`` evaluates
+    new prefixes, each one token longer than an evaluated one. Slots stay valid for the life of the
+    state, so a tree search may return to any earlier prefix; a decoder that walks level by level
+    simply never looks back.
+
+    Rows of one ``extend`` call may belong to any requests, in any number and order, and may lie at
+    different depths. A decoder passes fewer rows than beams where it can skip forced tokens, and a
+    constant number where it wants constant shapes (unused rows have parent ``-1``).
+    """
+
+    def prefill(self, context: Any) -> tuple[Tensor, Any]:
+        """Evaluate a batch of prompts.
+
+        Args:
+            context: whatever the model calls a batch of ``B`` prompts.
+
+        Returns:
+            ``(logits, state)``: float ``logits[B, V]`` of the next token after each prompt, and an
+            opaque cache in which slot ``b`` is prompt ``b``.
+        """
+        ...
+
+    def extend(self, state: Any, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one token to evaluated prefixes, and evaluate the results.
+
+        Args:
+            state: the cache of ``prefill``; it is extended in place.
+            parent: int64 ``[N]``, the slot of the prefix to extend, or ``-1`` for an unused row.
+            token: int64 ``[N]``, the token to append (a column of ``logits``).
+
+        Returns:
+            ``(logits, slot)``: ``logits[N, V]`` of the next token after each new prefix
+            (unspecified in unused rows) and int64 ``slot[N]``, where each new prefix is kept.
+        """
+        ...

@@ -1,0 +1,15 @@
+"""The public ops, one module each: documentation, checks, schema and registration."""
+
+from ._library import validation
+from .expand_topk import ExpandTopK, expand_topk
+from .group_advantage import group_advantage
+from .sibling_advantage import SiblingAdvantage, sibling_advantage
+
+__all__ = [
+    "ExpandTopK",
+    "SiblingAdvantage",
+    "expand_topk",
+    "group_advantage",
+    "sibling_advantage",
+    "validation",
+]

@@ -1,0 +1,187 @@
+"""``expand_topk``: score all legal one-token extensions of a batch of prefixes, keep the best."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..trie import Trie
+from ._library import FLOATS, INTS, check, define, finite, pick, validating
+
+
+class ExpandTopK(NamedTuple):
+    """The result of :func:`expand_topk`."""
+
+    score: Tensor
+    logp: Tensor
+    parent: Tensor
+    token: Tensor
+    node: Tensor
+    count: Tensor
+    entropy: Tensor
+
+
+def _fake(logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, k: int, *_: object) -> tuple[Tensor, ...]:
+    batch, width, _columns = logits.shape
+    score, logp = (logits.new_empty((batch, k), dtype=torch.float32) for _ in range(2))
+    parent, chosen, child = (logits.new_empty((batch, k), dtype=torch.int32) for _ in range(3))
+    count = logits.new_empty((batch,), dtype=torch.int32)
+    return score, logp, parent, chosen, child, count, logits.new_empty((batch, width), dtype=torch.float32)
+
+
+define(
+    "expand_topk",
+    "(Tensor logits, Tensor offset, Tensor token, Tensor node, SymInt k, Tensor? cum_logp, Tensor? value,"
+    " Tensor? bonus, Tensor? child_value, Tensor? seed, float logp_weight, float value_weight,"
+    " float entropy_weight, float temperature, bool vocab, int max_children)"
+    " -> (Tensor score, Tensor logp, Tensor parent, Tensor chosen, Tensor child, Tensor count, Tensor entropy)",
+    reference.expand_topk,
+    _fake,
+)
+
+
+def expand_topk(
+    logits: Tensor,
+    trie: Trie,
+    node: Tensor,
+    k: int,
+    *,
+    cum_logp: Tensor | None = None,
+    value: Tensor | None = None,
+    bonus: Tensor | None = None,
+    child_value: Tensor | None = None,
+    logp_weight: float = 1.0,
+    value_weight: float = 0.0,
+    entropy_weight: float = 0.0,
+    temperature: float = 1.0,
+    normalize: str = "legal",
+    gumbel: Tensor | int | None = None,
+) -> ExpandTopK:
+    r"""The ``k`` best legal one-token extensions of each request's ``W`` prefixes, exactly.
+
+    For a live prefix :math:`w` with legal children :math:`C(w)` (the trie's), and :math:`D = C(w)` for
+    ``normalize="legal"`` or all ``V`` columns for ``"vocab"``:
+
+    .. math::
+        \log\pi(v|w) &= z_v/\tau - \log\textstyle\sum_{u \in D} \exp(z_u/\tau) \\
+        H(w) &= -\textstyle\sum_{u \in C(w)} p_u \log p_u, \quad p = \text{softmax of } z/\tau
+            \text{ over } C(w) \\
+        \text{logp}(w, v) &= \text{cum\_logp}[w] + \log\pi(v|w) \\
+        \text{score}(w, v) &= \alpha \, \text{logp}(w, v)
+            + \beta_v (\text{value}[w] + \text{child\_value}[w, v]) + \lambda H(w) + \text{bonus}[w]
+            \; (+\, g_{w,v})
+
+    which is the priority :math:`G = V + \lambda H` of V-STAR (Eq. 10) with a log-probability prior.
+    Winners are ordered by score descending, then ``w`` ascending, then token ascending, a total order,
+    so ties come out the same on every backend, device and thread count. Masking precedes all pruning:
+    the result is exact, and no illegal token is ever returned.
+
+    Args:
+        logits: float32, bfloat16 or float16 ``[B, W, V]``, any strides. NaN reads as -inf, +inf as the
+            largest finite float32. With ``"legal"`` only legal children's logits are read.
+        trie: the catalogue; its tokens are columns of ``logits``.
+        node: int32 or int64 ``[B, W]``, the trie node of each prefix. Whatever is not a node (-1, or out
+            of range) is a dead beam: it has no children.
+        k: winners a request, any number >= 1.
+        cum_logp: float ``[B, W]``, log-probability of each prefix (0). A prefix at -inf or NaN has no
+            winners.
+        value: float ``[B, W]``, V(w) (0).
+        bonus: float ``[B, W]`` (0).
+        child_value: float ``[B, W, V]``, an action value for each column (0).
+        logp_weight: :math:`\alpha`.
+        value_weight: :math:`\beta_v`. A term whose weight is 0 is not read.
+        entropy_weight: :math:`\lambda`.
+        temperature: :math:`\tau > 0`.
+        normalize: ``"legal"`` or ``"vocab"``.
+        gumbel: None, or int64 seeds ``[B]``, one a request, or one int for seeds derived from it and
+            ``b`` (:func:`vstar_ops.derive_seeds`). Adds Gumbel(0, 1) noise to every score, a pure
+            function of (seed, node, token): top-k of perturbed log-probabilities is sampling without
+            replacement.
+
+    Returns:
+        A named tuple; ``C`` children in all leave ``min(C, k)`` winners:
+
+        - ``score``, ``logp`` float32 ``[B, k]``; ``logp`` without value, entropy, bonus and noise
+        - ``parent`` int32 ``[B, k]``: ``w``; ``token``: the child's token; ``node``: the child's node
+        - ``count`` int32 ``[B]``: winners that exist. Later slots hold -inf and -1.
+        - ``entropy`` float32 ``[B, W]``: H(w), exactly 0 for dead beams and single children
+
+        A child whose log-probability or score is -inf or NaN is never a winner.
+        No gradient flows through the result.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, device or value, by name. Values of ``node`` are
+            checked only under :func:`vstar_ops.validation`.
+
+    Example:
+        >>> trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
+        >>> out = vstar_ops.expand_topk(torch.zeros(1, 1, 5), trie, torch.zeros(1, 1, dtype=torch.int32), 4)
+        >>> out.token, out.node, out.count
+        (tensor([[ 0,  2, -1, -1]], dtype=torch.int32), tensor([[ 1,  2, -1, -1]], dtype=torch.int32), \
+tensor([2], dtype=torch.int32))
+    """
+    logits = check("logits", logits, (None, None, None), "[B, W, V]", FLOATS)
+    device = logits.device
+    batch, width, columns = logits.shape
+    if not isinstance(trie, Trie):
+        raise TypeError(f"trie must be a vstar_ops.Trie, got {type(trie).__name__}")
+    if trie.max_token >= columns:
+        raise ValueError(
+            f"logits must have a column for every token of the trie (V > {trie.max_token}), got V = {columns}"
+        )
+    if trie.offset.device != device:
+        raise ValueError(f"trie must be on {device} like logits, got {trie.device}; use trie.to(...)")
+    node = check("node", node, (batch, width), "[B, W]", INTS, device)
+    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if cum_logp is not None:
+        cum_logp = check("cum_logp", cum_logp, (batch, width), "[B, W]", FLOATS, device).float()
+    if value is not None:
+        value = check("value", value, (batch, width), "[B, W]", FLOATS, device).float()
+    if bonus is not None:
+        bonus = check("bonus", bonus, (batch, width), "[B, W]", FLOATS, device).float()
+    if child_value is not None:
+        check("child_value", child_value, (batch, width, columns), "[B, W, V]", FLOATS, device)
+    if normalize not in ("legal", "vocab"):
+        raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
+    if finite("temperature", temperature) <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    seed: Tensor | None = None
+    if isinstance(gumbel, Tensor):
+        seed = check("gumbel", gumbel, (batch,), "[B]", (torch.int64,), device)
+    elif gumbel is not None:
+        if isinstance(gumbel, bool) or not isinstance(gumbel, int):
+            raise TypeError(f"gumbel must be None, an int or int64 seeds [B], got {type(gumbel).__name__}")
+        if not -(2**63) <= gumbel < 2**63:
+            raise ValueError(f"gumbel must fit in int64, got {gumbel}")
+        seed = reference.derive_seeds(gumbel, batch, device)
+    if validating() and node.numel():
+        low, high = int(node.min()), int(node.max())
+        if low < -1 or high >= trie.num_nodes:
+            raise ValueError(f"node must lie in [-1, {trie.num_nodes}), got values in [{low}, {high}]")
+    op = pick("expand_topk", reference.expand_topk, device)
+    return ExpandTopK(
+        *op(
+            logits,
+            trie.offset,
+            trie.token,
+            node,
+            k,
+            cum_logp,
+            value,
+            bonus,
+            child_value,
+            seed,
+            finite("logp_weight", logp_weight),
+            finite("value_weight", value_weight),
+            finite("entropy_weight", entropy_weight),
+            float(temperature),
+            normalize == "vocab",
+            trie.max_children,
+        )
+    )

@@ -1,0 +1,123 @@
+"""``sibling_advantage``: advantages among the children of each prefix (V-STAR, Eqs. 17-18)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._library import FLOATS, INTS, check, define, finite, pick, validating
+
+_INTEGERS = (*INTS, torch.int16, torch.int8, torch.uint8)
+_BASELINES = ("sibling", "parent", "leave_one_out")
+
+
+class SiblingAdvantage(NamedTuple):
+    """The result of :func:`sibling_advantage`; all ``[B, G, L]``."""
+
+    advantage: Tensor
+    valid: Tensor
+    node: Tensor
+    count: Tensor
+
+
+def _fake(tokens: Tensor, rewards: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return (
+        tokens.new_empty(tokens.shape, dtype=torch.float32),
+        tokens.new_empty(tokens.shape, dtype=torch.bool),
+        tokens.new_empty(tokens.shape, dtype=torch.int32),
+        tokens.new_empty(tokens.shape, dtype=torch.int32),
+    )
+
+
+define(
+    "sibling_advantage",
+    "(Tensor tokens, Tensor rewards, Tensor? mask, float eps, int ddof, float std_floor, int min_siblings,"
+    " str baseline) -> (Tensor advantage, Tensor valid, Tensor node, Tensor count)",
+    reference.sibling_advantage,
+    _fake,
+)
+
+
+def sibling_advantage(
+    tokens: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    eps: float = 1e-4,
+    ddof: int = 0,
+    std_floor: float = 0.0,
+    min_siblings: int = 2,
+    baseline: str = "sibling",
+) -> SiblingAdvantage:
+    r"""Compare each prefix of the candidates with its siblings (Sibling-GRPO, arXiv 2602.10699).
+
+    For the request's candidates through a parent prefix :math:`h` and a child token :math:`v`:
+    :math:`\bar R(h, v)` is their mean reward, duplicates counting as separate samples (17);
+    :math:`\mu_h, \sigma_h` are mean and standard deviation of :math:`\bar R(h, \cdot)` over the distinct
+    children of :math:`h`, each child once; and (18)
+
+    .. math:: A(h, v) = \frac{\bar R(h, v) - \mu_h}{\max(\sigma_h, \text{std\_floor}) + \text{eps}}.
+
+    Requests never mix. Prefixes are compared exactly, token by token.
+
+    Args:
+        tokens: integers ``[B, G, L]`` of any value: ``G`` candidates a request.
+        rewards: float32, bfloat16 or float16 ``[B, G]``.
+        mask: bool ``[B, G]``, False for padded candidates, which take no part.
+        eps: added to the standard deviation.
+        ddof: 0 for the population, 1 for the sample standard deviation.
+        std_floor: lower bound of the standard deviation.
+        min_siblings: distinct children (at least 2) that a parent needs to give a signal.
+        baseline: what is subtracted: ``"sibling"`` is :math:`\mu_h`; ``"parent"`` the mean reward of the
+            candidates through :math:`h`; ``"leave_one_out"`` the mean over the other children.
+
+    Returns:
+        A named tuple, each ``[B, G, L]``, entry ``[b, g, l]`` speaking of the prefix of ``l + 1`` tokens:
+
+        - ``advantage`` float32; 0 where not valid, and exactly 0 where all siblings have equal means.
+        - ``valid`` bool: the parent has at least ``min_siblings`` distinct children.
+        - ``node`` int32: number of the distinct prefix, dense from 0 within the request, level by level
+          and lexicographic within a level; -1 for masked candidates.
+        - ``count`` int32: candidates through the prefix (0 for masked ones). Weighting each candidate by
+          ``1 / count`` counts each node once, as in Eq. (19).
+
+    Statistics are float64 inside, so that they do not depend on the order of candidates; the result is
+    the same bits for any number of threads. No gradient flows: advantages are constants of the loss.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, device or value, by name.
+
+    Example:
+        >>> tokens = torch.tensor([[[1, 5], [1, 6], [2, 5], [2, 5]]])
+        >>> out = vstar_ops.sibling_advantage(tokens, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+        >>> out.advantage[0, :, 0], out.valid[0, 2]
+        (tensor([ 0.9996,  0.9996, -0.9996, -0.9996]), tensor([ True, False]))
+    """
+    tokens = check("tokens", tokens, (None, None, None), "[B, G, L]", _INTEGERS)
+    if tokens.dtype not in INTS:
+        tokens = tokens.to(torch.int32)
+    shape = (tokens.shape[0], tokens.shape[1])
+    rewards = check("rewards", rewards, shape, "[B, G]", FLOATS, tokens.device)
+    if mask is not None:
+        check("mask", mask, shape, "[B, G]", (torch.bool,), tokens.device)
+    if finite("eps", eps) < 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+    if finite("std_floor", std_floor) < 0:
+        raise ValueError(f"std_floor must be >= 0, got {std_floor}")
+    if eps == 0 and std_floor == 0:
+        raise ValueError("eps and std_floor must not both be 0, the standard deviation may be 0")
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    if min_siblings < 2:
+        raise ValueError(f"min_siblings must be at least 2, got {min_siblings!r}")
+    if baseline not in _BASELINES:
+        raise ValueError(f"baseline must be one of {_BASELINES}, got {baseline!r}")
+    if validating() and not bool(torch.isfinite(rewards if mask is None else rewards[mask]).all()):
+        raise ValueError("rewards must be finite, got NaN or infinity")
+    op = pick("sibling_advantage", reference.sibling_advantage, tokens.device)
+    return SiblingAdvantage(
+        *op(tokens, rewards, mask, float(eps), ddof, float(std_floor), min_siblings, baseline)
+    )

@@ -1,0 +1,12 @@
+"""Pure-torch twins of the ops: short, obviously right, float64-capable, never optimised.
+
+They are a backend like any other (``vstar_ops.use_backend("reference")``), what runs where nothing
+faster was built, and what the other backends are tested against.
+"""
+
+from .expand_topk import expand_topk
+from .group_advantage import group_advantage
+from .gumbel import derive_seeds, gumbel, philox
+from .sibling_advantage import sibling_advantage
+
+__all__ = ["derive_seeds", "expand_topk", "group_advantage", "gumbel", "philox", "sibling_advantage"]

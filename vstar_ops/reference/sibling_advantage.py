@@ -1,0 +1,70 @@
+"""``sibling_advantage`` by comparing every candidate of a request with every other, in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sibling_advantage(
+    tokens: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None,
+    eps: float,
+    ddof: int,
+    std_floor: float,
+    min_siblings: int,
+    baseline: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The dispatcher's signature; see :func:`vstar_ops.sibling_advantage`. O(B G^2 L)."""
+    batch, group, length = tokens.shape
+    result = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    reward = rewards.to(torch.float64)
+    present = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    if mask is not None:
+        reward = torch.where(mask, reward, 0)
+
+    # same[b, i, j]: candidates i and j share the prefix; less[b, i, j]: i's prefix sorts before j's.
+    same = present.unsqueeze(2) & present.unsqueeze(1)
+    less = torch.zeros_like(same)
+    earlier = torch.ones(group, group, dtype=torch.bool, device=tokens.device).tril(-1)
+    first_id = torch.zeros(batch, 1, dtype=torch.int64, device=tokens.device)
+    columns = []
+    for depth in range(length):
+        here = tokens[:, :, depth]
+        siblings = same
+        less = less | (same & (here.unsqueeze(2) < here.unsqueeze(1)))
+        same = same & (here.unsqueeze(2) == here.unsqueeze(1))
+        stands_for_node = present & ~(same & earlier).any(2)  # the first candidate through a prefix
+
+        count = same.sum(2)
+        node_mean = (same.to(torch.float64) @ reward.unsqueeze(2)).squeeze(2) / count.clamp(min=1)
+        distinct = siblings & stands_for_node.unsqueeze(1)  # [b, i, j]: node j is a child of i's parent
+        number = distinct.sum(2)
+        children = node_mean.unsqueeze(1).expand_as(distinct)
+        mean = torch.where(distinct, children, 0).sum(2) / number.clamp(min=1)
+        variance = torch.where(distinct, (children - mean.unsqueeze(2)) ** 2, 0).sum(2)
+        std = (variance / (number - ddof).clamp(min=1)).sqrt()
+        if baseline == "parent":
+            weighted = torch.where(distinct, children * count.unsqueeze(1), 0).sum(2)
+            base = weighted / siblings.sum(2).clamp(min=1)
+        elif baseline == "leave_one_out":
+            base = (mean * number - node_mean) / (number - 1).clamp(min=1)
+        else:
+            base = mean
+        inf = float("inf")
+        top = torch.where(distinct, children, -inf).amax(2) if group else mean
+        bottom = torch.where(distinct, children, inf).amin(2) if group else mean
+        valid = present & (number >= min_siblings)
+        advantage = (node_mean - base) / (std.clamp(min=std_floor) + eps)
+        advantage = torch.where(valid & (top != bottom), advantage, 0)
+
+        rank = (less & stands_for_node.unsqueeze(2)).sum(1)
+        node = torch.where(present, first_id + rank, -1)
+        first_id = first_id + stands_for_node.sum(1, keepdim=True)
+        columns.append((advantage.to(result), valid, node.to(torch.int32), count.to(torch.int32)))
+    if not columns:
+        empty = tokens.new_empty(batch, group, 0)
+        return empty.to(result), empty.to(torch.bool), empty.to(torch.int32), empty.to(torch.int32)
+    advantage, valid, node, count = (torch.stack(parts, 2) for parts in zip(*columns))
+    return advantage, valid, node, count

@@ -1,0 +1,428 @@
+"""The catalogue of legal semantic IDs as a level-ordered prefix trie."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_FORMAT = "vstar_ops.trie.v1"
+_INT32_MAX = 2**31 - 1
+
+
+class Children(NamedTuple):
+    """The legal children of nodes; both int32 ``[*node.shape, C]``, ``-1`` past the last child."""
+
+    token: Tensor
+    node: Tensor
+
+
+class Trie:
+    """All legal prefixes of a catalogue of items, each written as ``L`` tokens.
+
+    Nodes are numbered level by level, and lexicographically within a level: the root is node 0, the
+    nodes of depth ``d`` are ``level_offset[d] .. level_offset[d + 1] - 1``, and the children of a node
+    are contiguous and sorted by token. Node ``n`` has the edges ``offset[n] .. offset[n + 1] - 1``; edge
+    ``e`` carries ``token[e]`` and leads to node ``e + 1``. ``-1`` is the dead node: it has no children
+    and no items, and stays dead in every method.
+
+    Build one with :meth:`from_sequences` or :meth:`load`. A trie is immutable.
+
+    Attributes:
+        offset: int32 ``[T + 1]``, the first edge of each node.
+        token: int32 ``[T - 1]``, the token of each edge (a column of the logits).
+        item_offset: int32 ``[num_sequences + 1]``, the first item of each leaf.
+        item_ids: int64 ``[num_items]``, item ids in the order of their sequences; items that share a
+            sequence (an SID collision) keep the order in which they were given.
+        level_offset: tuple of ``L + 2`` ints.
+        length: ``L``, tokens a sequence.
+        max_token: the largest token, ``-1`` in an empty trie; logits need more columns than that.
+        max_children: the largest number of children of any node.
+
+    Example:
+        >>> trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]], item_ids=[70, 71, 72])
+        >>> trie.lookup(torch.tensor([[0], [1], [2]]))
+        tensor([ 1, -1,  2], dtype=torch.int32)
+        >>> trie.children(1).token
+        tensor([3, 4], dtype=torch.int32)
+        >>> trie.items(2)
+        tensor([72])
+    """
+
+    def __init__(
+        self,
+        offset: Tensor,
+        token: Tensor,
+        item_offset: Tensor,
+        item_ids: Tensor,
+        level_offset: tuple[int, ...],
+        max_children: int,
+        max_token: int,
+    ) -> None:
+        """Take ready arrays without checking them; users call :meth:`from_sequences` or :meth:`load`."""
+        self.offset = offset
+        self.token = token
+        self.item_offset = item_offset
+        self.item_ids = item_ids
+        self.level_offset = level_offset
+        self.max_children = max_children
+        self.max_token = max_token
+        self.length = len(level_offset) - 2
+
+    @property
+    def num_nodes(self) -> int:
+        """Legal prefixes, the empty one (the root) included."""
+        return self.level_offset[-1]
+
+    @property
+    def num_sequences(self) -> int:
+        """Distinct full sequences (leaves)."""
+        return self.level_offset[-1] - self.level_offset[-2]
+
+    @property
+    def num_items(self) -> int:
+        """Items; more than ``num_sequences`` where sequences collide."""
+        return self.item_ids.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arrays live."""
+        return self.offset.device
+
+    def __repr__(self) -> str:
+        levels = " -> ".join(str(b - a) for a, b in zip(self.level_offset, self.level_offset[1:]))
+        return f"Trie({self.num_items} items, nodes a level {levels}, device={self.device})"
+
+    @classmethod
+    def from_sequences(cls, sequences: Any, item_ids: Any = None) -> Trie:
+        """Build the trie of a catalogue, by one sort.
+
+        Args:
+            sequences: ints ``[N, L]``, one row an item, as a tensor, array or nested list; values in
+                ``[0, 2^31)``; ``N`` may be 0 and rows may repeat.
+            item_ids: ints ``[N]``, by default the row numbers.
+
+        Raises:
+            TypeError: values are not integers.
+            ValueError: wrong shape, a negative or too large token, more than 2^31 - 2 prefixes.
+        """
+        rows = _integers("sequences", sequences)
+        if rows.ndim != 2 or rows.shape[1] == 0:
+            raise ValueError(f"sequences must have the shape [N, L] with L >= 1, got {list(rows.shape)}")
+        num, length = rows.shape
+        if num and (low := int(rows.min())) < 0:
+            raise ValueError(f"sequences must hold tokens >= 0, got {low}")
+        if num and (high := int(rows.max())) > _INT32_MAX - 1:
+            raise ValueError(f"sequences must hold tokens < 2^31 - 1, got {high}")
+        if num * length >= _INT32_MAX:
+            raise ValueError(f"sequences must hold fewer than 2^31 - 1 tokens in all, got {num} x {length}")
+        given = None if item_ids is None else _integers("item_ids", item_ids)
+        if given is not None and given.shape != (num,):
+            raise ValueError(f"item_ids must have the shape [{num}], one a sequence, got {list(given.shape)}")
+
+        order = _lexicographic_order(rows)
+        starts = np.zeros(1, np.int32)  # in sorted order, the first row of each node of the level above
+        fresh = np.zeros(num, bool)  # whether a row begins a new prefix of the depth at hand
+        fresh[:1] = True
+        tokens: list[np.ndarray] = []
+        offsets: list[np.ndarray] = []
+        level_offset = [0, 1]
+        for depth in range(length):
+            column = rows[order, depth]
+            fresh[1:] |= column[1:] != column[:-1]
+            children = np.flatnonzero(fresh).astype(np.int32)
+            tokens.append(column[children].astype(np.int32))
+            first_edge = level_offset[-1] - 1
+            if num:
+                offsets.append((np.searchsorted(children, starts) + first_edge).astype(np.int32))
+            else:
+                offsets.append(np.full(level_offset[-1] - level_offset[-2], first_edge, np.int32))
+            level_offset.append(level_offset[-1] + len(children))
+            starts = children
+        edges = level_offset[-1] - 1
+        offsets.append(np.full(level_offset[-1] - level_offset[-2] + 1, edges, np.int32))
+        offset = np.concatenate(offsets)
+        return cls(
+            torch.from_numpy(offset),
+            torch.from_numpy(np.concatenate(tokens)),
+            torch.from_numpy(np.append(starts if num else starts[:0], num).astype(np.int32)),
+            torch.from_numpy(order if given is None else given[order].astype(np.int64)),
+            tuple(level_offset),
+            max_children=int(np.diff(offset).max()),
+            max_token=high if num else -1,
+        )
+
+    def to(self, device: torch.device | str | int) -> Trie:
+        """The same trie with its arrays on ``device``."""
+        arrays = (t.to(device) for t in (self.offset, self.token, self.item_offset, self.item_ids))
+        return Trie(*arrays, self.level_offset, self.max_children, self.max_token)
+
+    # ---------------------------------------------------------------- walking
+
+    def lookup(self, prefixes: Any) -> Tensor:
+        """The nodes of token prefixes.
+
+        Args:
+            prefixes: ints ``[..., l]`` with ``0 <= l <= L``.
+
+        Returns:
+            int32 ``[...]``: the node of each prefix, ``-1`` where it is not legal; 0 for ``l = 0``.
+        """
+        tokens = self._indices("prefixes", prefixes)
+        if tokens.ndim == 0 or tokens.shape[-1] > self.length:
+            raise ValueError(
+                f"prefixes must have the shape [..., l] with l <= {self.length}, got {list(tokens.shape)}"
+            )
+        node = torch.zeros(tokens.shape[:-1], dtype=torch.int64, device=self.device)
+        for wanted in tokens.unbind(-1):
+            node = self._child(node, wanted)
+        return node.to(torch.int32)
+
+    def _child(self, node: Tensor, wanted: Tensor) -> Tensor:
+        """The child of each node by one token: a binary search in all rows at once, no host sync."""
+        low, end = self._edges(node)
+        if self.token.numel() == 0:
+            return torch.full_like(node, -1)
+        high, last = end, self.token.numel() - 1
+        for _ in range(self.max_children.bit_length()):
+            middle = (low + high) // 2
+            right = (low < high) & (self.token[middle.clamp(max=last)] < wanted)
+            high = torch.where(right, high, torch.minimum(middle, high))
+            low = torch.where(right, middle + 1, low)
+        found = (low < end) & (self.token[low.clamp(max=last)] == wanted)
+        return torch.where(found, low + 1, -1)
+
+    def num_children(self, node: Any) -> Tensor:
+        """int32 ``[...]``: the number of legal children of each node of ``node[...]``."""
+        begin, end = self._edges(self._indices("node", node))
+        return (end - begin).to(torch.int32)
+
+    def children(self, node: Any) -> Children:
+        """The legal children of nodes, sorted by token.
+
+        Args:
+            node: an int, or ints ``[...]``.
+
+        Returns:
+            ``(token, node)``, int32 ``[..., C]`` where ``C`` is the largest number of children among
+            the nodes given, padded with ``-1``. For one int this is exactly its children, ``[C]``.
+        """
+        begin, end = self._edges(self._indices("node", node))
+        edge, present = _ragged(begin, end)
+        return Children(_pick(self.token, edge, present), torch.where(present, edge + 1, -1).to(torch.int32))
+
+    def items(self, node: Any) -> Tensor:
+        """The ids of all items at or below nodes.
+
+        Args:
+            node: an int, or ints ``[...]``.
+
+        Returns:
+            int64 ``[..., M]`` where ``M`` is the largest number of items among the nodes given, padded
+            with ``-1``, in the order of their sequences. For one int exactly its items, ``[M]``.
+        """
+        begin, end = self.item_range(node)
+        position, present = _ragged(begin, end)
+        return _pick(self.item_ids, position, present)
+
+    def item_range(self, node: Any) -> tuple[Tensor, Tensor]:
+        """int64 ``begin[...]``, ``end[...]``: the items at or below a node are ``item_ids[begin:end]``."""
+        first = last = self._indices("node", node)
+        live = (first >= 0) & (first < self.num_nodes)
+        for _ in range(self.length):  # walk to the first and the last leaf below
+            begin, end = self._edges(first)
+            first = torch.where(end > begin, begin + 1, first)
+            begin, end = self._edges(last)
+            last = torch.where(end > begin, end, last)
+        live &= first >= self.level_offset[-2]  # only an empty trie's root has no leaf below
+        first = torch.where(live, first - self.level_offset[-2], 0)
+        last = torch.where(live, last - self.level_offset[-2] + 1, 0)
+        return self.item_offset[first].to(torch.int64), self.item_offset[last].to(torch.int64)
+
+    def parent(self, node: Any) -> Tensor:
+        """int32 ``[...]``: the parent of each node; ``-1`` for the root and the dead node."""
+        index = self._indices("node", node)
+        above = torch.searchsorted(self.offset, (index - 1).to(torch.int32), right=True) - 1
+        return torch.where((index > 0) & (index < self.num_nodes), above, -1).to(torch.int32)
+
+    def depth(self, node: Any) -> Tensor:
+        """int32 ``[...]``: the number of tokens of each node's prefix; ``-1`` for the dead node."""
+        index = self._indices("node", node)
+        bounds = torch.tensor(self.level_offset[1:-1], dtype=torch.int64, device=self.device)
+        level = torch.bucketize(index, bounds, right=True)
+        return torch.where((index >= 0) & (index < self.num_nodes), level, -1).to(torch.int32)
+
+    def sequences(self, node: Any) -> Tensor:
+        """The prefixes of nodes, the inverse of :meth:`lookup`.
+
+        Returns:
+            int32 ``[..., L]``, ``-1`` past the end of prefixes shorter than ``L``.
+        """
+        index = self._indices("node", node)
+        level = self.depth(index).to(torch.int64)
+        out = torch.full((*index.shape, self.length), -1, dtype=torch.int32, device=self.device)
+        for position in reversed(range(self.length)):
+            here = level > position
+            out[..., position] = _pick(self.token, index - 1, here)
+            index = torch.where(here, self.parent(index).to(torch.int64), index)
+        return out
+
+    def _edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """The int64 edge range of nodes; empty for whatever is not a node."""
+        live = (node >= 0) & (node < self.num_nodes)
+        index = torch.where(live, node, 0)
+        begin = self.offset[index].to(torch.int64)
+        return begin, torch.where(live, self.offset[index + 1].to(torch.int64), begin)
+
+    def _indices(self, name: str, value: Any) -> Tensor:
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(_integers(name, value))
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+        return tensor.to(self.device, torch.int64)
+
+    # ---------------------------------------------------------------- storage
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trie to one safetensors file, atomically: a reader sees the old or the new file."""
+        from safetensors.torch import save_file
+
+        meta = {"level_offset": self.level_offset, "max_children": self.max_children}
+        arrays = {name: getattr(self, name).cpu().contiguous() for name in _ARRAYS}
+        with _replacing(Path(path)) as temporary:
+            save_file(arrays, temporary, {"format": _FORMAT, "trie": json.dumps(meta)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Trie:
+        """Read a trie written by :meth:`save`. The file is memory-mapped, not copied.
+
+        Args:
+            path: the file.
+            verify: check that the arrays form a trie, one pass over them. Without it only sizes are
+                checked and pages are read when they are first used.
+
+        Raises:
+            ValueError: the file is not a trie of this format, or is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                info = file.metadata() or {}
+                if info.get("format") != _FORMAT:
+                    raise ValueError(f"{path}: expected the format {_FORMAT!r}, got {info.get('format')!r}")
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+                meta = json.loads(info["trie"])
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a trie file, or damaged ({error})") from error
+        levels = tuple(int(x) for x in meta["level_offset"])
+        offset, token, item_offset = arrays["offset"], arrays["token"], arrays["item_offset"]
+        sound = (
+            len(levels) >= 3
+            and offset.numel() == levels[-1] + 1
+            and token.numel() == levels[-1] - 1
+            and item_offset.numel() == levels[-1] - levels[-2] + 1
+            and all(a.dtype == torch.int32 for a in (offset, token, item_offset))
+        )
+        if sound and verify:
+            sound = _is_trie(arrays, levels, int(meta["max_children"]))
+        if not sound:
+            raise ValueError(f"{path}: damaged, its arrays do not form a trie")
+        # Leaves are siblings in runs sorted by token, so the maximum needs every edge; it is one pass
+        # over int32 and the only one that an unverified load makes.
+        highest = int(token.max()) if token.numel() else -1
+        return cls(offset, token, item_offset, arrays["item_ids"], levels, int(meta["max_children"]), highest)
+
+
+_ARRAYS = ("offset", "token", "item_offset", "item_ids")
+
+
+def _integers(name: str, value: Any) -> np.ndarray:
+    """``value`` as a NumPy integer array, without a copy where it is one already."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be rectangular: {error}") from error
+    if array.size == 0 and not isinstance(value, np.ndarray):
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
+    return array
+
+
+def _lexicographic_order(rows: np.ndarray) -> np.ndarray:
+    """A stable permutation that sorts the rows, by as few 63-bit keys as their ranges allow."""
+    num, length = rows.shape
+    if num == 0:
+        return np.zeros(0, np.int64)
+    keys: list[np.ndarray] = []
+    bits_left = 0
+    for depth in range(length):
+        column = rows[:, depth]
+        low = int(column.min())
+        bits = (int(column.max()) - low).bit_length()
+        if not keys or bits > bits_left:
+            keys.append(np.zeros(num, np.int64))
+            bits_left = 63
+        keys[-1] <<= bits
+        keys[-1] |= column.astype(np.int64) - low if low else column
+        bits_left -= bits
+    return np.argsort(keys[0], kind="stable") if len(keys) == 1 else np.lexsort(keys[::-1])
+
+
+def _ragged(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions ``[..., C]`` of the ranges ``begin[...] .. end[...] - 1``, and which of them exist."""
+    width = int((end - begin).max()) if begin.numel() else 0
+    position = begin.unsqueeze(-1) + torch.arange(width, device=begin.device)
+    return position, position < end.unsqueeze(-1)
+
+
+def _pick(source: Tensor, index: Tensor, present: Tensor) -> Tensor:
+    """``source[index]`` where present, else -1."""
+    if source.numel() == 0:
+        return torch.full(index.shape, -1, dtype=source.dtype, device=source.device)
+    return torch.where(present, source[torch.where(present, index, 0)], -1)
+
+
+def _is_trie(arrays: dict[str, Tensor], levels: tuple[int, ...], max_children: int) -> bool:
+    offset, token = arrays["offset"].numpy(), arrays["token"].numpy()
+    items, ids = arrays["item_offset"].numpy(), arrays["item_ids"]
+    fanout = np.diff(offset)
+    inner, edges = levels[-2], len(token)
+    rising = np.diff(token) > 0
+    rising[offset[1:inner][offset[1:inner] < edges] - 1] = True  # a new parent may begin anywhere
+    return bool(
+        levels[:2] == (0, 1)
+        and all(a <= b for a, b in zip(levels, levels[1:]))
+        and all(offset[level] == nxt - 1 for level, nxt in zip(levels[:-2], levels[1:-1]))
+        and np.all(fanout[:inner] > 0) | (edges == 0)
+        and np.all(offset[inner:] == edges)
+        and int(fanout.max()) == max_children
+        and np.all(token >= 0)
+        and np.all(rising)
+        and items[0] == 0
+        and items[-1] == ids.numel()
+        and np.all(np.diff(items) > 0)
+        and ids.dtype == torch.int64
+    )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``; after the block its file takes the place of ``path``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
