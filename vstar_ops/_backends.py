@@ -90,12 +90,12 @@ def use_backend(name: str) -> Iterator[None]:
         _active = previous
 
 
-def reference_wanted(device_type: str) -> bool:
-    """Whether an op called now on this device type must run the reference rather than be dispatched."""
+def reference_wanted(device: torch.device) -> bool:
+    """Whether an op called now with tensors on ``device`` must run the reference, not what is dispatched."""
     if _active is None:
         return False
-    if _active == "cpp" and device_type != "cpu":
-        raise RuntimeError(f"the backend 'cpp' runs on CPU tensors, got a tensor on {device_type!r}")
+    if _active == "cpp" and device.type != "cpu":
+        raise RuntimeError(f"the backend 'cpp' runs on CPU tensors, got a tensor on {device}")
     return _active == "reference"
 
 

@@ -19,4 +19,10 @@ VSTAR_INLINE float to_float(Float16 x) {
   return bit_cast<float>(bit_cast<uint32_t>(value) | (uint32_t(x.bits & 0x8000u) << 16));
 }
 
+// How logits are read: NaN as -inf, +inf as the largest finite float.
+VSTAR_INLINE float clean(float z) {
+  if (!(z == z)) return -__builtin_inff();
+  return z > 3.4028234663852886e38f ? 3.4028234663852886e38f : z;
+}
+
 }  // namespace vstar

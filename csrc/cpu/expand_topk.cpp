@@ -1,13 +1,15 @@
 // expand_topk on the CPU, in one pass over the legal logits.
 //
 // A task is a request, or a block of a request's prefixes when there are fewer requests than threads would
-// like. For each prefix: gather the legal logits into a buffer that stays in the first-level cache, reduce
-// maximum, mass and entropy, then score the children and append those that beat the running threshold to a
-// buffer of candidates. When the buffer is full only its k best stay and the k-th becomes the threshold.
-// Keys carry the enumeration order, so the selection follows the total order whatever the partition.
+// like. Its prefixes are scored in batches of a few thousand children, which stay in the cache: gather the
+// legal logits, reduce maximum, mass and entropy, write the scores one row after the other. A first threshold
+// comes from the maxima of k classes of the batch; what beats it goes to the selector, which keeps at least
+// the k best and raises the threshold whenever it is full. Keys carry the enumeration order, so the
+// selection follows the total order whatever the partition.
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -34,15 +36,21 @@ class Selector {
     capacity_ = k + std::max<int64_t>(k, 64);
     size_ = 0;
     threshold_ = -kInf;
-    if (int64_t(keys_.size()) < capacity_) {
-      keys_.resize(capacity_);
+    if (int64_t(keys_.size()) < capacity_ + 8) {  // rank_keys works on whole vectors
+      keys_.resize(capacity_ + 8);
       candidates_.resize(capacity_);
       renumbered_.assign(capacity_, kDropped);
     }
   }
 
+  int64_t k() const { return k_; }
+  int64_t size() const { return size_; }
   // Scores at or below it cannot win any more: later candidates lose ties.
   float threshold() const { return threshold_; }
+  // Make the threshold as high as what was pushed allows.
+  void tighten() {
+    if (size_ > k_) shrink();
+  }
 
   void push(float score, const Candidate& candidate) {
     if (size_ == capacity_) shrink();
@@ -52,19 +60,27 @@ class Selector {
     ++size_;
   }
 
-  // Sort what won; returns how many there are.
-  int64_t finish() {
+  // Call visit(rank, score, candidate) for each winner, in any order; returns how many there are.
+  template <class Visit>
+  int64_t finish(const Visit& visit) {
     const int64_t count = std::min(size_, k_);
     const auto first = keys_.begin();
+    if (size_ <= kSmall) {
+      simd().rank_keys(keys_.data(), size_, rank_.data());
+      for (int64_t i = 0; i < size_; ++i) {
+        if (rank_[i] < count) visit(rank_[i], key_score(keys_[i]), candidates_[i]);
+      }
+      return count;
+    }
     if (size_ > k_) std::nth_element(first, first + k_ - 1, first + size_, std::greater<>());
     std::sort(first, first + count, std::greater<>());
+    for (int64_t i = 0; i < count; ++i) visit(i, key_score(keys_[i]), candidates_[key_sequence(keys_[i])]);
     return count;
   }
-  float score(int64_t rank) const { return key_score(keys_[rank]); }
-  const Candidate& candidate(int64_t rank) const { return candidates_[key_sequence(keys_[rank])]; }
 
  private:
   static constexpr uint32_t kDropped = ~0u;
+  static constexpr int64_t kSmall = 96;
 
   // Keep the k best and renumber them in enumeration order, so that numbers stay below the capacity.
   void shrink() {
@@ -89,6 +105,7 @@ class Selector {
   std::vector<uint64_t> keys_;
   std::vector<Candidate> candidates_;
   std::vector<uint32_t> renumbered_;
+  std::vector<int32_t> rank_ = std::vector<int32_t>(kSmall + 8);
   int64_t k_ = 0, capacity_ = 0, size_ = 0;
   float threshold_ = -kInf;
 };
@@ -106,13 +123,32 @@ struct Rows {
         width_stride(tensor.stride(1) * element_size(type)),
         stride(tensor.stride(2)) {}
   const char* row(int64_t b, int64_t w) const { return data + b * batch_stride + w * width_stride; }
+  float at(const char* row, int64_t column) const {
+    const int64_t i = column * stride;
+    switch (type) {
+      case FloatType::kFloat32: return clean(reinterpret_cast<const float*>(row)[i]);
+      case FloatType::kBFloat16: return clean(to_float(reinterpret_cast<const BFloat16*>(row)[i]));
+      default: return clean(to_float(reinterpret_cast<const Float16*>(row)[i]));
+    }
+  }
   const TypedLoops& loops() const { return simd().typed[int(type)]; }
 };
 
 struct Scratch {
-  std::vector<float> z, extra;
+  std::vector<EdgeRange> ranges, next_ranges;
+  std::vector<Row> rows;
+  std::vector<float> d, extra, score;
   std::vector<int32_t> index;
   Selector selector;
+
+  void reserve(int64_t children) {
+    const size_t size = size_t(children) + 16;  // loops work on whole vectors
+    if (score.size() >= size) return;
+    d.resize(size);
+    extra.resize(size);
+    score.resize(size);
+    index.resize(size);
+  }
 };
 
 class Expansion {
@@ -123,8 +159,8 @@ class Expansion {
       const std::optional<Tensor>& bonus, const std::optional<Tensor>& child_value,
       const std::optional<Tensor>& seed, double logp_weight, double value_weight, double entropy_weight,
       double temperature, bool vocab)
-      : columns(logits.size(2)),
-        trie{data<int32_t>(offset), data<int32_t>(token), offset.numel() - 1, token.numel()},
+      : columns_(logits.size(2)),
+        trie_{data<int32_t>(offset), data<int32_t>(token), offset.numel() - 1, token.numel()},
         logits_(logits),
         node_(node),
         node_batch_(node.stride(0)),
@@ -142,80 +178,144 @@ class Expansion {
     if (child_value && value_weight != 0) child_value_.emplace(*child_value);
   }
 
-  EdgeRange edges(int64_t b, int64_t w) const {
-    return trie.edges_within(node_.at(b * node_batch_ + w * node_width_), columns);
+  // Look up the children of the prefixes [begin, end) of request b and start to fetch their logits.
+  void prepare(int64_t b, int64_t begin, int64_t end, std::vector<EdgeRange>& ranges) const {
+    ranges.resize(end - begin);
+    for (int64_t w = begin; w < end; ++w) {
+      const EdgeRange range = trie_.edges_within(node_at(b, w), columns_);
+      ranges[w - begin] = range;
+      prefetch(b, w, range);
+    }
   }
 
-  // Push the winners among the children of prefix w; returns its entropy.
-  float expand(int64_t b, int64_t w, Scratch& scratch) const {
-    const EdgeRange range = edges(b, w);
-    const int64_t n = range.end - range.begin;
-    if (n == 0) return 0.0f;
-    const int32_t* token = trie.token + range.begin;
-    const float cum_logp = cum_logp_.at(b, w);
-    const bool has_extra = child_value_ || seed_;
+  // Leave the k best children of the prefixes, prepared as scratch.ranges, in the scratch's selector.
+  void run(int64_t b, int64_t begin, int64_t k, Scratch& scratch, float* entropy) const {
+    int64_t total = 0, widest = 0;
+    for (const EdgeRange& range : scratch.ranges) {
+      total += range.end - range.begin;
+      widest = std::max(widest, range.end - range.begin);
+    }
+    // At most `total` children can win, however large k is: this bounds the buffers.
     Selector& selector = scratch.selector;
-
-    if (int64_t(scratch.z.size()) < n + 16) {
-      scratch.z.resize(n + 16);
-      scratch.extra.resize(n + 16);
-      scratch.index.resize(n + 16);
-    }
-    float* z = scratch.z.data();
-    const char* row = logits_.row(b, w);
-    const float top = logits_.loops().gather(row, logits_.stride, token, n, z);
-    if (top == -kInf) return 0.0f;
-
-    float log_mass = 0, entropy = 0;
-    if (n == 1) {
-      z[0] = 0;  // certain under the legal children: no softmax to take
-    } else {
-      const SoftmaxSums sums = simd().softmax_sums(z, n, top, inverse_temperature_);
-      const double log_sum = std::log(sums.mass);
-      log_mass = float(log_sum);
-      entropy = float(std::max(0.0, log_sum - sums.weighted / sums.mass));
-    }
-    if (vocab_ && n < columns) {
-      const float row_top = logits_.loops().row_max(row, logits_.stride, columns);
-      const double mass = logits_.loops().row_mass(row, logits_.stride, columns, row_top, inverse_temperature_);
-      log_mass = float(std::log(mass) + (double(row_top) - top) * inverse_temperature_);
-    }
-
-    float constant = value_weight_ * value_.at(b, w) + bonus_.at(b, w);
-    if (entropy_weight_ != 0) constant += entropy_weight_ * entropy;
-    const RowTerms terms{cum_logp, log_mass, logp_weight_, constant, has_extra};
-    float* extra = scratch.extra.data();
-    if (has_extra) {
-      if (child_value_) {
-        child_value_->loops().gather_scaled(
-            child_value_->row(b, w), child_value_->stride, token, n, value_weight_, extra);
-      } else {
-        std::fill_n(extra, n, 0.0f);
+    selector.reset(std::min(k, std::max<int64_t>(total, 1)));
+    scratch.reserve(std::min(total, kBatch + widest));
+    scratch.rows.clear();
+    const int64_t width = int64_t(scratch.ranges.size());
+    int64_t batched = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t w = begin + i, n = scratch.ranges[i].end - scratch.ranges[i].begin;
+      entropy[i] = 0.0f;
+      if (n > 0) {
+        const int32_t* token = trie_.token + scratch.ranges[i].begin;
+        const void* ahead = n > kShort && i + 1 < width ? logits_.row(b, w + 1) : nullptr;
+        scratch.rows.push_back({logits_.row(b, w), ahead, token, n, batched, int32_t(w), cum_logp_.at(b, w), 0, 0, {}});
+        batched += n;
       }
-      if (seed_) {
-        simd().add_noise(extra, token, n, uint64_t(seed_[b * seed_stride_]), node_at(b, w));
-      }
-    } else if (logp_weight_ >= 0) {
-      const float best = constant + logp_weight_ * (cum_logp + (0.0f - log_mass));
-      if (best <= selector.threshold()) return entropy;  // the row's best child cannot win
+      if (batched < kBatch && i + 1 < width) continue;
+      if (score(b, scratch, entropy - begin)) select(batched, scratch);
+      if (i + 1 < width) selector.tighten();
+      scratch.rows.clear();
+      batched = 0;
     }
-    int32_t* index = scratch.index.data();
-    const int64_t found = simd().score_and_filter(z, extra, n, terms, selector.threshold(), index);
-    for (int64_t i = 0; i < found; ++i) {
-      const int32_t child = index[i];
-      selector.push(extra[child], {z[child], int32_t(w), int32_t(range.begin + child)});
-    }
-    return entropy;
   }
 
-  const int64_t columns;
-  const TrieView trie;
+  const TrieView& trie() const { return trie_; }
 
  private:
-  uint32_t node_at(int64_t b, int64_t w) const {
-    return uint32_t(node_.at(b * node_batch_ + w * node_width_));
+  static constexpr int64_t kBatch = 4096;  // children
+  static constexpr int64_t kShort = 512;   // children; longer rows are fetched by the hardware and `ahead`
+
+  int64_t node_at(int64_t b, int64_t w) const { return node_.at(b * node_batch_ + w * node_width_); }
+
+  // Start to fetch the logits of a short row. Rows lie far apart, so each begins with a cache miss.
+  void prefetch(int64_t b, int64_t w, EdgeRange range) const {
+    if (range.begin == range.end) return;
+    const int64_t size = element_size(logits_.type) * logits_.stride;
+    const char* row = logits_.row(b, w);
+    const char* first = row + trie_.token[range.begin] * size;
+    const char* last = row + trie_.token[range.end - 1] * size;
+    if (last < first || last - first > 4 * kShort) return;
+    for (const char* line = first; line <= last; line += 64) __builtin_prefetch(line);
   }
 
+  // Entropies (by w) of the batched prefixes and scores of their children; false if none of them can win.
+  bool score(int64_t b, Scratch& scratch, float* entropies) const {
+    const SimdLoops& loops = simd();
+    std::vector<Row>& rows = scratch.rows;
+    float* d = scratch.d.data();
+    logits_.loops().legal_softmaxes(rows.data(), int64_t(rows.size()), logits_.stride, inverse_temperature_, d);
+    const bool has_extra = child_value_ || seed_;
+    const float threshold = scratch.selector.threshold();
+    bool alive = false;
+    for (Row& row : rows) {
+      const int64_t w = row.parent;
+      float entropy = 0;
+      if (row.children > 1) {
+        const double log_sum = std::log(row.sums.mass);
+        row.log_mass = float(log_sum);
+        entropies[w] = entropy = float(std::max(0.0, log_sum - row.sums.weighted / row.sums.mass));
+      }
+      if (vocab_ && row.children < columns_ && row.sums.top > -kInf) {
+        const SoftmaxSums all =
+            logits_.loops().vocab_softmax(row.logits, logits_.stride, columns_, inverse_temperature_);
+        row.log_mass = float(std::log(all.mass) + (double(all.top) - row.sums.top) * inverse_temperature_);
+      }
+      row.constant = value_weight_ * value_.at(b, w) + bonus_.at(b, w);
+      if (entropy_weight_ != 0) row.constant += entropy_weight_ * entropy;
+      alive = alive || has_extra || logp_weight_ < 0 || !(best_score(row, logp_weight_) <= threshold);
+    }
+    if (!alive) return false;
+    float* scores = scratch.score.data();
+    if (has_extra) {
+      for (const Row& row : rows) {
+        loops.score_rows(&row, 1, d, extras(b, row, scratch), logp_weight_, threshold, scores);
+      }
+    } else {
+      loops.score_rows(rows.data(), int64_t(rows.size()), d, nullptr, logp_weight_, threshold, scores);
+    }
+    return true;
+  }
+
+  // Action values and noise of one prefix's children.
+  const float* extras(int64_t b, const Row& row, Scratch& scratch) const {
+    float* extra = scratch.extra.data();
+    const int64_t w = row.parent;
+    if (child_value_) {
+      child_value_->loops().gather_scaled(
+          child_value_->row(b, w), child_value_->stride, row.token, row.children, value_weight_, extra);
+    } else {
+      std::fill_n(extra, row.children, 0.0f);
+    }
+    if (seed_) {
+      const uint64_t seed = uint64_t(seed_[b * seed_stride_]);
+      simd().add_noise(extra, row.token, row.children, seed, uint32_t(node_at(b, w)));
+    }
+    return extra;
+  }
+
+  // Push what can win of the batch.
+  void select(int64_t batched, Scratch& scratch) const {
+    Selector& selector = scratch.selector;
+    const float* score = scratch.score.data();
+    float threshold = selector.threshold();
+    if (threshold == -kInf) {
+      const float reached = simd().reached_by(score, batched, selector.k());
+      if (reached > -kInf) threshold = std::nextafter(reached, -kInf);  // ties with it may win
+    }
+    const int64_t found = simd().filter(score, batched, threshold, scratch.index.data());
+    size_t r = 0;
+    for (int64_t i = 0; i < found; ++i) {
+      const int64_t position = scratch.index[i];
+      while (r + 1 < scratch.rows.size() && scratch.rows[r + 1].position <= position) ++r;
+      const Row& row = scratch.rows[r];
+      const float logp = row.cum_logp + (scratch.d[position] - row.log_mass);
+      const int64_t edge = row.token - trie_.token + (position - row.position);
+      selector.push(score[position], {logp, row.parent, int32_t(edge)});
+    }
+  }
+
+  int64_t columns_;
+  TrieView trie_;
   Rows logits_;
   Integers node_;
   int64_t node_batch_, node_width_;
@@ -232,15 +332,14 @@ struct Outputs {
   int32_t *parent, *token, *node, *count;
 
   void write(int64_t b, int64_t k, Selector& selector, const TrieView& trie) const {
-    const int64_t found = selector.finish(), base = b * k;
-    for (int64_t i = 0; i < found; ++i) {
-      const Candidate& candidate = selector.candidate(i);
-      score[base + i] = selector.score(i);
-      logp[base + i] = candidate.logp;
-      parent[base + i] = candidate.parent;
-      token[base + i] = trie.token[candidate.edge];
-      node[base + i] = candidate.edge + 1;
-    }
+    const int64_t base = b * k;
+    const int64_t found = selector.finish([&](int64_t rank, float its_score, const Candidate& candidate) {
+      score[base + rank] = its_score;
+      logp[base + rank] = candidate.logp;
+      parent[base + rank] = candidate.parent;
+      token[base + rank] = trie.token[candidate.edge];
+      node[base + rank] = candidate.edge + 1;
+    });
     std::fill(score + base + found, score + base + k, -kInf);
     std::fill(logp + base + found, logp + base + k, -kInf);
     for (int32_t* slots : {parent, token, node}) std::fill(slots + base + found, slots + base + k, -1);
@@ -248,9 +347,11 @@ struct Outputs {
   }
 };
 
+// Behind a pointer, because the address of a thread-local object is looked up at every use.
 Scratch& scratch() {
-  static thread_local Scratch buffers;
-  return buffers;
+  static thread_local std::unique_ptr<Scratch> buffers;
+  if (!buffers) buffers = std::make_unique<Scratch>();
+  return *buffers;
 }
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -279,25 +380,18 @@ Result expand_topk(
   blocks = std::max<int64_t>(blocks, 1);
   const int64_t block_width = (width + blocks - 1) / blocks;
   // Wake another thread only for a few microseconds of work.
-  const int64_t row_work = vocab ? expansion.columns : std::min<int64_t>(max_children, 32);
+  const int64_t row_work = vocab ? logits.size(2) : std::min<int64_t>(max_children, 32);
   const int64_t grain = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, row_work * block_width));
-
-  // At most `limit` children can win, however large k is: this bounds the buffers.
-  auto run = [&](int64_t b, int64_t begin, int64_t end, Selector& selector) {
-    int64_t limit = 0;
-    for (int64_t w = begin; w < end; ++w) {
-      const EdgeRange range = expansion.edges(b, w);
-      limit += range.end - range.begin;
-    }
-    selector.reset(std::min(k, std::max<int64_t>(limit, 1)));
-    for (int64_t w = begin; w < end; ++w) entropies[b * width + w] = expansion.expand(b, w, scratch());
-  };
 
   if (blocks == 1) {
     torch::stable::parallel_for(0, batch, grain, [&](int64_t first, int64_t last) {
+      Scratch& mine = scratch();
+      expansion.prepare(first, 0, width, mine.next_ranges);
       for (int64_t b = first; b < last; ++b) {
-        run(b, 0, width, scratch().selector);
-        out.write(b, k, scratch().selector, expansion.trie);
+        mine.ranges.swap(mine.next_ranges);
+        if (b + 1 < last) expansion.prepare(b + 1, 0, width, mine.next_ranges);
+        expansion.run(b, 0, k, mine, entropies + b * width);
+        out.write(b, k, mine.selector, expansion.trie());
       }
     });
   } else {
@@ -307,12 +401,17 @@ Result expand_topk(
     };
     std::vector<std::vector<Winner>> winners(batch * blocks);
     torch::stable::parallel_for(0, batch * blocks, grain, [&](int64_t first, int64_t last) {
+      Scratch& mine = scratch();
       for (int64_t task = first; task < last; ++task) {
         const int64_t b = task / blocks, begin = std::min(width, task % blocks * block_width);
-        Selector& selector = scratch().selector;
-        run(b, begin, std::min(width, begin + block_width), selector);
-        const int64_t found = selector.finish();
-        for (int64_t i = 0; i < found; ++i) winners[task].push_back({selector.score(i), selector.candidate(i)});
+        const int64_t end = std::min(width, begin + block_width);
+        expansion.prepare(b, begin, end, mine.ranges);
+        expansion.run(b, begin, k, mine, entropies + b * width + begin);
+        std::vector<Winner>& mine_sorted = winners[task];
+        mine_sorted.resize(std::min(k, mine.selector.size()));
+        mine.selector.finish([&](int64_t rank, float its_score, const Candidate& candidate) {
+          mine_sorted[rank] = {its_score, candidate};
+        });
       }
     });
     for (int64_t b = 0; b < batch; ++b) {
@@ -325,7 +424,7 @@ Result expand_topk(
       for (int64_t i = 0; i < blocks; ++i) {
         for (const Winner& winner : winners[b * blocks + i]) selector.push(winner.score, winner.candidate);
       }
-      out.write(b, k, selector, expansion.trie);
+      out.write(b, k, selector, expansion.trie());
     }
   }
   return {score, logp, parent, chosen, child, count, entropy};

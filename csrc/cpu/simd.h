@@ -7,42 +7,57 @@
 namespace vstar {
 
 struct SoftmaxSums {
-  double mass;      // sum of exp(d)
+  float top;        // the largest logit, -inf if there is none
+  double mass;      // sum of exp(d), d = (z - top) * inverse_temperature
   double weighted;  // sum of exp(d) * d
 };
 
-// What is the same for all children of one prefix in
-// score = logp_weight * (cum_logp + (d - log_mass)) + constant (+ extra).
-struct RowTerms {
+// A prefix and its children, which lie at `position` of a batch's arrays. Their scores are
+// logp_weight * (cum_logp + (d - log_mass)) + constant (+ extra).
+struct Row {
+  const void* logits;
+  const void* ahead;  // where a long row's successor begins, or null
+  const int32_t* token;
+  int64_t children;  // at least 1
+  int64_t position;
+  int32_t parent;
   float cum_logp;
   float log_mass;
-  float logp_weight;
   float constant;
-  bool has_extra;
+  SoftmaxSums sums;
 };
 
+// Score of the most probable child without extra. Rounding is monotonic: with logp_weight >= 0 no child's is above.
+VSTAR_INLINE float best_score(const Row& row, float logp_weight) {
+  return row.constant + (logp_weight != 0 ? logp_weight * (row.cum_logp - row.log_mass) : 0.0f);
+}
+
+// Arrays named d, extra and score are written, and may be read, up to 15 elements past their end; rows follow
+// each other without gaps, so they are processed in order.
 struct TypedLoops {
-  // z[i] = the cleaned logit of token[i], padded with -inf to a multiple of 16; returns the maximum. n >= 1.
-  float (*gather)(const void* row, int64_t stride, const int32_t* token, int64_t n, float* z);
-  // Maximum of a whole row of n cleaned logits, -inf if n is 0.
-  float (*row_max)(const void* row, int64_t stride, int64_t n);
-  // Sum of exp((z - top) * inverse_temperature) over a whole row.
-  double (*row_mass)(const void* row, int64_t stride, int64_t n, float top, float inverse_temperature);
+  // Fill in the rows' sums over the legal logits, and d. A row without a finite logit has the mass 1.
+  void (*legal_softmaxes)(Row* rows, int64_t count, int64_t stride, float inverse_temperature, float* d);
+  // The sums over a whole row of n logits, without `weighted`.
+  SoftmaxSums (*vocab_softmax)(const void* row, int64_t stride, int64_t n, float inverse_temperature);
   // out[i] = scale * row[token[i]]
   void (*gather_scaled)(const void* row, int64_t stride, const int32_t* token, int64_t n, float scale, float* out);
 };
 
 struct SimdLoops {
   TypedLoops typed[3];  // by FloatType
-  // z becomes d = (z - top) * inverse_temperature; z is padded as by gather.
-  SoftmaxSums (*softmax_sums)(float* z, int64_t n, float top, float inverse_temperature);
   // extra[i] += Gumbel noise of (seed, node, token[i])
   void (*add_noise)(float* extra, const int32_t* token, int64_t n, uint64_t seed, uint32_t node);
-  // Indices of the children whose score beats the threshold, ascending; z and extra then hold their
-  // log-probabilities and scores. `extra` is readable and writable up to the padding in any case, `index`
-  // has room for one more than n.
-  int64_t (*score_and_filter)(
-      float* z, float* extra, int64_t n, const RowTerms& row, float threshold, int32_t* index);
+  // Scores, -inf for children that can never win or do not reach the threshold. `extra`, which starts at the
+  // first row's first child, may be null.
+  void (*score_rows)(
+      const Row* rows, int64_t count, const float* d, const float* extra, float logp_weight, float threshold,
+      float* score);
+  // Some score that at least k of n scores reach; -inf where none is found cheaply.
+  float (*reached_by)(const float* score, int64_t n, int64_t k);
+  // Indices of the scores above the threshold, ascending. `index` has room for 16 more than n.
+  int64_t (*filter)(const float* score, int64_t n, float threshold, int32_t* index);
+  // How many of n distinct keys are larger than each. Both arrays are accessed up to 7 elements past n.
+  void (*rank_keys)(const uint64_t* key, int64_t n, int32_t* rank);
 };
 
 const SimdLoops& simd();

@@ -1,11 +1,15 @@
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
+
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
+#define VSTAR_AVX2
 #define VSTAR_SIMD_NAME simd_avx2
 #include "cpu/simd_loops.inc"
 #if defined(__clang__)

@@ -14,7 +14,7 @@ static bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 static const bool kAvx512 = has_avx512();
-static const bool kAvx2 = __builtin_cpu_supports("avx2");
+static const bool kAvx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 
 const SimdLoops& simd() { return kAvx512 ? simd_avx512 : kAvx2 ? simd_avx2 : simd_generic; }
 const char* simd_level() { return kAvx512 ? "AVX-512" : kAvx2 ? "AVX2" : "SSE2"; }

@@ -22,10 +22,11 @@ _validate = os.environ.get("VSTAR_OPS_VALIDATE", "0") not in ("", "0")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTS = (torch.int32, torch.int64)
+_NUMBERS = (int, float)
 
 
-def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register ``vstar_ops::name`` with its pure-torch implementation for every device.
+def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register ``vstar_ops::name`` with its pure-torch implementation for every device, and return it.
 
     The outputs are selections and statistics that carry no gradient, so the autograd keys fall through.
     """
@@ -33,16 +34,16 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
     _library.impl(name, reference, "CompositeExplicitAutograd")
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"vstar_ops::{name}", fake, lib=_library)
+    dispatched = getattr(torch.ops.vstar_ops, name).default
+    plain = torch.no_grad()(reference)
+
+    def run(device: torch.device, *arguments: Any) -> Any:
+        return (plain if reference_wanted(device) else dispatched)(*arguments)
+
+    return run
 
 
 _library.define("simd_level() -> str")
-
-
-def pick(name: str, reference: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """What a public function calls: the dispatched op, or the reference under ``use_backend``."""
-    if reference_wanted(device.type):
-        return torch.no_grad()(reference)
-    return getattr(torch.ops.vstar_ops, name).default
 
 
 @contextmanager
@@ -80,18 +81,51 @@ def check(
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
     given = value.shape
-    if len(given) != len(shape) or any(w is not None and w != g for w, g in zip(shape, given)):
-        sizes = "" if all(s is None for s in shape) else f" = {['any' if s is None else s for s in shape]}"
+    if given != shape and (len(given) != len(shape) or any(w not in (None, g) for w, g in zip(shape, given))):
+        sizes = "" if None in shape else f" = {list(shape)}"
         raise ValueError(f"{name} must have the shape {axes}{sizes}, got {list(given)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
     return value
 
 
+def check_floats(name: str, value: Any, shape: tuple[int, ...], axes: str, device: torch.device) -> Tensor | None:
+    """An optional float argument as float32."""
+    if value is None:
+        return None
+    check(name, value, shape, axes, FLOATS, device)
+    return value if value.dtype is torch.float32 else value.float()
+
+
 def finite(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number, else raise."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        value = float(value)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return value
+
+
+def standardiser_options(eps: Any, ddof: Any, std_floor: Any) -> tuple[float, int, float]:
+    """The checked options of ``(x - mean) / (max(std, std_floor) + eps)``."""
+    eps, std_floor = finite("eps", eps), finite("std_floor", std_floor)
+    if eps < 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+    if std_floor < 0:
+        raise ValueError(f"std_floor must be >= 0, got {std_floor}")
+    if eps == 0 and std_floor == 0:
+        raise ValueError("eps and std_floor must not both be 0, the standard deviation may be 0")
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    return eps, ddof, std_floor
+
+
+def check_rewards(rewards: Any, shape: tuple[int | None, ...], mask: Any, device: torch.device | None = None) -> None:
+    """Rewards ``[B, G]`` and an optional mask of the same shape."""
+    check("rewards", rewards, shape, "[B, G]", FLOATS, device)
+    if mask is not None:
+        check("mask", mask, tuple(rewards.shape), "[B, G]", (torch.bool,), rewards.device)
+    if validating() and not bool(torch.isfinite(rewards if mask is None else rewards[mask]).all()):
+        raise ValueError("rewards must be finite, got NaN or infinity")

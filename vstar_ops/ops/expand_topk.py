@@ -9,7 +9,10 @@ from torch import Tensor
 
 from .. import reference
 from ..trie import Trie
-from ._library import FLOATS, INTS, check, define, finite, pick, validating
+from ._library import FLOATS, INTS, check, check_floats, define, finite, validating
+
+
+_SIZES = (int, torch.SymInt)
 
 
 class ExpandTopK(NamedTuple):
@@ -32,7 +35,7 @@ def _fake(logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, k: int, *
     return score, logp, parent, chosen, child, count, logits.new_empty((batch, width), dtype=torch.float32)
 
 
-define(
+_run = define(
     "expand_topk",
     "(Tensor logits, Tensor offset, Tensor token, Tensor node, SymInt k, Tensor? cum_logp, Tensor? value,"
     " Tensor? bonus, Tensor? child_value, Tensor? seed, float logp_weight, float value_weight,"
@@ -135,21 +138,20 @@ tensor([2], dtype=torch.int32))
     if trie.offset.device != device:
         raise ValueError(f"trie must be on {device} like logits, got {trie.device}; use trie.to(...)")
     node = check("node", node, (batch, width), "[B, W]", INTS, device)
-    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+    if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _SIZES)):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if cum_logp is not None:
-        cum_logp = check("cum_logp", cum_logp, (batch, width), "[B, W]", FLOATS, device).float()
-    if value is not None:
-        value = check("value", value, (batch, width), "[B, W]", FLOATS, device).float()
-    if bonus is not None:
-        bonus = check("bonus", bonus, (batch, width), "[B, W]", FLOATS, device).float()
+    beams = (batch, width)
+    cum_logp = check_floats("cum_logp", cum_logp, beams, "[B, W]", device)
+    value = check_floats("value", value, beams, "[B, W]", device)
+    bonus = check_floats("bonus", bonus, beams, "[B, W]", device)
     if child_value is not None:
         check("child_value", child_value, (batch, width, columns), "[B, W, V]", FLOATS, device)
     if normalize not in ("legal", "vocab"):
         raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
-    if finite("temperature", temperature) <= 0:
+    temperature = finite("temperature", temperature)
+    if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     seed: Tensor | None = None
     if isinstance(gumbel, Tensor):
@@ -164,9 +166,9 @@ tensor([2], dtype=torch.int32))
         low, high = int(node.min()), int(node.max())
         if low < -1 or high >= trie.num_nodes:
             raise ValueError(f"node must lie in [-1, {trie.num_nodes}), got values in [{low}, {high}]")
-    op = pick("expand_topk", reference.expand_topk, device)
     return ExpandTopK(
-        *op(
+        *_run(
+            device,
             logits,
             trie.offset,
             trie.token,
@@ -180,7 +182,7 @@ tensor([2], dtype=torch.int32))
             finite("logp_weight", logp_weight),
             finite("value_weight", value_weight),
             finite("entropy_weight", entropy_weight),
-            float(temperature),
+            temperature,
             normalize == "vocab",
             trie.max_children,
         )

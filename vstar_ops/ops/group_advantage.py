@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import FLOATS, check, define, finite, pick, validating
+from ._library import check_rewards, define, standardiser_options
 
-define(
+_run = define(
     "group_advantage",
     "(Tensor rewards, Tensor? mask, float eps, int ddof, float std_floor) -> Tensor",
     reference.group_advantage,
@@ -50,18 +50,5 @@ def group_advantage(
         tensor([[ 1.4997, -0.4999, -0.4999, -0.4999],
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    rewards = check("rewards", rewards, (None, None), "[B, G]", FLOATS)
-    if mask is not None:
-        check("mask", mask, tuple(rewards.shape), "[B, G]", (torch.bool,), rewards.device)
-    if finite("eps", eps) < 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
-    if finite("std_floor", std_floor) < 0:
-        raise ValueError(f"std_floor must be >= 0, got {std_floor}")
-    if eps == 0 and std_floor == 0:
-        raise ValueError("eps and std_floor must not both be 0, the standard deviation may be 0")
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
-    if validating() and not bool(torch.isfinite(rewards if mask is None else rewards[mask]).all()):
-        raise ValueError("rewards must be finite, got NaN or infinity")
-    op = pick("group_advantage", reference.group_advantage, rewards.device)
-    return op(rewards, mask, float(eps), ddof, float(std_floor))
+    check_rewards(rewards, (None, None), mask)
+    return _run(rewards.device, rewards, mask, *standardiser_options(eps, ddof, std_floor))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import FLOATS, INTS, check, define, finite, pick, validating
+from ._library import INTS, check, check_rewards, define, standardiser_options
 
 _INTEGERS = (*INTS, torch.int16, torch.int8, torch.uint8)
 _BASELINES = ("sibling", "parent", "leave_one_out")
@@ -32,7 +32,7 @@ def _fake(tokens: Tensor, rewards: Tensor, *_: object) -> tuple[Tensor, ...]:
     )
 
 
-define(
+_run = define(
     "sibling_advantage",
     "(Tensor tokens, Tensor rewards, Tensor? mask, float eps, int ddof, float std_floor, int min_siblings,"
     " str baseline) -> (Tensor advantage, Tensor valid, Tensor node, Tensor count)",
@@ -99,25 +99,11 @@ def sibling_advantage(
     tokens = check("tokens", tokens, (None, None, None), "[B, G, L]", _INTEGERS)
     if tokens.dtype not in INTS:
         tokens = tokens.to(torch.int32)
-    shape = (tokens.shape[0], tokens.shape[1])
-    rewards = check("rewards", rewards, shape, "[B, G]", FLOATS, tokens.device)
-    if mask is not None:
-        check("mask", mask, shape, "[B, G]", (torch.bool,), tokens.device)
-    if finite("eps", eps) < 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
-    if finite("std_floor", std_floor) < 0:
-        raise ValueError(f"std_floor must be >= 0, got {std_floor}")
-    if eps == 0 and std_floor == 0:
-        raise ValueError("eps and std_floor must not both be 0, the standard deviation may be 0")
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    check_rewards(rewards, tokens.shape[:2], mask, tokens.device)
+    eps, ddof, std_floor = standardiser_options(eps, ddof, std_floor)
     if min_siblings < 2:
         raise ValueError(f"min_siblings must be at least 2, got {min_siblings!r}")
     if baseline not in _BASELINES:
         raise ValueError(f"baseline must be one of {_BASELINES}, got {baseline!r}")
-    if validating() and not bool(torch.isfinite(rewards if mask is None else rewards[mask]).all()):
-        raise ValueError("rewards must be finite, got NaN or infinity")
-    op = pick("sibling_advantage", reference.sibling_advantage, tokens.device)
-    return SiblingAdvantage(
-        *op(tokens, rewards, mask, float(eps), ddof, float(std_floor), min_siblings, baseline)
-    )
+    device = tokens.device
+    return SiblingAdvantage(*_run(device, tokens, rewards, mask, eps, ddof, std_floor, min_siblings, baseline))

@@ -1,0 +1,77 @@
+"""What the ops are compared with: the best compositions of torch operations that we know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vstar_ops import Trie
+
+
+def child_tables(trie: Trie, depth: int) -> tuple[Tensor, Tensor]:
+    """Padded tables ``token, child [nodes, C]`` (-1 past the last child) of the nodes of one depth, made once."""
+    first, end = trie.level_offset[depth], trie.level_offset[depth + 1]
+    children = trie.children(torch.arange(first, end))
+    token = torch.full((trie.num_nodes, children.token.shape[1]), -1)
+    child = token.clone()
+    token[first:end], child[first:end] = children.token.long(), children.node.long()
+    return token, child
+
+
+def expand_legal(
+    logits: Tensor, tables: tuple[Tensor, Tensor], node: Tensor, cum_logp: Tensor, value: Tensor, k: int
+) -> tuple[Tensor, ...]:
+    """Gather the legal logits, log_softmax, entropy, score, top-k."""
+    tokens, children = tables[0][node], tables[1]
+    illegal = tokens < 0
+    z = logits.gather(2, tokens.clamp(min=0)).masked_fill_(illegal, float("-inf"))
+    logp = torch.log_softmax(z, -1)
+    entropy = -(logp.exp() * logp.masked_fill(illegal, 0)).sum(-1)
+    logp += cum_logp.unsqueeze(2)
+    score = (logp + (value + 0.1 * entropy).unsqueeze(2)).flatten(1)
+    top, index = score.topk(k)
+    parent = index // tokens.shape[2]
+    token = tokens.flatten(1).gather(1, index)
+    child = children[node.gather(1, parent), index % tokens.shape[2]]
+    return top, logp.flatten(1).gather(1, index), parent, token, child, entropy
+
+
+def expand_vocab(
+    logits: Tensor, tables: tuple[Tensor, Tensor], node: Tensor, cum_logp: Tensor, value: Tensor, k: int
+) -> tuple[Tensor, ...]:
+    """The usual decoder: log_softmax over all columns first, then the same."""
+    return expand_legal(torch.log_softmax(logits, -1), tables, node, cum_logp, value, k)
+
+
+def expand_dense(logits: Tensor, cum_logp: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log_softmax over all columns, all of them legal, top-k."""
+    score = torch.log_softmax(logits, -1).add_(cum_logp.unsqueeze(2)).flatten(1)
+    top, index = score.topk(k)
+    return top, index // logits.shape[2], index % logits.shape[2]
+
+
+def sibling_advantage(tokens: Tensor, rewards: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """Vectorised: one ``unique`` and a few ``index_add`` a level, all requests at once."""
+    batch, group, length = tokens.shape
+    reward = rewards.flatten().double()
+    prefix = torch.arange(batch).repeat_interleave(group)
+    parents = batch
+    columns = int(tokens.max()) + 1
+    advantage, valid = [], []
+    for depth in range(length):
+        unique, node = (prefix * columns + tokens[:, :, depth].flatten()).unique(return_inverse=True)
+        nodes = len(unique)
+        parent = unique // columns
+        count = torch.zeros(nodes, dtype=torch.float64).index_add_(0, node, torch.ones_like(reward))
+        mean = torch.zeros(nodes, dtype=torch.float64).index_add_(0, node, reward) / count
+        siblings = torch.zeros(parents, dtype=torch.float64).index_add_(0, parent, torch.ones_like(mean))
+        centre = torch.zeros(parents, dtype=torch.float64).index_add_(0, parent, mean) / siblings
+        off = mean - centre[parent]
+        std = (torch.zeros(parents, dtype=torch.float64).index_add_(0, parent, off.square()) / siblings).sqrt()
+        advantage.append((off / (std[parent] + eps))[node])
+        valid.append((siblings > 1)[parent][node])
+        prefix, parents = node, nodes
+    shape: Callable[[list[Tensor]], Tensor] = lambda parts: torch.stack(parts, 1).view(batch, group, length)
+    return shape(advantage).float(), shape(valid)

@@ -1,0 +1,61 @@
+"""The catalogue that the benchmarks decode under."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vstar_ops import Trie
+
+
+def industrial_like(seed: int = 0) -> Tensor:
+    """int64 ``[3670, 3]``: a made catalogue with the level sizes of Amazon Industrial (48, 2295, 3670).
+
+    Codes of the three levels are columns 0-255, 256-511 and 512-767; fan-outs are as skewed as the real
+    ones (the widest depth-1 node has about twice the mean, 70 % of the depth-2 nodes have one child).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def split(total: int, parents: int, skew: float, most: int) -> list[int]:
+        weight = torch.rand(parents, generator=generator).pow(skew) + 0.02
+        parts = (weight / weight.sum() * (total - parents)).floor().long() + 1
+        parts = parts.clamp(max=most)
+        for i in torch.randperm(parents, generator=generator).repeat(8)[: total - int(parts.sum())]:
+            parts[i] += 1
+        return parts.tolist()
+
+    def codes(count: int, base: int) -> Tensor:
+        return torch.randperm(256, generator=generator)[:count].sort().values + base
+
+    first = codes(48, 0)
+    second = split(2295, 48, 1.0, 95)
+    third = split(3670, 2295, 12.0, 40)
+    rows, node = [], 0
+    for a, width in zip(first.tolist(), second):
+        for b in codes(width, 256).tolist():
+            rows += [[a, b, c] for c in codes(third[node], 512).tolist()]
+            node += 1
+    return torch.tensor(rows)
+
+
+def load(data: str | None, category: str) -> tuple[str, Tensor]:
+    """The name and sequences of the catalogue: a real one where ``data`` is given, else the made one."""
+    if data is None:
+        return "made, Industrial's level sizes", industrial_like()
+    from vstar_ops.train.data import load_minionerec
+
+    return category, torch.as_tensor(load_minionerec(data, category).sequences)
+
+
+def frontiers(trie: Trie, batch: int, width: int, columns: int) -> list[tuple[Tensor, Tensor]]:
+    """``(node, cum_logp)`` of the beams that random logits leave at depths 0, 1, 2 …"""
+    import vstar_ops
+
+    node, cum_logp = torch.zeros(batch, 1, dtype=torch.int32), torch.zeros(batch, 1)
+    found = [(node, cum_logp)]
+    for _ in range(1, trie.length):
+        logits = torch.randn(batch, node.shape[1], columns)
+        out = vstar_ops.expand_topk(logits, trie, node, width, cum_logp=cum_logp)
+        node, cum_logp = out.node, out.logp
+        found.append((node, cum_logp))
+    return found

@@ -1,0 +1,92 @@
+"""Interleaved timing: every round times each variant once, so drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import vstar_ops
+
+
+class Timing(NamedTuple):
+    """Seconds a call of each variant (median over rounds) and the ratios of the others to the first."""
+
+    seconds: dict[str, float]
+    ratio: dict[str, float]
+
+
+def compare(variants: dict[str, Callable[[], object]], rounds: int = 15, slice_s: float = 0.01) -> Timing:
+    """Time variants in turn, ``rounds`` times; each turn repeats its call for about ``slice_s`` seconds.
+
+    The ratio of a variant to the first is the median of the ratios within a round. Short calls repeat
+    within a turn, so all variants find their caches warm, as in a decode loop.
+    """
+    repeats = {}
+    for name, call in variants.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(slice_s / max(time.perf_counter() - start, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            samples[name].append((time.perf_counter() - start) / repeats[name])
+    first = next(iter(samples))
+    return Timing(
+        {name: statistics.median(times) for name, times in samples.items()},
+        {
+            name: statistics.median(t / own for t, own in zip(times, samples[first]))
+            for name, times in samples.items()
+            if name != first
+        },
+    )
+
+
+def machine() -> str:
+    """One line that says what was measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = torch.get_num_threads()
+    return f"{cpu}, {cores} threads, torch {torch.__version__}, {vstar_ops.backends()['cpp'].detail}"
+
+
+class Report:
+    """Rows of a table, printed as they come."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+        print(f"\n{'case':<58} {'ours':>10} {'other':>10} {'ratio':>8} {'target':>7}")
+
+    def add(self, case: str, timing: Timing, target: float | None = None) -> None:
+        """One line for each variant that ours is compared with; ``target`` is the last one's."""
+        names = list(timing.seconds)
+        for name in names[1:]:
+            goal = target if name == names[-1] else None
+            ratio = timing.ratio[name]
+            self.line(f"{case} vs {name}", timing.seconds[names[0]], timing.seconds[name], ratio, goal)
+
+    def line(self, case: str, ours: float, other: float | None, ratio: float | None, target: float | None) -> None:
+        """One line with seconds, or with whatever unit the case names."""
+        self.rows.append({"case": case, "ours": ours, "other": other, "ratio": ratio, "target": target})
+        cells = [_seconds(ours), "" if other is None else _seconds(other)]
+        cells += ["" if ratio is None else f"{ratio:.1f}x", "" if target is None else f"{target:g}x"]
+        print(f"{case:<58} {cells[0]:>10} {cells[1]:>10} {cells[2]:>8} {cells[3]:>7}", flush=True)
+
+
+def _seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * scale >= 1:
+            return f"{value * scale:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"

@@ -1,0 +1,473 @@
+"""The training part: data, model, objectives, metrics, and the loop with kill-and-resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vstar_ops import Trie, group_advantage, sibling_advantage
+from vstar_ops.decoding import beam_search
+from vstar_ops.train import checkpoint, loop, metrics, objective, report, rewards
+from vstar_ops.train.__main__ import main
+from vstar_ops.train.data import load_minionerec, user_sequences
+from vstar_ops.train.model import SIDTransformer
+from vstar_ops.train.synthetic import synthetic
+
+ROOT = Path(__file__).resolve().parent.parent
+SIDS = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 2), (1, 2, 0), (1, 2, 0), (2, 1, 1), (2, 0, 0)]
+
+
+def sid(item: int) -> str:
+    return "".join(f"<{letter}_{code}>" for letter, code in zip("abc", SIDS[item]))
+
+
+def write_folder(folder: Path, rows: int = 40) -> Path:
+    """A tiny data set in MiniOneRec's layout, where the next item is the last one plus 1."""
+    (folder / "index").mkdir(parents=True)
+    index = {str(i): [f"<{letter}_{code}>" for letter, code in zip("abc", SIDS[i])] for i in range(8)}
+    (folder / "index" / "Toy.index.json").write_text(json.dumps(index, indent=1))
+    for split in ("train", "valid", "test"):
+        (folder / split).mkdir()
+        lines = ["user_id,history_item_title,history_item_sid,item_sid,item_id"]
+        for user in range(rows):
+            history = [(user + k) % 8 for k in range(1 + user % 4)]
+            target = (history[-1] + 1) % 8
+            quoted = str([sid(i) for i in history])
+            lines.append(f'U{user},"a ""title""\nof two lines","{quoted}",{sid(target)},{target}')
+        (folder / split / "Toy_5_2016.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only lose time to threads, and ``--threads`` is global to the process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "data")
+
+
+# ------------------------------------------------------------------ data
+
+
+def test_loader_reads_columns_by_name(toy: Path) -> None:
+    data = load_minionerec(toy, "Toy")
+    assert data.level_sizes == (3, 3, 3) and data.vocab == 9
+    assert data.sequences.tolist()[3] == [1, 3 + 0, 6 + 2]
+    assert len(data.train) == 40 and data.train.items[:5].tolist() == [1, 2, 3, 4, 1]
+    row = data.train[torch.tensor([2])]  # history 2, 3, 4, then item 5
+    assert row.history[0, :3].tolist() == data.sequences[[2, 3, 4]].tolist()
+    assert (row.history[0, 3:] == -1).all()
+    assert row.target[0].tolist() == data.sequences[5].tolist()
+    assert row.context.shape == (1, 9)
+    short = load_minionerec(toy, "Toy", max_history=2).train
+    assert short.history[2].tolist() == data.sequences[[3, 4]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "row", "column"),
+    [
+        # The title of every record takes two lines, so record r begins in line 2 r.
+        ("<a_1><b_0><c_2>,3", "<a_9><b_0><c_2>,3", 4, "item_sid"),
+        ("<a_1><b_0><c_2>,3", "rubbish,3", 4, "item_sid"),
+        ("\"['<a_0><b_0><c_1>', ", '"[<a_0>, ', 4, "history_item_sid"),
+        ("\"['<a_0><b_0><c_1>', ", "\"[7, '<a_0><b_0><c_0>', ", 4, "history_item_sid"),
+        ("<a_0><b_0><c_1>,1", "<a_0><b_0><c_1>", 2, "5"),
+        (",item_sid", ",item_SID", 1, "item_sid"),
+    ],
+)
+def test_malformed_csv_names_file_row_column(toy: Path, old: str, new: str, row: int, column: str) -> None:
+    path = toy / "valid" / "Toy_5_2016.csv"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"Toy_5_2016\.csv, row {row}, column {column}: "):
+        load_minionerec(toy, "Toy")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"<b_1>"', '"b1"', 'row 12, column "2": expected a list of tokens'),
+        ('"<b_1>"', '"<x_1>"', 'row 12, column "2": expected the levels'),
+        ('"7"', '"seven"', 'row 37, column "seven": expected a whole number'),
+        ('"7": [', '"7": ', "row 39, column 10: Expecting"),
+    ],
+)
+def test_malformed_index(toy: Path, old: str, new: str, message: str) -> None:
+    path = toy / "index" / "Toy.index.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"Toy\.index\.json, {message}"):
+        load_minionerec(toy, "Toy")
+
+
+def test_loader_other_failures(toy: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_minionerec(toy, "Office")
+    path = toy / "train" / "Toy_5_2016.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"U1,\xff\n")
+    with pytest.raises(ValueError, match="row 82, column 4: not UTF-8"):
+        load_minionerec(toy, "Toy")
+    path.write_bytes(whole + b'U1,"never closed\n')
+    with pytest.raises(ValueError, match=r"Toy_5_2016\.csv, row 8"):
+        load_minionerec(toy, "Toy")
+    path.write_bytes(whole)
+    (toy / "train" / "Toy_6.csv").write_bytes(whole)
+    with pytest.raises(ValueError, match="ambiguous"):
+        load_minionerec(toy, "Toy")
+
+
+def test_user_sequences_merge_rows_that_continue() -> None:
+    data = synthetic(items=200, users=50, requests=20, codes=(8, 4))
+    merged = user_sequences(data.train)
+    assert len(merged) == len(data.train.user.unique())
+    assert sum(len(s) - 1 for s in merged) == len(data.train)
+
+
+def test_synthetic_properties() -> None:
+    data = synthetic(items=600, users=400, requests=200, codes=(16, 8))
+    again = synthetic(items=600, users=400, requests=200, codes=(16, 8))
+    assert torch.equal(data.train.history, again.train.history)
+    assert torch.equal(data.sequences, again.sequences)
+    trie = Trie.from_sequences(data.sequences)
+    assert 0.9 * 600 < trie.num_sequences < 600  # some SIDs collide
+    assert data.reward is not None
+    every = trie.sequences(torch.arange(trie.level_offset[-2], trie.num_nodes)).long()
+    reward = data.reward(data.test.user, every.expand(200, -1, -1))
+    assert float(reward.min()) >= 0 and float(reward.max()) <= 1
+    assert (data.reward(torch.tensor([0]), torch.full((1, 1, 3), -1)) == 0).all()
+    clicked = data.reward(data.test.user, data.test.target[:, None]).mean()
+    # Likelihood and reward disagree: clicks are worth more than chance, and far less than what there is.
+    assert reward.mean() < clicked < 0.6 * reward.topk(10, 1).values.mean()
+    known = {tuple(row) for row in data.test.history[:, :, 0].tolist()}
+    assert len(known) > 150  # histories differ between users
+
+
+# ------------------------------------------------------------------ model
+
+
+@pytest.fixture
+def model() -> SIDTransformer:
+    torch.manual_seed(0)
+    model = SIDTransformer(9, 15, dim=16, layers=2, heads=2).double().eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+def test_extend_equals_plain_forward(model: SIDTransformer) -> None:
+    torch.manual_seed(1)
+    lengths = [6, 0, 9, 3]
+    rows = [torch.randint(9, (n,)) for n in lengths]
+    left = torch.stack([torch.cat([torch.full((10 - n,), -1), r]) for n, r in zip(lengths, rows)])
+    right = torch.stack([torch.cat([r, torch.full((10 - n,), -1)]) for n, r in zip(lengths, rows)])
+
+    def plain(request: int, *tokens: int) -> torch.Tensor:
+        return model(torch.cat([rows[request], torch.tensor(tokens, dtype=torch.int64)])[None])[0, -1]
+
+    for context in (left, right):
+        logits, state = model.prefill(context)
+        prefixes: list[tuple[int, ...]] = [(b,) for b in range(4)]
+        for b in range(4):
+            torch.testing.assert_close(logits[b], plain(b))
+        # Ragged over requests, of mixed depths, with unused rows.
+        for parents in ([2, 0, 2, -1, 3, 2], [4, 0, 8, 6, -1], [9, 9, 1, 5]):
+            tokens = torch.randint(9, (len(parents),))
+            logits, slots = model.extend(state, torch.tensor(parents), tokens)
+            for i, parent in enumerate(parents):
+                if parent < 0:
+                    continue
+                assert int(slots[i]) == len(prefixes)
+                prefixes.append((*prefixes[parent], int(tokens[i])))
+                torch.testing.assert_close(logits[i], plain(*prefixes[-1]))
+    none, slots = model.extend(state, torch.tensor([-1]), torch.tensor([0]))
+    assert none.shape == (1, 9) and slots.tolist() == [-1]
+
+
+def test_gradients_through_the_cache_equal_plain(model: SIDTransformer) -> None:
+    context, tokens = torch.tensor([[1, 4, 7]]), [2, 5]
+    model(torch.tensor([[1, 4, 7, *tokens]]))[0, -1].square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    _, state = model.prefill(context)
+    for slot, token in enumerate(tokens):
+        logits, _ = model.extend(state, torch.tensor([slot]), torch.tensor([token]))
+    logits.square().sum().backward()
+    for p, e in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, e)
+
+
+# ------------------------------------------------------------------ objective
+
+CATALOGUE = torch.tensor([[0, 3, 6], [0, 3, 7], [0, 4, 6], [1, 3, 8], [1, 5, 6], [2, 4, 7]])
+
+
+def legal_by_hand(model: SIDTransformer, context: torch.Tensor, sequence: list[int]) -> torch.Tensor:
+    out = []
+    for depth, token in enumerate(sequence):
+        legal = sorted({r[depth] for r in CATALOGUE.tolist() if r[:depth] == sequence[:depth]})
+        tail = torch.tensor(sequence[:depth], dtype=torch.int64)
+        logits = model(torch.cat([context, tail])[None])[0, -1]
+        out.append(logits[token] - torch.logsumexp(logits[torch.tensor(legal)], 0))
+    return torch.stack(out)
+
+
+def test_candidate_logp(model: SIDTransformer) -> None:
+    trie = Trie.from_sequences(CATALOGUE)
+    context = torch.tensor([[1, 4, 7], [2, 5, -1]])
+    candidates = torch.stack([CATALOGUE[[0, 1, 3, 3]], CATALOGUE[[5, 4, 2, 0]]])
+    candidates[1, 3] = -1
+    logp = objective.candidate_logp(model, context, trie, candidates)
+    for b in range(2):
+        for g in range(4):
+            row = candidates[b, g].tolist()
+            prompt = context[b][context[b] >= 0]
+            by_hand = legal_by_hand(model, prompt, row) if row[0] >= 0 else torch.zeros(3).double()
+            torch.testing.assert_close(logp[b, g], by_hand)
+    assert (logp[0, 2, 2] == 0) and (logp[1, 0, 1:] == 0).all()  # forced tokens, exactly
+
+
+def test_candidate_logp_agrees_with_beam_search(model: SIDTransformer) -> None:
+    model.float()
+    trie = Trie.from_sequences(CATALOGUE)
+    context = torch.randint(9, (3, 6))
+    beams = beam_search(model, context, trie, 8)
+    logp = objective.candidate_logp(model, context, trie, beams.sequence)
+    there = beams.node >= 0
+    torch.testing.assert_close(logp.sum(2)[there], beams.logp[there])
+
+
+def test_forced_prefix_above_a_branch_is_run(model: SIDTransformer) -> None:
+    """A prefix with a single child must be run where a longer one needs it."""
+    global_catalogue = torch.tensor([[0, 3, 6], [0, 3, 7], [1, 4, 6]])
+    trie = Trie.from_sequences(global_catalogue)
+    logp = objective.candidate_logp(model, torch.tensor([[2, 5]]), trie, global_catalogue[None, :2])
+    plain = model(torch.tensor([[2, 5, 0, 3]]))[0, -1]
+    torch.testing.assert_close(logp[0, 0, 2], plain[6] - torch.logsumexp(plain[6:8], 0))
+    assert logp[0, 0, 1] == 0
+
+
+def test_terms_against_hand_computed_values() -> None:
+    tokens = torch.tensor([[[0, 3], [0, 4], [1, 3], [1, 3]]])
+    reward = torch.tensor([[1.0, 0.0, 0.5, 0.0]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    logp = torch.log(torch.tensor([[[0.5, 0.25], [0.5, 0.75], [0.5, 1], [0.5, 1]]], dtype=torch.float64))
+    logp.requires_grad_()
+    sibling = sibling_advantage(tokens, reward, mask)
+    # Level 1: means .5 and .25, so +-.125 / (.125 + 1e-4).
+    # Level 2, below 0: means 1 and 0, so +-.5 / (.5 + 1e-4).
+    first, second = 0.125 / 0.1251, 0.5 / 0.5001
+    term = objective.sibling_term(logp, logp.detach(), sibling, mask)
+    assert term.item() == pytest.approx(0.0, abs=1e-6)  # ratio 1: the advantages of siblings cancel
+    (gradient,) = torch.autograd.grad(term, logp)
+    half = first / 2
+    expected = torch.tensor([[[half, second], [half, -second], [-half, 0], [-half, 0]]]) / 4
+    torch.testing.assert_close(gradient.float(), expected, atol=1e-5, rtol=0)
+    weighted = objective.sibling_term(logp, logp.detach(), sibling, mask, weighting="candidate")
+    assert torch.autograd.grad(weighted, logp)[0][0, 0, 0].item() == pytest.approx(first / 4, abs=1e-5)
+
+    advantage = group_advantage(reward, mask)
+    grpo = objective.grpo_term(logp, logp.detach(), advantage, mask)
+    (gradient,) = torch.autograd.grad(grpo, logp)
+    torch.testing.assert_close(gradient.float(), advantage[..., None].expand(1, 4, 2) / 8)
+
+    assert objective.kl_term(logp, logp.detach(), mask).item() == 0
+    d = 0.3
+    kl = objective.kl_term(logp, logp.detach() + d, mask)
+    assert kl.item() == pytest.approx(math.exp(d) - d - 1, rel=1e-6)
+
+
+def test_clipping_stops_the_gradient_only_where_it_helps() -> None:
+    logp = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    objective.surrogate(logp, torch.zeros(4), advantage, (0.2, 0.3)).sum().backward()
+    assert logp.grad is not None and (logp.grad != 0).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("name", loop.OBJECTIVES)
+def test_objective_gradcheck(name: str, model: SIDTransformer) -> None:
+    trie = Trie.from_sequences(CATALOGUE)
+    candidates = torch.stack([CATALOGUE[[0, 1, 4, 3]], CATALOGUE[[5, 2, 2, 0]]])
+    context = torch.tensor([[1, 4], [2, -1]])
+    reward = torch.tensor([[1.0, 0.2, 0.0, 0.4], [0.0, 1.0, 0.0, 0.3]])
+    mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    candidates[1, 3] = -1
+    with torch.no_grad():
+        old = objective.candidate_logp(model, context, trie, candidates) + 0.05
+    parameters = [model.position.weight, model.blocks[1].qkv.bias]
+
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        names = ("position.weight", "blocks.1.qkv.bias")
+        wrapped = Functional(model, dict(zip(names, values)))
+        logp = objective.candidate_logp(wrapped, context, trie, candidates)
+        total = -1e-1 * objective.kl_term(logp, old, mask)
+        if name != "sibling":
+            total = total + objective.grpo_term(logp, old, group_advantage(reward, mask), mask, (0.5, 0.5))
+        if name != "grpo":
+            sibling = sibling_advantage(candidates, reward, mask)
+            total = total + objective.sibling_term(logp, old, sibling, mask)
+        return total
+
+    inputs = tuple(p.detach().clone().requires_grad_() for p in parameters)
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+
+
+class Functional:
+    """A model with some parameters replaced by given tensors."""
+
+    def __init__(self, model: SIDTransformer, values: dict[str, torch.Tensor]) -> None:
+        self.model, self.values = model, values
+
+    def _call(self, method: str, *args: object) -> object:
+        values = {f"m.{k}": v for k, v in self.values.items()}
+        return torch.func.functional_call(_Method(self.model, method), values, args)
+
+    def prefill(self, *args: object) -> object:
+        return self._call("prefill", *args)
+
+    def extend(self, *args: object) -> object:
+        return self._call("extend", *args)
+
+
+class _Method(torch.nn.Module):
+    def __init__(self, m: SIDTransformer, method: str) -> None:
+        super().__init__()
+        self.m, self.method = m, method
+
+    def forward(self, *args: object) -> object:
+        return getattr(self.m, self.method)(*args)
+
+
+# ------------------------------------------------------------------ rewards and metrics
+
+
+def test_rewards_by_hand() -> None:
+    candidates = torch.tensor([[[0, 1], [0, 2], [3, 1], [-1, -1]], [[0, 1], [0, 2], [3, 1], [3, 2]]])
+    target = torch.tensor([[0, 2], [9, 9]])
+    assert rewards.rule(candidates, target).tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
+    d = [1.0, 1 / 1.5849625, 0.5]
+    expected = torch.tensor([[-d[0] / sum(d), 1.0, -d[2] / sum(d), 0.0], [0.0] * 4])
+    torch.testing.assert_close(rewards.ranking(candidates, target), expected)
+
+
+def test_ranks_accuracy_diversity_by_hand() -> None:
+    candidates = torch.tensor([[[0, 1], [0, 1], [0, 2], [3, 1]], [[0, 1], [0, 2], [0, 3], [-1, -1]]])
+    rank = metrics.target_rank(candidates, torch.tensor([[0, 2], [8, 8]]))
+    assert rank.tolist() == [1, metrics.MISSING]  # the repeat takes no rank
+    scores = metrics.accuracy(rank)
+    assert scores["HR@1"] == 0 and scores["HR@3"] == 0.5 and scores["HR@10"] == 0.5  # also where K < 10
+    assert scores["NDCG@3"] == pytest.approx(0.5 / 1.5849625)
+    # Pairs of request 0: 01-01 0, 01-02 .5 twice, 01-31 1 twice, 02-31 1. Of request 1: three of .5.
+    assert metrics.diversity(candidates).tolist() == pytest.approx([4 / 6, 0.5])
+
+
+def test_intervals_and_tables() -> None:
+    mean, half = report.mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
+    results = {s: {"SFT": {"HR@1": 0.1 * s}, "RL": {"HR@1": 0.1 * s + 0.05}} for s in (1, 2, 3)}
+    assert "0.2000 ± 0.2484" in report.table(results)
+    assert "+0.0500 ± 0.0000" in report.table(results, against="SFT")
+
+
+# ------------------------------------------------------------------ checkpoints and the loop
+
+
+def test_atomic_write_and_truncated_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    checkpoint.save(path, {"x": 1})
+    with pytest.raises(AttributeError):
+        checkpoint.save(path, {"x": 2, "not to be pickled": lambda: None})
+    assert checkpoint.load(path) == {"x": 1} and list(tmp_path.iterdir()) == [path]
+    log = checkpoint.MetricsFile(tmp_path / "m.jsonl")
+    log.write({"step": 1})
+    position = log.position()
+    log.write({"step": 2})
+    log = checkpoint.MetricsFile(tmp_path / "m.jsonl", position)
+    log.write({"step": 2})
+    assert [r["step"] for r in checkpoint.read_metrics(tmp_path / "m.jsonl")] == [1, 2]
+
+
+OPTIONS = "--category Toy --threads 1 --sft-epochs 6 --rl-steps 9 --sft-batch-size 8 --rl-batch-size 8"
+OPTIONS += " --candidates 6 --checkpoint-every 1 --sft-evals 3 --rl-evals 3 --patience 9 --objectives joint"
+
+
+def start(data: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "vstar_ops.train", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=data, env=environment, **pipes)
+
+
+def steps_done(run: Path, stage: str) -> int:
+    path = run / "seed-0" / f"{stage}.pt"
+    return checkpoint.load(path)["now"]["step"] if path.exists() else -1
+
+
+def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["--data", str(toy), *OPTIONS.split()]
+    first, process = start(toy, *options, "--out", str(whole)), start(toy, *options, "--out", str(cut))
+    for stage, step in (("sft", 7), ("joint", 4)):
+        deadline = time.monotonic() + 60
+        while steps_done(cut, stage) < step and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (cut / "results.md").exists()
+        process = start(toy, "--resume", str(cut))
+    output = [p.communicate(timeout=60)[0].decode() for p in (first, process)]
+    assert first.returncode == process.returncode == 0, output
+    assert "+ Sibling-GRPO" in output[1] and "NDCG@10" in output[1]
+    for stage in ("sft", "joint"):
+        a, b = (torch.load(run / "seed-0" / f"{stage}.weights.pt", weights_only=True) for run in (whole, cut))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        a, b = (checkpoint.load(run / "seed-0" / f"{stage}.pt")["model"] for run in (whole, cut))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        logs = [checkpoint.read_metrics(run / "seed-0" / f"{stage}.jsonl") for run in (whole, cut)]
+        untimed = [[{k: v for k, v in r.items() if k != "seconds"} for r in log] for log in logs]
+        assert untimed[0] == untimed[1]
+    for run in (whole, cut):
+        assert (run / "curves.png").stat().st_size > 1000 and "SFT" in (run / "results.md").read_text()
+
+
+def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    options = "--category Toy --seeds 0,1 --objectives grpo,sibling --reward rule --threads 1"
+    options += " --sft-epochs 1 --rl-steps 2 --candidates 4"
+    assert main(["--data", str(toy), "--out", str(run), *options.split()]) == 0
+    text = capsys.readouterr().out
+    assert "interval over 2 seeds" in text and text.count("+ GRPO with beam candidates") == 2
+    results = json.loads((run / "results.json").read_text())
+    assert set(results) == {"0", "1"} and len(results["0"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--objectives", "ppo"], "expected some of grpo, sibling, joint"),
+        (["--seeds", "a"], "whole numbers"),
+        (["--candidates", "0"], "at least 1"),
+        (["--data", "/nonexistent"], "nonexistent"),
+        (["--resume", "/nonexistent"], "holds no run"),
+    ],
+)
+def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert message in capsys.readouterr().err
