@@ -10,6 +10,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define VSTAR_AVX2
+#define VSTAR_SIMD_BYTES 32
 #define VSTAR_SIMD_NAME simd_avx2
 #include "cpu/simd_loops.inc"
 #if defined(__clang__)

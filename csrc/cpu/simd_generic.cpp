@@ -1,4 +1,5 @@
 // The baseline of the target architecture: SSE2 on x86-64, NEON on AArch64.
+#define VSTAR_SIMD_BYTES 16
 #define VSTAR_SIMD_NAME simd_generic
 #include "cpu/simd_loops.inc"
 

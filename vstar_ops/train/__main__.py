@@ -1,0 +1,154 @@
+"""``python -m vstar_ops.train``: supervised training, then reinforcement, then a table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ..trie import Trie
+from . import checkpoint, report
+from .data import Dataset, load_minionerec
+from .loop import OBJECTIVES, Config, Job, run_seed
+from .rewards import NAMES
+from .synthetic import synthetic
+
+# What differs from Config on the embedded catalogue, which is easier to fit and has a denser reward.
+SYNTHETIC: dict[str, float] = {"sft_epochs": 12, "rl_steps": 150, "rl_lr": 3e-4}
+
+
+def parser() -> argparse.ArgumentParser:
+    default = dataclasses.asdict(Config()) | dict.fromkeys(SYNTHETIC)
+    p = argparse.ArgumentParser(
+        prog="python -m vstar_ops.train",
+        description="Train a generative recommender over semantic IDs: supervised, then by reinforcement on "
+        "beam-search candidates. Without arguments on an embedded synthetic catalogue, in a few minutes.",
+    )
+
+    def add(name: str, help: str, **kw: object) -> None:
+        kw.setdefault("type", str)
+        field = name.removeprefix("--").replace("-", "_")
+        p.add_argument(name, help=help, default=default[field], **kw)  # type: ignore[arg-type]
+
+    p.add_argument("--out", type=Path, help="the run's folder (default: runs/<data>-<time>)")
+    p.add_argument("--resume", type=Path, metavar="RUN", help="continue the killed run in this folder")
+    add("--data", "folder in MiniOneRec's layout (default: the synthetic catalogue)", metavar="DIR")
+    add("--category", "which of its catalogues (default: %(default)s)", metavar="NAME")
+    add("--objectives", f"some of {','.join(OBJECTIVES)} (default: grpo,joint)", type=_objectives)
+    p.add_argument("--seed", type=int, help="one seed (default: 0)")
+    add("--seeds", "several seeds, as 0,1,2: adds 95%% intervals", type=_seeds)
+    add("--threads", "CPU threads; one is bit-for-bit repeatable (default: torch's choice)", type=_positive)
+    add("--candidates", "beam width, candidates a request (default: %(default)s)", type=_positive)
+    add("--reward", "default: true on synthetic data, ranking else", choices=NAMES)
+    add("--sft-epochs", _both("sft_epochs"), type=_positive)
+    add("--sft-batch-size", "users a step (default: %(default)s)", type=_positive)
+    add("--sft-lr", "peak learning rate (default: %(default)s)", type=float)
+    add("--rl-steps", _both("rl_steps"), type=_positive)
+    add("--rl-batch-size", "requests a step (default: %(default)s)", type=_positive)
+    add("--rl-lr", _both("rl_lr"), type=float)
+    add("--clip", "bounds LOW HIGH of the ratio, as 0.2 0.28 (default: none)", type=float, nargs=2)
+    add("--sibling-weight", "weight of the sibling term in joint (default: %(default)s)", type=float)
+    add("--kl-weight", "weight of the KL to the supervised model (default: %(default)s)", type=float)
+    add("--dropout", "default: %(default)s", type=float)
+    add("--label-smoothing", "over legal tokens (default: %(default)s)", type=float)
+    add("--item-dropout", "share of a user's items left out at random (default: %(default)s)", type=float)
+    add("--weight-decay", "default: %(default)s", type=float)
+    add("--sft-evals", "looks at the valid split (default: %(default)s)", type=_positive)
+    add("--rl-evals", "looks at the valid split (default: %(default)s)", type=_positive)
+    add("--patience", "looks without a new best that end a stage (default: %(default)s)", type=_positive)
+    add("--valid-rows", "rows of valid looked at while training (default: %(default)s)", type=_positive)
+    add("--checkpoint-every", "steps (default: %(default)s)", type=_positive)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    args = p.parse_args(argv)
+    if args.resume:
+        if not (args.resume / "config.json").exists():
+            p.error(f"{args.resume} holds no run (no config.json)")
+        if len(argv if argv is not None else sys.argv[1:]) > 2:
+            p.error("--resume continues a run with the options it was started with: give no others")
+        folder = args.resume
+        config = _config(json.loads((folder / "config.json").read_text()))
+    else:
+        values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+        if args.seed is not None:
+            values["seeds"] = (args.seed,)
+        fallback = SYNTHETIC if args.data is None else dataclasses.asdict(Config())
+        values |= {name: fallback[name] for name in SYNTHETIC if values[name] is None}
+        config = _config(values)
+        name = config.category if config.data else "synthetic"
+        folder = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if (folder / "config.json").exists():
+            p.error(f"{folder} already holds a run: choose another --out, or give --resume {folder}")
+    try:
+        dataset = load_minionerec(config.data, config.category) if config.data else synthetic()
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    if config.reward == "true" and dataset.reward is None:
+        p.error("--reward true needs the synthetic catalogue; on real data choose rule or ranking")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    print(run(config, dataset, folder))
+    print(f"in {folder}: results.md, results.json, curves.png, and a folder a seed")
+    return 0
+
+
+def run(config: Config, dataset: Dataset, folder: Path) -> str:
+    """All seeds, one after the other; what is already done is not done again."""
+    trie = Trie.from_sequences(dataset.sequences)
+    print(
+        f"{dataset.name}: {len(dataset.sequences)} items, {trie.num_sequences} distinct semantic IDs; "
+        f"{len(dataset.train)} training, {len(dataset.valid)} valid, {len(dataset.test)} test requests"
+    )
+    results: report.Results = {}
+    for seed in config.seeds:
+        job = Job(config, dataset, trie, folder / f"seed-{seed}", seed)
+        path = job.folder / "results.json"
+        if not path.exists():
+            rows = run_seed(job)
+            checkpoint.save_text(path, json.dumps(rows, indent=1))
+        results[seed] = json.loads(path.read_text())
+    title = f"{dataset.name}, test split, {config.candidates} candidates a request"
+    return report.write(folder, title, results)
+
+
+def _both(name: str) -> str:
+    return f"default: {SYNTHETIC[name]} on synthetic data, {getattr(Config(), name)} else"
+
+
+def _config(values: dict[str, object]) -> Config:
+    """A Config of parsed options or of JSON, whose lists are tuples again."""
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[arg-type]
+
+
+def _objectives(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in OBJECTIVES]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(OBJECTIVES)}, got {unknown[0]!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers as 0,1,2, got {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

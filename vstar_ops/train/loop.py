@@ -1,0 +1,347 @@
+"""The two training stages, and the loop that both share.
+
+:func:`fit` is the loop: steps, evaluation, early stopping, checkpoints, resume. A stage gives it a step
+function. Every random choice comes from torch's global generator, whose state is part of a checkpoint
+together with the data order, so a killed run continues bit for bit (on one thread, where torch itself is
+deterministic).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import group_advantage, sibling_advantage
+from ..decoding import beam_search
+from ..trie import Trie
+from . import checkpoint
+from .data import Dataset, user_sequences
+from .metrics import evaluate
+from .model import SIDTransformer
+from .objective import candidate_logp, grpo_term, kl_term, legal_logp, sibling_term
+from .rewards import make_reward
+
+OBJECTIVES = ("grpo", "sibling", "joint")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run depends on; the command line's options of the same names explain them."""
+
+    data: str | None = None
+    category: str = "Industrial_and_Scientific"
+    objectives: tuple[str, ...] = ("grpo", "joint")
+    seeds: tuple[int, ...] = (0,)
+    threads: int | None = None
+    candidates: int = 16
+    reward: str | None = None
+    sft_epochs: int = 60
+    sft_batch_size: int = 64
+    sft_lr: float = 1e-3
+    rl_steps: int = 300
+    rl_batch_size: int = 64
+    rl_lr: float = 1e-4
+    clip: tuple[float, float] | None = None
+    sibling_weight: float = 1.0
+    kl_weight: float = 1e-3
+    dropout: float = 0.2
+    label_smoothing: float = 0.1
+    item_dropout: float = 0.2
+    weight_decay: float = 0.01
+    sft_evals: int = 10
+    rl_evals: int = 10
+    patience: int = 4
+    valid_rows: int = 2000
+    checkpoint_every: int = 50
+
+
+@dataclass
+class Job:
+    """One seed's run: its data, its folder and its options."""
+
+    config: Config
+    dataset: Dataset
+    trie: Trie
+    folder: Path
+    seed: int
+
+    def model(self) -> SIDTransformer:
+        return SIDTransformer(self.dataset.vocab, self.dataset.max_tokens, dropout=self.config.dropout)
+
+    def evaluate(self, model: SIDTransformer, split: str, rows: int | None = None) -> dict[str, float]:
+        """Scores on a split, or on a fixed random part of it."""
+        part = getattr(self.dataset, split)
+        if rows is not None and rows < len(part):
+            part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:rows]]
+        width = self.config.candidates
+        return evaluate(model, part, self.trie, width, true_reward=self.dataset.reward, title=split)
+
+
+class Batches:
+    """Endless batches of examples ``[size, ...]``: shuffled every epoch, those of similar length together.
+
+    ``epoch()`` draws an epoch's examples ``[N, ...]`` and their lengths ``[N]``.
+    """
+
+    def __init__(self, epoch: Callable[[], tuple[Tensor, Tensor]], size: int) -> None:
+        self.epoch, self.size = epoch, size
+        self.plan: list[Tensor] = []
+        self.position = 0
+
+    def __next__(self) -> Tensor:
+        if self.position == len(self.plan):
+            examples, lengths = self.epoch()
+            pools = torch.randperm(len(lengths)).split(8 * self.size)
+            batches = [
+                b for p in pools for b in examples[p[lengths[p].argsort(stable=True)]].split(self.size)
+            ]
+            self.plan, self.position = [batches[i] for i in torch.randperm(len(batches)).tolist()], 0
+        self.position += 1
+        return self.plan[self.position - 1]
+
+
+def fit(
+    job: Job,
+    stage: str,
+    model: SIDTransformer,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    step: Callable[[Tensor], dict[str, float]],
+    *,
+    steps: int,
+    evals: int,
+    warmup: int,
+    decay: bool,
+    metric: str,
+) -> float:
+    """Run a stage to its end, from its checkpoint if there is one; leave the best weights in ``model``.
+
+    ``step(examples)`` computes a loss, calls backward and returns figures to log. The learning rate
+    rises over ``warmup`` steps and then stays, or falls along a cosine. ``metric`` on the valid split is
+    looked at ``evals`` times, and ``config.patience`` times without a new best end the stage.
+
+    Returns:
+        Seconds spent, over all of the run's lives, without evaluation.
+    """
+    path = job.folder / f"{stage}.pt"
+    peak = [group["lr"] for group in optimizer.param_groups]
+    every = max(1, math.ceil(steps / evals))
+    now: dict[str, Any] = {"step": 0, "best": -math.inf, "bad": 0, "seconds": 0.0}
+    now |= {"done": False, "metrics": 0}
+    best_weights = {k: v.clone() for k, v in model.state_dict().items()}
+    if path.exists():
+        saved = checkpoint.load(path)
+        now, best_weights = saved["now"], saved["best_weights"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        batches.plan, batches.position = saved["plan"], saved["position"]
+        torch.set_rng_state(saved["rng"])
+    log = checkpoint.MetricsFile(job.folder / f"{stage}.jsonl", now["metrics"])
+
+    def validate() -> None:
+        scores = job.evaluate(model, "valid", job.config.valid_rows)
+        log.write({"step": now["step"], "seconds": round(now["seconds"], 2), "valid": scores})
+        now["bad"] += 1
+        if scores[metric] > now["best"]:
+            now.update(best=scores[metric], bad=0)
+            best_weights.update({k: v.clone() for k, v in model.state_dict().items()})
+        bar.set_postfix_str(f"valid {metric} {scores[metric]:.4f}, best {now['best']:.4f}")
+
+    def save() -> None:
+        now["metrics"] = log.position()
+        state: dict[str, Any] = {"now": now, "model": model.state_dict(), "best_weights": best_weights}
+        state |= {"optimizer": optimizer.state_dict(), "plan": batches.plan, "position": batches.position}
+        checkpoint.save(path, state | {"rng": torch.get_rng_state()})
+
+    with tqdm(total=steps, initial=now["step"], desc=f"seed {job.seed} {stage}", disable=None) as bar:
+        if now["step"] == 0 and not now["done"]:
+            validate()
+            save()
+        while not now["done"]:
+            started = time.perf_counter()
+            scale = min(1.0, (now["step"] + 1) / warmup)
+            scale *= 0.02 + 0.98 * (1 + math.cos(math.pi * now["step"] / steps)) / 2 if decay else 1.0
+            for group, lr in zip(optimizer.param_groups, peak):
+                group["lr"] = lr * scale
+            optimizer.zero_grad()
+            record = step(next(batches))
+            record["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            optimizer.step()
+            now["step"] += 1
+            now["seconds"] += time.perf_counter() - started
+            log.write({"step": now["step"], **record})
+            bar.update()
+            if now["step"] % every == 0 or now["step"] == steps:
+                validate()
+                now["done"] = now["step"] == steps or now["bad"] >= job.config.patience
+                save()
+            elif now["step"] % job.config.checkpoint_every == 0:
+                save()
+    log.close()
+    model.load_state_dict(best_weights)
+    return now["seconds"]
+
+
+def supervised(job: Job) -> tuple[SIDTransformer, float]:
+    """Stage 1: next-token likelihood of the logged clicks, over the legal children of every prefix.
+
+    All steps of a user are learned in one pass. Early stopping looks at NDCG@10.
+    """
+    c, trie = job.config, job.trie
+    sequences = user_sequences(job.dataset.train)
+    longest = job.dataset.train.history.shape[1] + 1
+    torch.manual_seed(job.seed)
+    model = job.model()
+    lengths = torch.tensor([len(s) for s in sequences])
+
+    def crops() -> tuple[Tensor, Tensor]:
+        """A window ``(user, start, stop)`` of every user's sequence, of random size and place."""
+        size = (2 + (torch.rand(len(lengths)) * (lengths - 1)).long()).minimum(lengths)
+        start = (torch.rand(len(lengths)) * (lengths - size + 1)).long().minimum(lengths - size)
+        stop, size = start + size, size.clamp(max=longest)
+        return torch.stack([torch.arange(len(lengths)), stop - size, stop], 1), size
+
+    def step(windows: Tensor) -> dict[str, float]:
+        model.train()
+        views = (sequences[user][start:stop] for user, start, stop in windows.tolist())
+        items = [drop_items(view, c.item_dropout) for view in views]
+        padded = nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1)  # [B, n, L]
+        prefixes = [trie.lookup(padded[..., :depth]) for depth in range(padded.shape[2] + 1)]
+        node, child = (torch.stack(p, 2).flatten(1) for p in (prefixes[:-1], prefixes[1:]))
+        branch = (padded >= 0).flatten(1) & (trie.num_children(node) > 1)
+        logits = model(padded.flatten(1)[:, :-1])
+        logp, smooth = legal_logp(logits[branch], trie, node[branch], child[branch])
+        loss = -((1 - c.label_smoothing) * logp + c.label_smoothing * smooth).mean()
+        loss.backward()
+        return {"loss": loss.item()}
+
+    steps = c.sft_epochs * math.ceil(len(sequences) / c.sft_batch_size)
+    seconds = fit(
+        job,
+        "sft",
+        model,
+        optimizer_of(model, c.sft_lr, c.weight_decay),
+        Batches(crops, c.sft_batch_size),
+        step,
+        steps=steps,
+        evals=c.sft_evals,
+        warmup=100,
+        decay=True,
+        metric="NDCG@10",
+    )
+    return model, seconds
+
+
+def reinforce(job: Job, objective: str, sft: SIDTransformer) -> tuple[SIDTransformer, float]:
+    """Stage 2: policy gradient on the candidates of a beam search, from the supervised weights.
+
+    On-policy: a batch of candidates is used for one step, so the old policy is the current one and the
+    ratio is 1 in value (its gradient is that of the log-probability). Dropout is off, so that the policy of
+    the loss is the policy that searched. Early stopping looks at what the reward speaks of: the mean true
+    reward of the top 10 for ``true``, NDCG@10 else.
+    """
+    c, trie, train = job.config, job.trie, job.dataset.train
+    name = c.reward or ("true" if job.dataset.reward else "ranking")
+    reward_of = make_reward(name, job.dataset)
+    torch.manual_seed(job.seed)
+    model = job.model()
+    model.load_state_dict(sft.state_dict())
+    sft.eval()
+
+    def step(rows: Tensor) -> dict[str, float]:
+        model.eval()
+        part = train[rows]
+        beams = beam_search(model, part.context, trie, c.candidates)
+        tokens = beams.sequence.long()
+        mask = beams.node >= 0
+        reward = reward_of(part, tokens)
+        logp = candidate_logp(model, part.context, trie, tokens)
+        with torch.no_grad():
+            reference = candidate_logp(sft, part.context, trie, tokens)
+        old = logp.detach()
+        gain = torch.zeros(())
+        if objective in ("grpo", "joint"):
+            gain = gain + grpo_term(logp, old, group_advantage(reward, mask), mask, c.clip)
+        if objective in ("sibling", "joint"):
+            weight = c.sibling_weight if objective == "joint" else 1.0
+            sibling = sibling_advantage(tokens, reward, mask)
+            gain = gain + weight * sibling_term(logp, old, sibling, mask, c.clip)
+        kl = kl_term(logp, reference, mask)
+        (c.kl_weight * kl - gain).backward()
+        spread = reward.max(1).values > reward.masked_fill(~mask, torch.inf).min(1).values
+        return {
+            "reward": reward[mask].mean().item(),
+            "best_reward": reward.max(1).values.mean().item(),
+            "groups_with_signal": spread.float().mean().item(),
+            "kl": kl.item(),
+            "forward_tokens": beams.forward_tokens.float().mean().item(),
+        }
+
+    seconds = fit(
+        job,
+        objective,
+        model,
+        optimizer_of(model, c.rl_lr, 0.0),
+        Batches(lambda: (torch.arange(len(train)), train.items), c.rl_batch_size),
+        step,
+        steps=c.rl_steps,
+        evals=c.rl_evals,
+        warmup=10,
+        decay=False,
+        metric="true_reward@10" if name == "true" else "NDCG@10",
+    )
+    return model, seconds
+
+
+def drop_items(items: Tensor, rate: float) -> Tensor:
+    """A sequence ``[n, L]`` without some of its items; the last one, and at least two of them, remain."""
+    if len(items) > 2:
+        keep = torch.rand(len(items)) >= rate
+        keep[-1] = True
+        keep[-2] |= keep.sum() < 2
+        items = items[keep]
+    return items
+
+
+def optimizer_of(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW; biases and norms do not decay."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+
+ROWS = {
+    "sft": "SFT",
+    "grpo": "+ GRPO with beam candidates",
+    "sibling": "+ Sibling-GRPO, sibling term only",
+    "joint": "+ Sibling-GRPO",
+}
+
+
+def run_seed(job: Job) -> dict[str, dict[str, float]]:
+    """Both stages; row name -> scores on the test split, which is looked at here, once, at the end."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    sft, seconds = supervised(job)
+    variants = {"sft": (sft, seconds)}
+    for objective in job.config.objectives:
+        variants[objective] = reinforce(job, objective, sft)
+    results = {}
+    for stage, (model, seconds) in variants.items():
+        checkpoint.save(job.folder / f"{stage}.weights.pt", model.state_dict())
+        valid = job.evaluate(model, "valid")
+        results[ROWS[stage]] = {
+            **job.evaluate(model, "test"),
+            "seconds": seconds,
+            "valid_NDCG@10": valid["NDCG@10"],
+        }
+    return results

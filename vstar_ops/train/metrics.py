@@ -1,0 +1,85 @@
+"""What a model's candidates are worth: accuracy, diversity, reward, cost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..decoding import beam_search
+from ..trie import Trie
+from .data import Split, TrueReward
+from .model import SIDTransformer
+from .rewards import hits, rule
+
+CUTOFFS = (1, 3, 5, 10)
+MISSING = 2**31 - 1
+
+
+def target_rank(candidates: Tensor, target: Tensor) -> Tensor:
+    """int64 ``[B]``: the 0-based rank of ``target[B, L]`` among the distinct ``candidates[B, K, L]``.
+
+    Repeats of an earlier candidate take no rank. :data:`MISSING` where the target is missing.
+    """
+    same = (candidates[:, :, None] == candidates[:, None]).all(-1)
+    repeated = same.tril(-1).any(2)
+    rank = (~repeated).cumsum(1) - 1
+    return torch.where(hits(candidates, target), rank, MISSING).min(1).values
+
+
+def accuracy(rank: Tensor, cutoffs: tuple[int, ...] = CUTOFFS) -> dict[str, float]:
+    """``HR@k`` and ``NDCG@k`` over ``rank[R]``; one relevant item, so NDCG is ``1 / log2(rank + 2)``."""
+    gain = 1 / torch.log2(rank.double() + 2)
+    scores = {f"HR@{k}": (rank < k).double().mean().item() for k in cutoffs}
+    return scores | {f"NDCG@{k}": (gain * (rank < k)).mean().item() for k in cutoffs}
+
+
+def diversity(candidates: Tensor) -> Tensor:
+    """float32 ``[B]``: mean over the pairs of a request's candidates of ``1 - LCP / L``.
+
+    LCP is the length of their longest common prefix. Rows of -1 take no part; 0 below two candidates.
+    """
+    length, size = candidates.shape[2], candidates.shape[1]
+    present = candidates[..., 0] >= 0
+    equal = candidates[:, :, None] == candidates[:, None]
+    distance = 1 - equal.cumprod(3).sum(3) / length
+    upper = torch.ones(size, size, dtype=torch.bool, device=candidates.device).triu(1)
+    pair = present[:, :, None] & present[:, None] & upper
+    return (distance * pair).sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: SIDTransformer,
+    split: Split,
+    trie: Trie,
+    width: int,
+    *,
+    true_reward: TrueReward | None = None,
+    batch_size: int = 256,
+    title: str = "evaluate",
+) -> dict[str, float]:
+    """Beam-search ``width`` candidates for every request of a split, and score them.
+
+    The reward is the true one where it is known (then ``true_reward@10`` is added), else 1 for the target.
+    """
+    training = model.training
+    model.eval()
+    names = ("rank", "diversity", "best_reward", "forward_tokens", "top")
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    order = split.items.argsort(stable=True)  # equal lengths together: little padding
+    for rows in tqdm(order.split(batch_size), desc=title, leave=False, disable=None):
+        part = split[rows]
+        beams = beam_search(model, part.context, trie, width)
+        candidates = beams.sequence.long()
+        reward = true_reward(part.user, candidates) if true_reward else rule(candidates, part.target)
+        parts["rank"].append(target_rank(candidates, part.target))
+        parts["diversity"].append(diversity(candidates))
+        parts["best_reward"].append(reward.max(1).values)
+        parts["forward_tokens"].append(beams.forward_tokens.float())
+        parts["top"].append(reward[:, :10].sum(1) / beams.count.clamp(1, 10))
+    model.train(training)
+    joined = {k: torch.cat(v) for k, v in parts.items()}
+    scores = accuracy(joined["rank"])
+    scores |= {k: joined[k].double().mean().item() for k in ("diversity", "best_reward", "forward_tokens")}
+    return scores | ({"true_reward@10": joined["top"].double().mean().item()} if true_reward else {})

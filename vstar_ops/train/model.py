@@ -1,0 +1,183 @@
+"""The reference model: a small decoder-only transformer over semantic-ID tokens.
+
+One model, two ways to run it. :meth:`SIDTransformer.forward` is the plain causal pass of supervised
+training. :meth:`~SIDTransformer.prefill` and :meth:`~SIDTransformer.extend` implement
+:class:`vstar_ops.decoding.protocol.PrefixModel`: a request's prompt is run once, and every prefix that
+is evaluated after it adds one key/value row to the request's cache. Both ways give the same numbers
+(up to float rounding) and the same gradients, so the RL loss pays for a prompt once and not for each
+of its candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class PrefixCache:
+    """The evaluated prefixes of ``B`` requests.
+
+    Keys and values are laid out by request, ``[B, heads, S, head_dim]`` a layer: first the prompt, then
+    the evaluated prefixes. A prefix is described by the *columns* of its request that it sees.
+
+    Attributes:
+        keys, values: one tensor a layer.
+        visible: bool ``[slots, S]``, what a slot sees of its request: what its parent sees, and itself.
+        request: int64 ``[slots]``, the request of a slot.
+        position: int64 ``[slots]``, the number of tokens before the slot's own.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    visible: Tensor
+    request: Tensor
+    position: Tensor
+
+
+class SIDTransformer(nn.Module):
+    """Pre-norm decoder over SID tokens; token ids are the logits' columns.
+
+    Sequences are int tensors ``[B, T]``; ``-1`` is padding and may stand on either side, without any
+    effect on the result. The model itself puts a begin token in front (an input id that has no column).
+
+    Args:
+        vocab: logits columns ``V``.
+        max_tokens: longest sequence, without the begin token.
+        dim, layers, heads, dropout: the usual.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        max_tokens: int,
+        *,
+        dim: int = 128,
+        layers: int = 4,
+        heads: int = 4,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.vocab, self.max_tokens = vocab, max_tokens
+        self.token = nn.Embedding(vocab + 1, dim)  # the last row is the begin token
+        self.position = nn.Embedding(max_tokens + 1, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.bias = nn.Parameter(torch.zeros(vocab))
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                deep = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / (2 * layers) ** 0.5 if deep else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns."""
+        return self._head(self._causal(tokens)[0])
+
+    def prefill(self, context: Tensor) -> tuple[Tensor, PrefixCache]:
+        """Evaluate prompts ``context[B, T]``; see :class:`PrefixModel`."""
+        x, position, seen, keys, values = self._causal(context)
+        # The last real token stands in the column with the highest position (the begin token if none).
+        batch, last = torch.arange(len(x), device=x.device), position.argmax(1)
+        cache = PrefixCache(keys, values, seen[batch, last], batch, position[batch, last])
+        return self._head(x[batch, last]), cache
+
+    def extend(self, state: PrefixCache, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate the prefixes ``parent`` + ``token``, all ``[N]``; see :class:`PrefixModel`."""
+        live = parent >= 0
+        logits = state.keys[0].new_zeros(len(parent), self.vocab)
+        slot = torch.full_like(parent, -1, dtype=torch.int64)
+        if not live.any():
+            return logits, slot
+        parent, token = parent[live].long(), token[live].long()
+        request, position = state.request[parent], state.position[parent] + 1
+
+        # Row n is the rank-th new row of its request: attention runs on [B, widest request] rows, so the
+        # prompt's keys are shared by the rows of a request instead of being copied for each.
+        batch, old = state.keys[0].shape[0], state.visible.shape[1]
+        counts = torch.bincount(request, minlength=batch)
+        order = torch.argsort(request, stable=True)
+        start = counts.cumsum(0) - counts
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device) - start[request[order]]
+        width = int(counts.max())
+
+        own = torch.arange(width, device=rank.device) == rank[:, None]
+        seen = torch.cat([state.visible[parent], own], 1)  # [N, old + width]
+        mask = seen.new_zeros(batch, width, old + width)
+        mask[:, :, 0] = True  # rows that exist only as padding look at the begin token: no empty softmax
+        mask[request, rank] = seen
+
+        x = self.token(token) + self.position(position)
+        x = self.dropout(x)
+        for i, block in enumerate(self._layers()):
+            q, k, v = (_by_request(part, request, rank, batch, width) for part in block.project(x))
+            state.keys[i] = k = torch.cat([state.keys[i], k], 2)
+            state.values[i] = v = torch.cat([state.values[i], v], 2)
+            attended = block.attend(q, k, v, mask)
+            x = block.finish(x, attended[request, :, rank])
+
+        first = len(state.request)
+        slot[live] = torch.arange(first, first + len(x), device=slot.device)
+        state.visible = torch.cat([F.pad(state.visible, (0, width)), seen])
+        state.request = torch.cat([state.request, request])
+        state.position = torch.cat([state.position, position])
+        return logits.index_put((live.nonzero()[:, 0],), self._head(x)), slot
+
+    def _causal(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """The causal pass: hidden states, positions, mask ``[B, 1+T, 1+T]``, keys and values a layer."""
+        tokens = F.pad(tokens.long(), (1, 0), value=self.vocab)
+        real = tokens >= 0
+        position = (real.cumsum(1) - 1).masked_fill(~real, 0)  # columns of padding do not count
+        causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+        mask = causal & real[:, None, :]
+        x = self.dropout(self.token(tokens.clamp(min=0)) + self.position(position))
+        keys, values = [], []
+        for block in self._layers():
+            q, k, v = (part.transpose(1, 2) for part in block.project(x))
+            x = block.finish(x, block.attend(q, k, v, mask).transpose(1, 2))
+            keys.append(k)
+            values.append(v)
+        return x, position, mask, keys, values
+
+    def _layers(self) -> Iterator[Block]:
+        return iter(self.blocks)  # type: ignore[arg-type]  # a ModuleList does not know what it holds
+
+    def _head(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.token.weight[: self.vocab], self.bias)
+
+
+class Block(nn.Module):
+    """One pre-norm layer, cut at the attention so that both passes share every weight and every line."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.rate = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys, values ``[..., heads, head_dim]`` of ``x[..., dim]``."""
+        return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Attention over ``[B, heads, rows, head_dim]`` with ``mask[B, rows, columns]``."""
+        rate = self.rate if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask[:, None], dropout_p=rate)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows the attention: ``attended[..., heads, head_dim]`` into ``x[..., dim]``."""
+        x = x + self.dropout(self.out(attended.flatten(-2)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+def _by_request(rows: Tensor, request: Tensor, rank: Tensor, batch: int, width: int) -> Tensor:
+    """Rows ``[N, heads, head_dim]`` laid out as ``[B, heads, width, head_dim]``, zeros between."""
+    padded = rows.new_zeros(batch, width, *rows.shape[1:])
+    return padded.index_put((request, rank), rows).transpose(1, 2)

@@ -1,0 +1,99 @@
+"""Tables, intervals and learning curves of a finished run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from .checkpoint import read_metrics, save_text
+from .metrics import CUTOFFS
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+Results = dict[int, dict[str, dict[str, float]]]  # seed -> row -> column -> value
+
+COLUMNS = {
+    **{f"{name}@{k}": f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS},
+    "true_reward@10": "true reward@10",
+    "diversity": "diversity",
+    "best_reward": "best reward",
+    "forward_tokens": "forward tokens",
+    "seconds": "seconds",
+}
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval over seeds (NaN for a single one)."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return mean, math.nan
+    variance = sum((x - mean) ** 2 for x in values) / (n - 1)
+    return mean, _T95[min(n - 1, len(_T95)) - 1] * math.sqrt(variance / n)
+
+
+def table(results: Results, *, against: str | None = None) -> str:
+    """A Markdown table over seeds; ``against`` a row name, of the paired differences to that row."""
+    first = next(iter(results.values()))
+    columns = [c for c in COLUMNS if c in next(iter(first.values()))]
+    head = ["test" if against is None else f"gain over {against}", *(COLUMNS[c] for c in columns)]
+    rows = [head]
+    for name in first:
+        if name == against:
+            continue
+        cells = [name]
+        for column in columns:
+            values = [r[name][column] - (r[against][column] if against else 0) for r in results.values()]
+            mean, half = mean_interval(values)
+            digits, sign = (1 if column in ("seconds", "forward_tokens") else 4), ("+" if against else "")
+            interval = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+            cells.append(f"{mean:{sign}.{digits}f}{interval}")
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def write(folder: Path, title: str, results: Results) -> str:
+    """Save ``results.json``, ``results.md`` and ``curves.png`` in the run's folder; returns the text."""
+    text = f"{title}\n\n{table(results)}\n"
+    if any(len(rows) > 1 for rows in results.values()):
+        text += f"\n{table(results, against=next(iter(next(iter(results.values())))))}\n"
+    if len(results) > 1:
+        text += f"\nMean and 95 % interval over {len(results)} seeds; gains are paired by seed.\n"
+    save_text(folder / "results.json", json.dumps({str(k): v for k, v in results.items()}, indent=1))
+    save_text(folder / "results.md", text)
+    _curves(folder)
+    return text
+
+
+def _curves(folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
+    for path in sorted(folder.glob("seed-*/*.jsonl")):
+        records = read_metrics(path)
+        stage, seed = path.stem, path.parent.name
+        valid = [r for r in records if "valid" in r]
+        right = "true_reward@10" if valid and "true_reward@10" in valid[0]["valid"] else "best_reward"
+        steps = [r["step"] for r in valid]
+        if stage == "sft":
+            axes[0].plot(steps, [r["valid"]["NDCG@10"] for r in valid], marker="o", label=f"{stage}, {seed}")
+        else:
+            axes[1].plot(steps, [r["valid"]["NDCG@10"] for r in valid], marker="o", label=f"{stage}, {seed}")
+            axes[2].plot(steps, [r["valid"][right] for r in valid], marker="o", label=f"{stage}, {seed}")
+            axes[2].set(ylabel=right.replace("_", " "))
+    for axis, title in zip(axes, ("supervised", "reinforcement", "reinforcement")):
+        axis.set(title=f"{title}, valid split", xlabel="step")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+    for axis in axes[:2]:
+        axis.set(ylabel="NDCG@10")
+    figure.savefig(folder / "curves.png", dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,164 @@
+"""An embedded catalogue and user model in which likelihood and reward disagree by construction.
+
+Items have a latent vector, a popularity and a quality. Popularity and quality belong to *regions* of the
+latent space, so they are properties of SID prefixes. Users click what is popular and roughly fits them;
+the true reward of an item depends on how well it fits and on its quality, which is negatively correlated
+with popularity and moves no clicks. A model fitted to clicks therefore ranks the wrong
+regions first, and only feedback on what it proposes can tell it so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..trie import Trie
+from .data import Dataset, Split
+
+
+@dataclass(frozen=True)
+class LatentReward:
+    """The true reward ``sigmoid(fit * <user, item> + quality - offset)`` of candidates, in ``(0, 1)``.
+
+    Items that share a SID are one candidate, with their mean vector and quality.
+    """
+
+    users: Tensor  # float32 [U, D]
+    trie: Trie
+    vector: Tensor  # float32 [leaves, D]
+    quality: Tensor  # float32 [leaves]
+    fit: float
+    offset: float
+
+    def __call__(self, user: Tensor, candidates: Tensor) -> Tensor:
+        """float32 ``[B, G]`` of ``candidates[B, G, L]`` for ``user[B]``; 0 where not in the catalogue."""
+        leaf = self.trie.lookup(candidates).long() - self.trie.level_offset[-2]
+        known = leaf >= 0
+        leaf = leaf.clamp(min=0)
+        affinity = torch.einsum("bd,bgd->bg", self.users[user], self.vector[leaf])
+        return torch.sigmoid(self.fit * affinity + self.quality[leaf] - self.offset) * known
+
+
+def synthetic(
+    *,
+    seed: int = 0,
+    items: int = 3000,
+    users: int = 3000,
+    requests: int = 1000,
+    max_history: int = 10,
+    codes: tuple[int, int] = (32, 16),
+    dim: int = 16,
+    click_fit: float = 10.0,
+    click_popularity: float = 1.0,
+    reward_fit: float = 5.0,
+    reward_offset: float = 3.0,
+) -> Dataset:
+    """Draw a catalogue and click logs; a pure function of its arguments.
+
+    Args:
+        seed: of everything.
+        items, users: how many. Each user clicks 5 to ``max_history + 2`` items.
+        requests: rows of valid and of test. As in the usual protocol, a user's last click is the test
+            target, the one before the valid target, and all before those is for training.
+        codes: branching of the first two SID levels; the third numbers the items of a cell.
+        click_fit, click_popularity: what clicks follow.
+        reward_fit, reward_offset: see :class:`LatentReward`.
+    """
+    rng = np.random.default_rng(seed)
+    regions = _unit(rng.normal(size=(items // 25 + 1, dim)))
+    region = rng.integers(len(regions), size=items)
+    vector = _unit(regions[region] + 0.5 * rng.normal(size=(items, dim)) / np.sqrt(dim))
+    taste = rng.normal(size=(len(regions), 2))
+    popularity = taste[region, 0] + 0.5 * rng.normal(size=items)
+    quality = (0.8 * taste[:, 1] - 0.6 * taste[:, 0])[region] + 0.5 * rng.normal(size=items)
+
+    tokens, sizes = _semantic_ids(vector, codes, rng)
+    interests = rng.integers(len(regions), size=(users, 2))
+    person = _unit(regions[interests].sum(1) + 0.5 * rng.normal(size=(users, dim)) / np.sqrt(dim))
+    utility = click_fit * person @ vector.T + click_popularity * popularity
+    counts = rng.integers(5, max_history + 3, size=users)
+    # The best n of Gumbel-perturbed utilities are n clicks drawn without replacement, in order.
+    clicks = np.argsort(-(utility + rng.gumbel(size=utility.shape)), axis=1)[:, : max_history + 2]
+
+    trie = Trie.from_sequences(tokens)
+    leaf = trie.lookup(tokens).numpy() - trie.level_offset[-2]
+    size = np.bincount(leaf)
+    mean = np.stack([np.bincount(leaf, column) / size for column in vector.T], 1)
+    reward = LatentReward(
+        _float(person),
+        trie,
+        _float(mean),
+        _float(np.bincount(leaf, quality) / size),
+        reward_fit,
+        reward_offset,
+    )
+
+    every = np.arange(users)
+    chosen = every[:requests]  # users are exchangeable
+    # A user's training targets are clicks 1 .. count - 3 (counted from 0).
+    steps = [(every[counts - 2 > n], n) for n in range(1, max_history)]
+    sequences = torch.from_numpy(tokens)
+
+    def split(rows: list[tuple[np.ndarray, np.ndarray]]) -> Split:
+        user = np.concatenate([u for u, _ in rows])
+        at = np.concatenate([n for _, n in rows])
+        order = np.lexsort((at, user))
+        user, at = user[order], at[order]
+        column = np.arange(max_history)
+        begin = np.maximum(at - max_history, 0)[:, None]
+        item = clicks[user[:, None], np.minimum(begin + column, max_history + 1)]
+        history = torch.where(torch.from_numpy(begin + column < at[:, None])[..., None], sequences[item], -1)
+        return Split(history, sequences[clicks[user, at]], torch.from_numpy(user))
+
+    return Dataset(
+        "synthetic",
+        sequences,
+        torch.arange(items),
+        sizes,
+        split([(u, np.full(len(u), n)) for u, n in steps]),
+        split([(chosen, counts[chosen] - 2)]),
+        split([(chosen, counts[chosen] - 1)]),
+        reward,
+    )
+
+
+def _semantic_ids(
+    vector: np.ndarray, codes: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Tokens int64 ``[N, 3]`` by hierarchical clustering, and the level sizes.
+
+    In a cell of the second level one item in 30 has no code of its own: it takes its nearest neighbour's,
+    so some SIDs collide, as in real catalogues.
+    """
+    token = np.zeros((len(vector), 3), np.int64)
+    token[:, 0] = _cluster(vector, codes[0], rng)
+    for a in np.unique(token[:, 0]):
+        inside = np.flatnonzero(token[:, 0] == a)
+        token[inside, 1] = _cluster(vector[inside], codes[1], rng)
+        for b in np.unique(token[inside, 1]):
+            cell = inside[token[inside, 1] == b]
+            token[cell, 2] = _cluster(vector[cell], max(1, round(len(cell) * 29 / 30)), rng, rounds=0)
+    sizes = tuple(int(level.max()) + 1 for level in token.T)
+    return token + np.cumsum([0, *sizes[:2]]), sizes
+
+
+def _cluster(points: np.ndarray, k: int, rng: np.random.Generator, rounds: int = 8) -> np.ndarray:
+    """k-means labels (no empty ones are named: labels are dense from 0)."""
+    centre = points[rng.permutation(len(points))[:k]]
+    for step in range(rounds + 1):
+        label = ((points[:, None] - centre) ** 2).sum(-1).argmin(1)
+        label = np.unique(label, return_inverse=True)[1].reshape(-1)
+        if step < rounds:
+            centre = np.stack([points[label == c].mean(0) for c in range(label.max() + 1)])
+    return label
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _float(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x.astype(np.float32))
