@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from vstar_ops import Trie
 
 
 def child_tables(trie: Trie, depth: int) -> tuple[Tensor, Tensor]:
-    """Padded tables ``token, child [nodes, C]`` (-1 past the last child) of the nodes of one depth, made once."""
+    """``token, child [nodes, C]`` of the nodes of one depth, -1 past the last child; made once."""
     first, end = trie.level_offset[depth], trie.level_offset[depth + 1]
     children = trie.children(torch.arange(first, end))
     token = torch.full((trie.num_nodes, children.token.shape[1]), -1)
@@ -52,26 +50,35 @@ def expand_dense(logits: Tensor, cum_logp: Tensor, k: int) -> tuple[Tensor, Tens
     return top, index // logits.shape[2], index % logits.shape[2]
 
 
-def sibling_advantage(tokens: Tensor, rewards: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """Vectorised: one ``unique`` and a few ``index_add`` a level, all requests at once."""
+def sibling_advantage(tokens: Tensor, rewards: Tensor, packed: bool = False) -> tuple[Tensor, Tensor]:
+    """Vectorised over all requests: one ``unique`` and a few ``index_add`` a level.
+
+    ``packed=False`` makes rows of (parent prefix, token) unique, which holds for any token values.
+    ``packed=True`` packs the two into one integer, which is faster and only right for small tokens.
+    """
     batch, group, length = tokens.shape
     reward = rewards.flatten().double()
-    prefix = torch.arange(batch).repeat_interleave(group)
-    parents = batch
-    columns = int(tokens.max()) + 1
+    prefix, parents = torch.arange(batch).repeat_interleave(group), batch
+    columns = int(tokens.max()) + 1 if packed else 0
     advantage, valid = [], []
+
+    def totals(index: Tensor, values: Tensor, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64).index_add_(0, index, values)
+
     for depth in range(length):
-        unique, node = (prefix * columns + tokens[:, :, depth].flatten()).unique(return_inverse=True)
-        nodes = len(unique)
-        parent = unique // columns
-        count = torch.zeros(nodes, dtype=torch.float64).index_add_(0, node, torch.ones_like(reward))
-        mean = torch.zeros(nodes, dtype=torch.float64).index_add_(0, node, reward) / count
-        siblings = torch.zeros(parents, dtype=torch.float64).index_add_(0, parent, torch.ones_like(mean))
-        centre = torch.zeros(parents, dtype=torch.float64).index_add_(0, parent, mean) / siblings
-        off = mean - centre[parent]
-        std = (torch.zeros(parents, dtype=torch.float64).index_add_(0, parent, off.square()) / siblings).sqrt()
-        advantage.append((off / (std[parent] + eps))[node])
+        token = tokens[:, :, depth].flatten()
+        if packed:
+            unique, node = (prefix * columns + token).unique(return_inverse=True)
+            parent = unique // columns
+        else:
+            rows, node = torch.stack([prefix, token], 1).unique(dim=0, return_inverse=True)
+            parent = rows[:, 0]
+        mean = totals(node, reward, len(parent)) / totals(node, torch.ones_like(reward), len(parent))
+        siblings = totals(parent, torch.ones_like(mean), parents)
+        off = mean - (totals(parent, mean, parents) / siblings)[parent]
+        std = (totals(parent, off.square(), parents) / siblings).sqrt()
+        advantage.append((off / (std[parent] + 1e-4))[node])
         valid.append((siblings > 1)[parent][node])
-        prefix, parents = node, nodes
-    shape: Callable[[list[Tensor]], Tensor] = lambda parts: torch.stack(parts, 1).view(batch, group, length)
-    return shape(advantage).float(), shape(valid)
+        prefix, parents = node, len(parent)
+    shape = (batch, group, length)
+    return torch.stack(advantage, 1).view(shape).float(), torch.stack(valid, 1).view(shape)

@@ -67,22 +67,22 @@ class Report:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, object]] = []
-        print(f"\n{'case':<58} {'ours':>10} {'other':>10} {'ratio':>8} {'target':>7}")
+        print(f"\n{'case':<44} {'against':<34} {'ours':>8} {'other':>8} {'ratio':>7} {'target':>7}")
 
-    def add(self, case: str, timing: Timing, target: float | None = None) -> None:
-        """One line for each variant that ours is compared with; ``target`` is the last one's."""
-        names = list(timing.seconds)
-        for name in names[1:]:
-            goal = target if name == names[-1] else None
-            ratio = timing.ratio[name]
-            self.line(f"{case} vs {name}", timing.seconds[names[0]], timing.seconds[name], ratio, goal)
-
-    def line(self, case: str, ours: float, other: float | None, ratio: float | None, target: float | None) -> None:
-        """One line with seconds, or with whatever unit the case names."""
-        self.rows.append({"case": case, "ours": ours, "other": other, "ratio": ratio, "target": target})
-        cells = [_seconds(ours), "" if other is None else _seconds(other)]
-        cells += ["" if ratio is None else f"{ratio:.1f}x", "" if target is None else f"{target:g}x"]
-        print(f"{case:<58} {cells[0]:>10} {cells[1]:>10} {cells[2]:>8} {cells[3]:>7}", flush=True)
+    def add(self, case: str, timing: Timing, **targets: float) -> None:
+        """A line for each variant that ours, the first, is compared with; targets by name, _ for a space."""
+        own, *others = timing.seconds
+        for name in others:
+            target = targets.get(name.replace(" ", "_"))
+            ours, other, ratio = timing.seconds[own], timing.seconds[name], timing.ratio[name]
+            self.rows.append(
+                {"case": case, "against": name, "ours_s": ours, "other_s": other, "ratio": ratio}
+            )
+            goal = "" if target is None else f"{target:g}x"
+            print(
+                f"{case:<44} {name:<34} {_seconds(ours):>8} {_seconds(other):>8} {ratio:>6.1f}x {goal:>7}",
+                flush=True,
+            )
 
 
 def _seconds(value: float) -> str:

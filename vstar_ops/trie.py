@@ -161,8 +161,8 @@ class Trie:
 
     def to(self, device: torch.device | str | int) -> Trie:
         """The same trie with its arrays on ``device``."""
-        arrays = (t.to(device) for t in (self.offset, self.token, self.item_offset, self.item_ids))
-        return Trie(*arrays, self.level_offset, self.max_children, self.max_token)
+        offset, token, item_offset, ids = (getattr(self, name).to(device) for name in _ARRAYS)
+        return Trie(offset, token, item_offset, ids, self.level_offset, self.max_children, self.max_token)
 
     # ---------------------------------------------------------------- walking
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class BeamResult(NamedTuple):
     sequence: Tensor
     node: Tensor
     logp: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     forward_tokens: Tensor
 
 
@@ -64,43 +65,80 @@ def beam_search(
     skip_forced = skip_forced and normalize == "legal"
     logits, state = model.prefill(context)
     batch = logits.shape[0]
-    integers = {"dtype": torch.int64, "device": logits.device}
-    frontier = logits.unsqueeze(1)
-    node = torch.zeros(batch, 1, **integers)
+    node = torch.zeros(batch, 1, dtype=torch.int64, device=logits.device)
     cum_logp = torch.zeros(batch, 1, device=logits.device)
-    sequence = torch.zeros(batch, 1, 0, **integers)
-    slot = torch.arange(batch, **integers).unsqueeze(1)  # of the longest evaluated prefix of each beam
-    evaluated = torch.zeros(batch, 1, **integers)  # and its length
-    forward_tokens = torch.ones(batch, **integers)
+    beams = _Beams(
+        sequence=node.new_zeros(batch, 1, 0),
+        slot=torch.arange(batch, device=logits.device).unsqueeze(1),
+        evaluated=torch.zeros_like(node),
+    )
+    frontier = logits.unsqueeze(1)
+    forward_tokens = torch.ones_like(node[:, 0])
     count = torch.ones(batch, dtype=torch.int32, device=logits.device)
 
     for depth in range(trie.length):
-        if depth > 0:
-            needed = trie.num_children(node) > 1 if skip_forced else node >= 0
-            frontier = torch.empty(batch, node.shape[1], logits.shape[1], dtype=logits.dtype, device=node.device)
-            for length in range(depth):  # more than one turn only where a skipped prefix is caught up
-                rows = needed & (evaluated == length)
-                picked = rows.nonzero(as_tuple=True) if skip_forced else (rows >= 0).nonzero(as_tuple=True)
-                if length < depth - 1 and not (skip_forced and len(picked[0])):
-                    continue
-                parent = torch.where(rows[picked], slot[picked], -1)
-                new_logits, new_slot = model.extend(state, parent, sequence[..., length][picked])
-                slot[picked], evaluated[picked] = new_slot, length + 1
-                forward_tokens += rows.sum(1)
-                if length == depth - 1:
-                    frontier[picked] = new_logits
-            if skip_forced:  # any finite logit makes a single child certain
-                only = trie.token[trie.offset[node.clamp(min=0)].clamp(max=trie.token.numel() - 1)]
-                forced = (~needed & (node >= 0)).nonzero(as_tuple=True)
-                frontier[(*forced, only[forced].long())] = 0
+        if depth > 0 and skip_forced:
+            needed = trie.num_children(node) > 1
+            frontier, spent = _evaluate(model, state, beams, needed, logits)
+            _make_certain(frontier, trie, node.masked_fill(needed, -1))
+            forward_tokens += spent
+        elif depth > 0:
+            parent = beams.slot.masked_fill(node < 0, -1)
+            frontier, slot = model.extend(state, parent.flatten(), beams.sequence[..., -1].flatten())
+            frontier, beams.slot = frontier.unflatten(0, node.shape), slot.view_as(node)
+            forward_tokens += (node >= 0).sum(1)
         out = expand_topk(
             frontier, trie, node, width, cum_logp=cum_logp, normalize=normalize, temperature=temperature
         )
-        parent = out.parent.clamp(min=0).to(torch.int64)
-        sequence = sequence.gather(1, parent.unsqueeze(2).expand(-1, -1, depth))
-        sequence = torch.cat([sequence, out.token.to(torch.int64).unsqueeze(2)], 2)
-        slot, evaluated = slot.gather(1, parent), evaluated.gather(1, parent)
+        beams.choose(out.parent.clamp(min=0).to(torch.int64), out.token.to(torch.int64))
         node, cum_logp, count = out.node.to(torch.int64), out.logp, out.count
 
-    sequence = sequence.masked_fill(node.unsqueeze(2) < 0, -1).to(torch.int32)
-    return BeamResult(sequence, node.to(torch.int32), cum_logp, count, forward_tokens.to(torch.int32))
+    sequence = beams.sequence.masked_fill(node.unsqueeze(2) < 0, -1)
+    return BeamResult(
+        sequence.to(torch.int32), node.to(torch.int32), cum_logp, count, forward_tokens.to(torch.int32)
+    )
+
+
+@dataclass
+class _Beams:
+    """The prefixes of the frontier, int64 ``[B, W, depth]``, and how far the model has seen each of them."""
+
+    sequence: Tensor
+    slot: Tensor  # [B, W], of the longest evaluated prefix
+    evaluated: Tensor  # [B, W], its length
+
+    def choose(self, parent: Tensor, token: Tensor) -> None:
+        depth = self.sequence.shape[2]
+        kept = self.sequence.gather(1, parent.unsqueeze(2).expand(-1, -1, depth))
+        self.sequence = torch.cat([kept, token.unsqueeze(2)], 2)
+        self.slot, self.evaluated = self.slot.gather(1, parent), self.evaluated.gather(1, parent)
+
+
+def _evaluate(
+    model: PrefixModel, state: Any, beams: _Beams, needed: Tensor, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, W, V]`` of the needed prefixes, the others unset, and the tokens spent ``[B]``.
+
+    A needed prefix may grow out of skipped ones: those are caught up first, one length after the other.
+    """
+    depth = beams.sequence.shape[2]
+    frontier = like.new_empty(*needed.shape, like.shape[1])
+    spent = torch.zeros_like(beams.slot[:, 0])
+    for length in range(depth):
+        rows = needed & (beams.evaluated == length)
+        picked = rows.nonzero(as_tuple=True)
+        if len(picked[0]) == 0:
+            continue
+        logits, slot = model.extend(state, beams.slot[picked], beams.sequence[..., length][picked])
+        beams.slot[picked], beams.evaluated[picked] = slot, length + 1
+        spent += rows.sum(1)
+        if length == depth - 1:
+            frontier[picked] = logits
+    return frontier, spent
+
+
+def _make_certain(frontier: Tensor, trie: Trie, node: Tensor) -> None:
+    """Give the single child of each live node any finite logit: it is certain whatever the logit is."""
+    live = (node >= 0).nonzero(as_tuple=True)
+    single = trie.token[trie.offset[node[live]].to(torch.int64).clamp(max=max(trie.num_nodes - 2, 0))]
+    frontier[(*live, single.to(torch.int64))] = 0

@@ -25,7 +25,9 @@ INTS = (torch.int32, torch.int64)
 _NUMBERS = (int, float)
 
 
-def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(
+    name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """Register ``vstar_ops::name`` with its pure-torch implementation for every device, and return it.
 
     The outputs are selections and statistics that carry no gradient, so the autograd keys fall through.
@@ -89,7 +91,9 @@ def check(
     return value
 
 
-def check_floats(name: str, value: Any, shape: tuple[int, ...], axes: str, device: torch.device) -> Tensor | None:
+def check_floats(
+    name: str, value: Any, shape: tuple[int, ...], axes: str, device: torch.device
+) -> Tensor | None:
     """An optional float argument as float32."""
     if value is None:
         return None
@@ -122,7 +126,9 @@ def standardiser_options(eps: Any, ddof: Any, std_floor: Any) -> tuple[float, in
     return eps, ddof, std_floor
 
 
-def check_rewards(rewards: Any, shape: tuple[int | None, ...], mask: Any, device: torch.device | None = None) -> None:
+def check_rewards(
+    rewards: Any, shape: tuple[int | None, ...], mask: Any, device: torch.device | None = None
+) -> None:
     """Rewards ``[B, G]`` and an optional mask of the same shape."""
     check("rewards", rewards, shape, "[B, G]", FLOATS, device)
     if mask is not None:

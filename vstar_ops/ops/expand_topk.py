@@ -11,7 +11,6 @@ from .. import reference
 from ..trie import Trie
 from ._library import FLOATS, INTS, check, check_floats, define, finite, validating
 
-
 _SIZES = (int, torch.SymInt)
 
 
@@ -23,11 +22,13 @@ class ExpandTopK(NamedTuple):
     parent: Tensor
     token: Tensor
     node: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     entropy: Tensor
 
 
-def _fake(logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, k: int, *_: object) -> tuple[Tensor, ...]:
+def _fake(
+    logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, k: int, *_: object
+) -> tuple[Tensor, ...]:
     batch, width, _columns = logits.shape
     score, logp = (logits.new_empty((batch, k), dtype=torch.float32) for _ in range(2))
     parent, chosen, child = (logits.new_empty((batch, k), dtype=torch.int32) for _ in range(3))
@@ -40,7 +41,8 @@ _run = define(
     "(Tensor logits, Tensor offset, Tensor token, Tensor node, SymInt k, Tensor? cum_logp, Tensor? value,"
     " Tensor? bonus, Tensor? child_value, Tensor? seed, float logp_weight, float value_weight,"
     " float entropy_weight, float temperature, bool vocab, int max_children)"
-    " -> (Tensor score, Tensor logp, Tensor parent, Tensor chosen, Tensor child, Tensor count, Tensor entropy)",
+    " -> (Tensor score, Tensor logp, Tensor parent, Tensor chosen, Tensor child, Tensor count,"
+    " Tensor entropy)",
     reference.expand_topk,
     _fake,
 )

@@ -20,7 +20,7 @@ class SiblingAdvantage(NamedTuple):
     advantage: Tensor
     valid: Tensor
     node: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
 
 
 def _fake(tokens: Tensor, rewards: Tensor, *_: object) -> tuple[Tensor, ...]:
@@ -106,4 +106,6 @@ def sibling_advantage(
     if baseline not in _BASELINES:
         raise ValueError(f"baseline must be one of {_BASELINES}, got {baseline!r}")
     device = tokens.device
-    return SiblingAdvantage(*_run(device, tokens, rewards, mask, eps, ddof, std_floor, min_siblings, baseline))
+    return SiblingAdvantage(
+        *_run(device, tokens, rewards, mask, eps, ddof, std_floor, min_siblings, baseline)
+    )
