@@ -199,23 +199,28 @@ class Expansion {
     Selector& selector = scratch.selector;
     selector.reset(std::min(k, std::max<int64_t>(total, 1)));
     scratch.reserve(std::min(total, kBatch + widest));
-    scratch.rows.clear();
     const int64_t width = int64_t(scratch.ranges.size());
-    int64_t batched = 0;
+    if (int64_t(scratch.rows.size()) < width) scratch.rows.resize(width);
+    int64_t batched = 0, rows = 0;
     for (int64_t i = 0; i < width; ++i) {
       const int64_t w = begin + i, n = scratch.ranges[i].end - scratch.ranges[i].begin;
       entropy[i] = 0.0f;
       if (n > 0) {
-        const int32_t* token = trie_.token + scratch.ranges[i].begin;
-        const void* ahead = n > kShort && i + 1 < width ? logits_.row(b, w + 1) : nullptr;
-        scratch.rows.push_back({logits_.row(b, w), ahead, token, n, batched, int32_t(w), cum_logp_.at(b, w), 0, 0, {}});
+        Row& row = scratch.rows[rows++];  // filled in place: a copy would wait for these stores
+        row.logits = logits_.row(b, w);
+        row.ahead = n > kShort && i + 1 < width ? logits_.row(b, w + 1) : nullptr;
+        row.token = trie_.token + scratch.ranges[i].begin;
+        row.children = n;
+        row.position = batched;
+        row.parent = int32_t(w);
+        row.cum_logp = cum_logp_.at(b, w);
+        row.log_mass = 0;
         batched += n;
       }
       if (batched < kBatch && i + 1 < width) continue;
-      if (score(b, scratch, entropy - begin)) select(batched, scratch);
+      if (score(b, rows, scratch, entropy - begin)) select(batched, rows, scratch);
       if (i + 1 < width) selector.tighten();
-      scratch.rows.clear();
-      batched = 0;
+      batched = rows = 0;
     }
   }
 
@@ -233,21 +238,24 @@ class Expansion {
     const int64_t size = element_size(logits_.type) * logits_.stride;
     const char* row = logits_.row(b, w);
     const char* first = row + trie_.token[range.begin] * size;
+    __builtin_prefetch(first);
+    if (range.end - range.begin == 1) return;
     const char* last = row + trie_.token[range.end - 1] * size;
     if (last < first || last - first > 4 * kShort) return;
-    for (const char* line = first; line <= last; line += 64) __builtin_prefetch(line);
+    for (const char* line = first + 64; line <= last; line += 64) __builtin_prefetch(line);
   }
 
   // Entropies (by w) of the batched prefixes and scores of their children; false if none of them can win.
-  bool score(int64_t b, Scratch& scratch, float* entropies) const {
+  bool score(int64_t b, int64_t count, Scratch& scratch, float* entropies) const {
     const SimdLoops& loops = simd();
-    std::vector<Row>& rows = scratch.rows;
+    Row* const rows = scratch.rows.data();
     float* d = scratch.d.data();
-    logits_.loops().legal_softmaxes(rows.data(), int64_t(rows.size()), logits_.stride, inverse_temperature_, d);
+    logits_.loops().legal_softmaxes(rows, count, logits_.stride, inverse_temperature_, d);
     const bool has_extra = child_value_ || seed_;
     const float threshold = scratch.selector.threshold();
     bool alive = false;
-    for (Row& row : rows) {
+    for (int64_t r = 0; r < count; ++r) {
+      Row& row = rows[r];
       const int64_t w = row.parent;
       float entropy = 0;
       if (row.children > 1) {
@@ -267,11 +275,11 @@ class Expansion {
     if (!alive) return false;
     float* scores = scratch.score.data();
     if (has_extra) {
-      for (const Row& row : rows) {
-        loops.score_rows(&row, 1, d, extras(b, row, scratch), logp_weight_, threshold, scores);
+      for (int64_t r = 0; r < count; ++r) {
+        loops.score_rows(rows + r, 1, d, extras(b, rows[r], scratch), logp_weight_, threshold, scores);
       }
     } else {
-      loops.score_rows(rows.data(), int64_t(rows.size()), d, nullptr, logp_weight_, threshold, scores);
+      loops.score_rows(rows, count, d, nullptr, logp_weight_, threshold, scores);
     }
     return true;
   }
@@ -294,7 +302,7 @@ class Expansion {
   }
 
   // Push what can win of the batch.
-  void select(int64_t batched, Scratch& scratch) const {
+  void select(int64_t batched, int64_t rows, Scratch& scratch) const {
     Selector& selector = scratch.selector;
     const float* score = scratch.score.data();
     float threshold = selector.threshold();
@@ -303,10 +311,10 @@ class Expansion {
       if (reached > -kInf) threshold = std::nextafter(reached, -kInf);  // ties with it may win
     }
     const int64_t found = simd().filter(score, batched, threshold, scratch.index.data());
-    size_t r = 0;
+    int64_t r = 0;
     for (int64_t i = 0; i < found; ++i) {
       const int64_t position = scratch.index[i];
-      while (r + 1 < scratch.rows.size() && scratch.rows[r + 1].position <= position) ++r;
+      while (r + 1 < rows && scratch.rows[r + 1].position <= position) ++r;
       const Row& row = scratch.rows[r];
       const float logp = row.cum_logp + (scratch.d[position] - row.log_mass);
       const int64_t edge = row.token - trie_.token + (position - row.position);

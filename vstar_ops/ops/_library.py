@@ -6,8 +6,8 @@ themselves when their library is loaded (``STABLE_TORCH_LIBRARY_IMPL`` in ``csrc
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +23,7 @@ _validate = os.environ.get("VSTAR_OPS_VALIDATE", "0") not in ("", "0")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTS = (torch.int32, torch.int64)
 _NUMBERS = (int, float)
+_LOWEST = -sys.float_info.max
 
 
 def define(
@@ -103,13 +104,11 @@ def check_floats(
 
 def finite(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number, else raise."""
-    if type(value) is not float:
-        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        value = float(value)
-    if not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not _LOWEST <= value <= -_LOWEST:
         raise ValueError(f"{name} must be finite, got {value}")
-    return value
+    return float(value)
 
 
 def standardiser_options(eps: Any, ddof: Any, std_floor: Any) -> tuple[float, int, float]:
