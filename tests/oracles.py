@@ -1,0 +1,275 @@
+"""Brute-force oracles in plain Python, written from the specification and not from the library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NEG_INF = float("-inf")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+_WORD = 0xFFFFFFFF
+
+
+def float32(x: float) -> float:
+    """Round to float32."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(x))
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c0, 1 << 32)
+        high1, low1 = divmod(0xCD9E8D57 * c2, 1 << 32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def gumbel(seed: int, node: int, token: int) -> float:
+    """Gumbel(0, 1) noise of a child."""
+    word = philox4x32((node & _WORD, token & _WORD, 0, 0), (seed & _WORD, (seed >> 32) & _WORD))[0]
+    return -math.log(-math.log1p(-(word + 0.5) / 2**32))
+
+
+def splitmix64(seed: int, count: int) -> list[int]:
+    """The first outputs of SplitMix64, as signed 64-bit integers."""
+    mask = (1 << 64) - 1
+    out = []
+    for i in range(1, count + 1):
+        z = (seed + i * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        z ^= z >> 31
+        out.append(z - (1 << 64) if z >> 63 else z)
+    return out
+
+
+# ---------------------------------------------------------------- trie
+
+
+class DictTrie:
+    """Prefixes in dictionaries; nodes numbered level by level, lexicographically within a level."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]], length: int) -> None:
+        rows = [tuple(int(t) for t in row) for row in sequences]
+        self.length = length
+        self.prefixes: list[tuple[int, ...]] = [()]
+        self.level_offset = [0, 1]
+        for depth in range(1, length + 1):
+            self.prefixes += sorted({row[:depth] for row in rows})
+            self.level_offset.append(len(self.prefixes))
+        self.node = {prefix: n for n, prefix in enumerate(self.prefixes)}
+        self.children: list[list[tuple[int, int]]] = [[] for _ in self.prefixes]
+        for prefix, n in self.node.items():
+            if prefix:
+                self.children[self.node[prefix[:-1]]].append((prefix[-1], n))
+        for row in self.children:
+            row.sort()
+        order = sorted(range(len(rows)), key=lambda i: rows[i])  # stable
+        self.items = [[i for i in order if rows[i][: len(p)] == p] for p in self.prefixes]
+
+
+# ---------------------------------------------------------------- expand_topk
+
+
+class Candidate(NamedTuple):
+    """One legal child that may win; ``scale`` bounds what its score was summed from."""
+
+    score: float
+    logp: float
+    parent: int
+    token: int
+    node: int
+    scale: float
+    twin: tuple[float, float]
+
+
+def clean(z: float) -> float:
+    """NaN reads as -inf, +inf as the largest finite float32."""
+    return NEG_INF if math.isnan(z) else min(z, FLOAT32_MAX)
+
+
+def log_softmax(z: Sequence[float], domain: Sequence[float], tau: float) -> list[float]:
+    """``z / tau`` minus the log-sum-exp over the domain."""
+    top = max(domain, default=NEG_INF)
+    if top == NEG_INF:
+        return [NEG_INF] * len(z)
+    total = math.log(math.fsum(math.exp((u - top) / tau) for u in domain))
+    return [(u - top) / tau - total for u in z]
+
+
+def expand_topk(
+    logits: np.ndarray,
+    trie: DictTrie,
+    node: np.ndarray,
+    *,
+    cum_logp: np.ndarray | None = None,
+    value: np.ndarray | None = None,
+    bonus: np.ndarray | None = None,
+    child_value: np.ndarray | None = None,
+    logp_weight: float = 1.0,
+    value_weight: float = 0.0,
+    entropy_weight: float = 0.0,
+    temperature: float = 1.0,
+    normalize: str = "legal",
+    gumbel_seeds: Sequence[int] | None = None,
+) -> tuple[list[list[Candidate]], np.ndarray]:
+    """All winners of each request in order, without a limit, and the entropies."""
+    batch, width, columns = logits.shape
+    entropy = np.zeros((batch, width))
+    winners: list[list[Candidate]] = []
+    for b in range(batch):
+        found: list[Candidate] = []
+        for w in range(width):
+            n = int(node[b, w])
+            children = trie.children[n] if 0 <= n < len(trie.children) else []
+            z = [clean(float(logits[b, w, v])) for v, _ in children]
+            own = log_softmax(z, z, temperature)
+            entropy[b, w] = -math.fsum(math.exp(p) * p for p in own if p > NEG_INF) if len(z) > 1 else 0.0
+            if normalize == "vocab":
+                own = log_softmax(z, [clean(float(u)) for u in logits[b, w]], temperature)
+            prior = 0.0 if cum_logp is None else float(cum_logp[b, w])
+            for (v, child), logit, p in zip(children, z, own):
+                logp = prior + p
+                terms = [logp_weight * logp] if logp_weight != 0 else []
+                if value_weight != 0 and value is not None:
+                    terms.append(value_weight * float(value[b, w]))
+                if value_weight != 0 and child_value is not None:
+                    terms.append(value_weight * float(child_value[b, w, v]))
+                if entropy_weight != 0:
+                    terms.append(entropy_weight * entropy[b, w])
+                if bonus is not None:
+                    terms.append(float(bonus[b, w]))
+                if gumbel_seeds is not None:
+                    terms.append(gumbel(int(gumbel_seeds[b]), n, v))
+                score = sum(terms, 0.0)
+                if logit == NEG_INF or not float32(logp) > NEG_INF or not float32(score) > NEG_INF:
+                    continue
+                scale = sum((abs(t) for t in terms if math.isfinite(t)), 1.0)
+                scale += abs(logp_weight) * (abs(prior) + abs(p)) if math.isfinite(prior) else 0.0
+                twin = (logit, 0.0 if child_value is None else float(child_value[b, w, v]))
+                found.append(Candidate(score, logp, w, v, child, scale, twin))
+        found.sort(key=lambda c: (-float32(c.score), c.parent, c.token))
+        winners.append(found)
+    return winners, entropy
+
+
+# ---------------------------------------------------------------- advantages
+
+
+def _std(values: Sequence[Fraction], ddof: int) -> float:
+    mean = sum(values, Fraction(0)) / len(values)
+    return math.sqrt(sum(((v - mean) ** 2 for v in values), Fraction(0)) / max(len(values) - ddof, 1))
+
+
+def group_advantage(
+    rewards: np.ndarray, mask: np.ndarray | None, eps: float, ddof: int, std_floor: float
+) -> np.ndarray:
+    """Standardised rewards within each row, exact until the last step."""
+    out = np.zeros(rewards.shape)
+    for b, row in enumerate(rewards):
+        present = [g for g in range(len(row)) if mask is None or mask[b, g]]
+        values = {g: Fraction(float(row[g])) for g in present}
+        if len(present) <= ddof or len(set(values.values())) < 2:
+            continue
+        mean = sum(values.values(), Fraction(0)) / len(values)
+        std = max(_std(list(values.values()), ddof), std_floor) + eps
+        for g in present:
+            out[b, g] = float(values[g] - mean) / std
+    return out
+
+
+def sibling_advantage(
+    tokens: np.ndarray,
+    rewards: np.ndarray,
+    mask: np.ndarray | None,
+    eps: float,
+    ddof: int,
+    std_floor: float,
+    min_siblings: int,
+    baseline: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Advantage, valid, node and count, each ``[B, G, L]``, by dictionaries of prefixes."""
+    batch, group, length = tokens.shape
+    advantage, valid = np.zeros(tokens.shape), np.zeros(tokens.shape, bool)
+    node, count = np.full(tokens.shape, -1), np.zeros(tokens.shape, np.int64)
+    for b in range(batch):
+        rows = {
+            g: tuple(int(t) for t in tokens[b, g]) for g in range(group) if mask is None or mask[b, g]
+        }
+        reward = {g: Fraction(float(rewards[b, g])) for g in rows}
+        total: dict[tuple[int, ...], Fraction] = {}
+        number: dict[tuple[int, ...], int] = {}
+        for g, row in rows.items():
+            for depth in range(length + 1):
+                total[row[:depth]] = total.get(row[:depth], Fraction(0)) + reward[g]
+                number[row[:depth]] = number.get(row[:depth], 0) + 1
+        mean = {p: total[p] / number[p] for p in total}
+        siblings: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        ids: dict[tuple[int, ...], int] = {}
+        for p in sorted(mean, key=lambda p: (len(p), p)):
+            if p:
+                siblings.setdefault(p[:-1], []).append(p)
+                ids[p] = len(ids)
+        for p, n in ids.items():
+            brothers = siblings[p[:-1]]
+            a = 0.0
+            means = [mean[q] for q in brothers]
+            if len(brothers) >= min_siblings and len(set(means)) > 1:
+                if baseline == "sibling":
+                    base = sum(means, Fraction(0)) / len(means)
+                elif baseline == "parent":
+                    base = mean[p[:-1]]
+                else:
+                    base = (sum(means, Fraction(0)) - mean[p]) / (len(means) - 1)
+                a = float(mean[p] - base) / (max(_std(means, ddof), std_floor) + eps)
+            for g, row in rows.items():
+                if row[: len(p)] == p:
+                    at = (b, g, len(p) - 1)
+                    advantage[at], valid[at] = a, len(brothers) >= min_siblings
+                    node[at], count[at] = n, number[p]
+    return advantage, valid, node, count
+
+
+# ---------------------------------------------------------------- beam search
+
+
+class Beam(NamedTuple):
+    """Sequences best first, their log-probabilities, and the prefixes alive at each depth."""
+
+    sequences: list[tuple[int, ...]]
+    logp: list[float]
+    alive: list[list[tuple[int, ...]]]
+
+
+def beam_search(
+    table: Callable[[tuple[int, ...]], Any],
+    trie: DictTrie,
+    width: int | None,
+    normalize: str = "legal",
+    temperature: float = 1.0,
+) -> Beam:
+    """Level by level, keeping ``width`` prefixes; every prefix (an exhaustive search) for ``None``."""
+    beams: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    alive = []
+    for _ in range(trie.length):
+        grown = []
+        for cum, prefix in beams:
+            children = trie.children[trie.node[prefix]]
+            row = [float(z) for z in table(prefix)]
+            z = [row[v] for v, _ in children]
+            logp = log_softmax(z, z if normalize == "legal" else row, temperature)
+            grown += [(cum + p, (*prefix, v)) for (v, _), p in zip(children, logp)]
+        beams = sorted(grown, key=lambda x: (-x[0], x[1]))[:width]
+        alive.append([prefix for _, prefix in beams])
+    return Beam([p for _, p in beams], [s for s, _ in beams], alive)

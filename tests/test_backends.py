@@ -1,0 +1,115 @@
+"""Choosing a backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vstar_ops
+from vstar_ops import Trie
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def active() -> str | None:
+    return vstar_ops._backends._active
+
+
+def run(value: str | None, code: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "VSTAR_OPS_BACKEND"}
+    if value is not None:
+        env["VSTAR_OPS_BACKEND"] = value
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_backends_lists_all_with_a_reason():
+    found = vstar_ops.backends()
+    assert list(found) == ["reference", "cpp", "triton", "cuda"]
+    assert found["reference"].available
+    for status in found.values():
+        assert isinstance(status.available, bool)
+        assert status.detail
+    found.clear()
+    assert vstar_ops.backends(), "a caller can change the registry"
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"^name must be one of .*'reference'.*got 'fortran'"):
+        vstar_ops.use_backend("fortran").__enter__()
+
+
+def test_unavailable_backend_says_why():
+    off = [name for name, status in vstar_ops.backends().items() if not status.available]
+    for name in off:
+        with pytest.raises(RuntimeError, match=name) as error:
+            vstar_ops.use_backend(name).__enter__()
+        assert vstar_ops.backends()[name].detail in str(error.value)
+
+
+def test_a_refused_backend_changes_nothing():
+    before = active()
+    with pytest.raises(ValueError, match="name"), vstar_ops.use_backend("nope"):
+        pass
+    assert active() == before
+
+
+def test_nesting_restores():
+    before = active()
+    with vstar_ops.use_backend("reference"):
+        with vstar_ops.use_backend("auto"):
+            assert active() is None
+        assert active() == "reference"
+        with pytest.raises(KeyError), vstar_ops.use_backend("auto"):
+            raise KeyError("an exception restores too")
+        assert active() == "reference"
+    assert active() == before
+
+
+def test_use_backend_chooses_what_runs(monkeypatch):
+    """The reference runs inside ``use_backend("reference")`` and not inside ``use_backend("cpp")``."""
+    calls = []
+    group = sys.modules["vstar_ops.ops.group_advantage"]
+    monkeypatch.setattr(group, "_run", lambda device, *a: calls.append(
+        vstar_ops._backends.reference_wanted(device)) or torch.zeros(1, 1))
+    with vstar_ops.use_backend("reference"):
+        vstar_ops.group_advantage(torch.zeros(1, 1))
+    with vstar_ops.use_backend("auto"):
+        vstar_ops.group_advantage(torch.zeros(1, 1))
+    assert calls == [True, False]
+
+
+def test_cpp_refuses_other_devices(cpp):
+    trie = Trie.from_sequences([[0]]).to("meta")
+    with pytest.raises(RuntimeError, match="cpp"):
+        vstar_ops.expand_topk(
+            torch.zeros(1, 1, 1, device="meta"), trie, torch.zeros(1, 1, dtype=torch.int32, device="meta"), 1
+        )
+
+
+@pytest.mark.parametrize("value", [None, "auto", "reference"])
+def test_environment(value):
+    done = run(value, "import vstar_ops; print(vstar_ops._backends._active)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("reference" if value == "reference" else "None")
+
+
+def test_environment_with_a_bad_value():
+    done = run("fortran", "import vstar_ops")
+    assert done.returncode != 0
+    assert "ValueError: VSTAR_OPS_BACKEND must be one of" in done.stderr
+    assert "'fortran'" in done.stderr
+
+
+def test_environment_with_a_backend_that_is_off():
+    off = [name for name, status in vstar_ops.backends().items() if not status.available]
+    if not off:
+        pytest.skip("every backend is available")
+    done = run(off[0], "import vstar_ops")
+    assert done.returncode != 0
+    assert f"RuntimeError: the backend '{off[0]}' is off" in done.stderr
