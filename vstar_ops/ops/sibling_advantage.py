@@ -101,8 +101,10 @@ def sibling_advantage(
         tokens = tokens.to(torch.int32)
     check_rewards(rewards, tokens.shape[:2], mask, tokens.device)
     eps, ddof, std_floor = standardiser_options(eps, ddof, std_floor)
+    if isinstance(min_siblings, bool) or not isinstance(min_siblings, int):
+        raise TypeError(f"min_siblings must be an int, got {type(min_siblings).__name__}")
     if min_siblings < 2:
-        raise ValueError(f"min_siblings must be at least 2, got {min_siblings!r}")
+        raise ValueError(f"min_siblings must be at least 2, got {min_siblings}")
     if baseline not in _BASELINES:
         raise ValueError(f"baseline must be one of {_BASELINES}, got {baseline!r}")
     device = tokens.device
