@@ -152,7 +152,7 @@ def expand_topk(
                     terms.append(float(bonus[b, w]))
                 if gumbel_seeds is not None:
                     terms.append(gumbel(int(gumbel_seeds[b]), n, v))
-                score = sum(terms, 0.0)
+                score = sum(terms)
                 if logit == NEG_INF or not float32(logp) > NEG_INF or not float32(score) > NEG_INF:
                     continue
                 scale = sum((abs(t) for t in terms if math.isfinite(t)), 1.0)
@@ -204,9 +204,7 @@ def sibling_advantage(
     advantage, valid = np.zeros(tokens.shape), np.zeros(tokens.shape, bool)
     node, count = np.full(tokens.shape, -1), np.zeros(tokens.shape, np.int64)
     for b in range(batch):
-        rows = {
-            g: tuple(int(t) for t in tokens[b, g]) for g in range(group) if mask is None or mask[b, g]
-        }
+        rows = {g: tuple(int(t) for t in tokens[b, g]) for g in range(group) if mask is None or mask[b, g]}
         reward = {g: Fraction(float(rewards[b, g])) for g in rows}
         total: dict[tuple[int, ...], Fraction] = {}
         number: dict[tuple[int, ...], int] = {}

@@ -75,8 +75,11 @@ def test_use_backend_chooses_what_runs(monkeypatch):
     """The reference runs inside ``use_backend("reference")`` and not inside ``use_backend("cpp")``."""
     calls = []
     group = sys.modules["vstar_ops.ops.group_advantage"]
-    monkeypatch.setattr(group, "_run", lambda device, *a: calls.append(
-        vstar_ops._backends.reference_wanted(device)) or torch.zeros(1, 1))
+    monkeypatch.setattr(
+        group,
+        "_run",
+        lambda device, *a: calls.append(vstar_ops._backends.reference_wanted(device)) or torch.zeros(1, 1),
+    )
     with vstar_ops.use_backend("reference"):
         vstar_ops.group_advantage(torch.zeros(1, 1))
     with vstar_ops.use_backend("auto"):

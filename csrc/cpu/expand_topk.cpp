@@ -68,7 +68,7 @@ class Selector {
     if (size_ <= kSmall) {
       simd().rank_keys(keys_.data(), size_, rank_.data());
       for (int64_t i = 0; i < size_; ++i) {
-        if (rank_[i] < count) visit(rank_[i], key_score(keys_[i]), candidates_[i]);
+        if (rank_[i] < count) visit(rank_[i], key_score(keys_[i]), candidates_[key_sequence(keys_[i])]);
       }
       return count;
     }

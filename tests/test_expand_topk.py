@@ -1,0 +1,648 @@
+"""``expand_topk`` against its oracle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vstar_ops
+from vstar_ops import Trie, expand_topk
+
+INF = float("inf")
+NAN = float("nan")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def close(a: float, b: float, tolerance: float) -> bool:
+    return a == b or abs(a - b) <= tolerance
+
+
+def compare(
+    out, k: int, trie: oracles.DictTrie, logits: torch.Tensor, node: torch.Tensor, **options: Any
+) -> None:
+    """Ids exact except where two scores lie within 1e-5; order total; padding as documented."""
+    tensors = {n: v.double().numpy() for n, v in options.items() if isinstance(v, torch.Tensor)}
+    ranked, entropy = oracles.expand_topk(
+        logits.double().numpy(), trie, node.numpy(), **{**options, **tensors}
+    )
+    assert [x.dtype for x in out] == [torch.float32] * 2 + [torch.int32] * 4 + [torch.float32]
+    assert all(x.shape == (len(ranked), k) for x in out[:5])
+    assert out.count.tolist() == [min(k, len(row)) for row in ranked]
+    got_entropy = out.entropy.double().numpy()
+    np.testing.assert_allclose(got_entropy, entropy, rtol=1e-5, atol=1e-5)
+    children = [
+        [len(trie.children[n]) if 0 <= n < len(trie.children) else 0 for n in row] for row in node.tolist()
+    ]
+    alone = np.array(children, dtype=int).reshape(node.shape) < 2
+    assert not got_entropy[alone].any()
+    assert (got_entropy >= 0).all()
+    for b, row in enumerate(ranked):
+        score, logp, parent, token, child = (x[b].tolist() for x in out[:5])
+        n = min(k, len(row))
+        assert score[n:] == logp[n:] == [-INF] * (k - n)
+        assert parent[n:] == token[n:] == child[n:] == [-1] * (k - n)
+        index = {(c.parent, c.token): c for c in row}
+        place = {key: i for i, key in enumerate(zip(parent[:n], token[:n]))}
+        assert len(place) == n, "a child won twice"
+        for i, want in enumerate(row[:n]):
+            own = index[parent[i], token[i]]
+            tolerance = 1e-5 * max(own.scale, want.scale)
+            assert child[i] == own.node
+            assert close(score[i], oracles.float32(own.score), tolerance)
+            assert close(logp[i], oracles.float32(own.logp), 1e-5 * max(1, abs(own.logp), own.scale))
+            assert close(own.score, want.score, tolerance), "a worse child won"
+            if i:
+                assert score[i - 1] >= score[i]
+                if score[i - 1] == score[i]:
+                    assert (parent[i - 1], token[i - 1]) < (parent[i], token[i])
+        if "gumbel_seeds" not in options:  # twins of one prefix are ties: the lower token first
+            first: dict[Any, tuple[int, int]] = {}
+            for c in sorted(row, key=lambda c: (c.parent, c.token)):
+                key = (c.parent, c.token)
+                before = first.get((c.parent, c.twin))
+                if before is not None and key in place:
+                    assert before in place and place[before] < place[key]
+                first[c.parent, c.twin] = key
+
+
+def make_logits(rng, shape, kind, dtype, layout):
+    """Logits ``[B, W, V]`` of a kind of values, in a memory layout."""
+    batch, width, columns = shape
+    size = {
+        "plain": shape,
+        "transposed": (batch, columns, width),
+        "every_second": (batch, width, 2 * columns + 1),
+        "expanded": (1, width, columns),
+        "permuted": (columns, width, batch),
+    }[layout]
+    values = rng.normal(size=size) * 3
+    if kind == "ties":
+        values = rng.integers(-1, 2, size).astype(float)
+    elif kind == "equal":
+        values = np.full(size, 0.7)
+    elif kind == "large":
+        values *= 1000
+    elif kind == "special":
+        special = np.array([-INF, INF, NAN, -0.0, 0.0, 1.0])
+        values = np.where(rng.random(size) < 0.5, rng.choice(special, size), values)
+    elif kind == "masked":
+        values = np.where(rng.random(size) < 0.7, -INF, values)
+    z = torch.tensor(values, dtype=torch.float32).reshape(size).to(dtype)
+    return {
+        "plain": lambda: z,
+        "transposed": lambda: z.transpose(1, 2),
+        "every_second": lambda: z[..., 1::2],
+        "expanded": lambda: z.expand(shape),
+        "permuted": lambda: z.permute(2, 1, 0),
+    }[layout]()
+
+
+def beam_values(rng, shape, dtype, special):
+    values = rng.normal(size=shape) * 2
+    if special:
+        values = np.where(rng.random(shape) < 0.4, rng.choice(np.array([-INF, NAN, 0.0]), shape), values)
+    return torch.tensor(values, dtype=torch.float32).reshape(shape).to(dtype)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(1, 40)),
+    items=st.integers(0, 60),
+    length=st.integers(1, 3),
+    k=st.one_of(st.integers(1, 8), st.integers(1, 300)),
+    kind=st.sampled_from(["normal", "ties", "equal", "large", "special", "masked"]),
+    layout=st.sampled_from(["plain", "transposed", "every_second", "expanded", "permuted"]),
+    dtype=st.sampled_from(FLOATS),
+    integers=st.sampled_from([torch.int32, torch.int64]),
+    normalize=st.sampled_from(["legal", "vocab"]),
+    given_=st.sets(st.sampled_from(["cum_logp", "value", "bonus", "child_value", "gumbel"])),
+    special=st.booleans(),
+    logp_weight=st.sampled_from([1.0, 0.0, 0.5, -1.0, 2.0]),
+    value_weight=st.sampled_from([0.0, 1.0, -0.5]),
+    entropy_weight=st.sampled_from([0.0, 0.1, -2.0]),
+    temperature=st.sampled_from([1.0, 0.5, 3.0]),
+)
+def test_oracle(
+    backend,
+    seed,
+    shape,
+    items,
+    length,
+    k,
+    kind,
+    layout,
+    dtype,
+    integers,
+    normalize,
+    given_,
+    special,
+    logp_weight,
+    value_weight,
+    entropy_weight,
+    temperature,
+):
+    rng = np.random.default_rng(seed)
+    batch, width, columns = shape
+    rows = rng.integers(0, columns, (items, length))
+    trie, want = Trie.from_sequences(rows), oracles.DictTrie(rows.tolist(), length)
+    logits = make_logits(rng, shape, kind, dtype, layout)
+    node = rng.integers(-1, trie.num_nodes + 1, (batch, width))
+    if items:  # mostly inner nodes
+        node = np.where(rng.random((batch, width)) < 0.7, node % trie.level_offset[-2], node)
+    node = np.where(
+        rng.random((batch, width)) < 0.05, rng.choice([-7, 2**31 - 1, -(2**31)], (batch, width)), node
+    )
+    nodes = torch.from_numpy(node).reshape(batch, width).to(integers)
+    options: dict[str, Any] = {
+        "logp_weight": logp_weight,
+        "value_weight": value_weight,
+        "entropy_weight": entropy_weight,
+        "temperature": temperature,
+        "normalize": normalize,
+    }
+    for name in ("cum_logp", "value", "bonus"):
+        if name in given_:
+            options[name] = beam_values(rng, (batch, width), FLOATS[rng.integers(3)], special)
+    if "child_value" in given_:
+        options["child_value"] = make_logits(rng, shape, "ties", FLOATS[rng.integers(3)], layout)
+    seeds = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, batch)) if "gumbel" in given_ else None
+    out = expand_topk(logits, trie, nodes, k, gumbel=seeds, **options)
+    if seeds is not None:
+        options["gumbel_seeds"] = seeds.tolist()
+    compare(out, k, want, logits, nodes, **options)
+
+
+@pytest.mark.parametrize("normalize", ["legal", "vocab"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("columns", [64, 300, 1031])
+def test_oracle_wide(backend, normalize, dtype, columns):
+    """Rows long enough for every vector loop and its remainder, with many ties and holes."""
+    rng = np.random.default_rng(columns)
+    first = rng.permutation(columns)[: columns * 3 // 4]
+    rows = np.stack([np.append(first, first[:40]), rng.integers(0, columns, len(first) + 40)], 1)
+    trie, want = Trie.from_sequences(rows), oracles.DictTrie(rows.tolist(), 2)
+    logits = make_logits(rng, (2, 3, columns), "normal", dtype, "plain")
+    logits[:, :, ::7] = -INF
+    logits[:, :, 1::11] = 0.25
+    node = torch.tensor([[0, 1, 0], [0, -1, 5]])
+    value = torch.tensor([[0.0, 1.0, -1.0], [0.5, 0.0, 2.0]])
+    options = {"value": value, "value_weight": 1.0, "normalize": normalize}
+    for k in (1, 16, 200, 5000):
+        compare(expand_topk(logits, trie, node, k, **options), k, want, logits, node, **options)
+
+
+def test_oracle_known_answers():
+    """The oracle's own generator, against the published vectors."""
+    ones = 2**32 - 1
+    assert oracles.philox4x32((0,) * 4, (0,) * 2) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert oracles.philox4x32((ones,) * 4, (ones,) * 2)[0] == 0x408F276D
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+    assert oracles.philox4x32(*pi) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+    assert oracles.splitmix64(0, 1)[0] % 2**64 == 0xE220A8397B1DCDAF
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_ties_by_hand(backend):
+    """Equal scores: prefix first, then token, whatever k cuts."""
+    trie = Trie.from_sequences([[1], [3], [4], [6]])
+    logits = torch.tensor([[[9.0, 1, 9, 1, 0, 9, 1], [9.0, 1, 9, 1, 0, 9, 1], [9.0, 0, 9, 1, 1, 9, 1]]])
+    node = torch.zeros(1, 3, dtype=torch.int32)
+    order = [(0, 1), (0, 3), (0, 6), (1, 1), (1, 3), (1, 6), (2, 3), (2, 4), (2, 6), (0, 4), (1, 4), (2, 1)]
+    for k in range(1, 15):
+        out = expand_topk(logits, trie, node, k)
+        n = min(k, 12)
+        assert out.count.tolist() == [n]
+        assert list(zip(out.parent[0].tolist(), out.token[0].tolist()))[:n] == order[:n]
+        assert out.node[0, :n].tolist() == [{1: 1, 3: 2, 4: 3, 6: 4}[v] for _, v in order[:n]]
+
+
+def test_negative_zero_ties_with_zero(backend):
+    trie = Trie.from_sequences([[0], [1], [2]])
+    node = torch.zeros(1, 2, dtype=torch.int64)
+    bonus = torch.tensor([[-0.0, 0.0]])
+    logits = torch.tensor([-0.0, 0.0, -0.0]).expand(1, 2, 3)
+    out = expand_topk(logits, trie, node, 6, logp_weight=0.0, bonus=bonus)
+    assert out.parent.tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert out.token.tolist() == [[0, 1, 2, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("logit", [0.0, 3.7, -1e30, 3e38, INF])
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_a_single_child_is_certain(backend, logit, temperature):
+    trie = Trie.from_sequences([[2]])
+    logits = torch.tensor([[[5.0, NAN, logit, INF]]])
+    out = expand_topk(logits, trie, torch.zeros(1, 1, dtype=torch.int64), 2, temperature=temperature)
+    assert out.logp[0].tolist() == [0.0, -INF]
+    assert out.score[0, 0] == 0
+    assert out.entropy[0, 0] == 0
+    assert out.count.tolist() == [1]
+
+
+@pytest.mark.parametrize("logit", [NAN, -INF])
+def test_a_child_at_minus_infinity_never_wins(backend, logit):
+    trie = Trie.from_sequences([[0], [1]])
+    logits = torch.tensor([[[logit, -5.0]], [[logit, logit]]])
+    out = expand_topk(logits, trie, torch.zeros(2, 1, dtype=torch.int64), 3)
+    assert out.count.tolist() == [1, 0]
+    assert out.token.tolist() == [[1, -1, -1], [-1, -1, -1]]
+    assert out.logp[0, 0] == 0
+    assert out.entropy[0].item() == pytest.approx(0, abs=1e-30)
+    assert out.entropy[1] == 0
+
+
+def test_infinite_logits_share_the_mass(backend):
+    trie = Trie.from_sequences([[0], [1], [2]])
+    logits = torch.tensor([[[INF, 3.0, INF]]])
+    out = expand_topk(logits, trie, torch.zeros(1, 1, dtype=torch.int64), 2)
+    assert out.token.tolist() == [[0, 2]]
+    assert out.logp[0].tolist() == pytest.approx([-math.log(2)] * 2)
+    assert out.entropy[0, 0].item() == pytest.approx(math.log(2))
+
+
+def test_uniform_entropy_and_both_normalisers(backend):
+    trie = Trie.from_sequences([[1], [2], [5], [7]])
+    logits, node = torch.zeros(1, 1, 10), torch.zeros(1, 1, dtype=torch.int64)
+    for normalize, size in (("legal", 4), ("vocab", 10)):
+        out = expand_topk(logits, trie, node, 4, normalize=normalize, entropy_weight=2.0)
+        assert out.logp[0].tolist() == pytest.approx([-math.log(size)] * 4)
+        assert out.entropy.item() == pytest.approx(math.log(4))
+        assert out.score[0].tolist() == pytest.approx([2 * math.log(4) - math.log(size)] * 4)
+
+
+def test_legal_reads_only_legal_columns(backend):
+    trie = Trie.from_sequences([[1], [3]])
+    node = torch.zeros(1, 1, dtype=torch.int64)
+    want = expand_topk(torch.tensor([[[0.0, 1, 0, 2]]]), trie, node, 3)
+    for junk in (NAN, INF, -INF, 1e38):
+        got = expand_topk(torch.tensor([[[junk, 1, junk, 2]]]), trie, node, 3)
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_terms_of_weight_zero_are_not_read(backend):
+    trie = Trie.from_sequences([[1], [3]])
+    logits, node = torch.randn(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64)
+    bad = torch.full((1, 2), NAN)
+    want = expand_topk(logits, trie, node, 4)
+    got = expand_topk(logits, trie, node, 4, value=bad, child_value=torch.full((1, 2, 4), NAN))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("dead", [-1, -2, 6, 7, 2**31 - 1, -(2**31), 2**32, 2**32 + 1, 2**62, -(2**63)])
+def test_dead_beams(backend, dead):
+    trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
+    logits = torch.zeros(1, 2, 5)
+    dtypes = [torch.int64] if abs(dead) > 2**31 else [torch.int32, torch.int64]
+    for dtype in dtypes:
+        out = expand_topk(logits, trie, torch.tensor([[dead, 1]], dtype=dtype), 3)
+        assert out.parent.tolist() == [[1, 1, -1]]
+        assert out.node.tolist() == [[3, 4, -1]]
+        assert out.entropy[0, 0] == 0
+        assert not expand_topk(logits, trie, torch.full((1, 2), dead, dtype=dtype), 1).count.any()
+
+
+def test_leaves_have_no_children(backend):
+    trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
+    out = expand_topk(torch.zeros(1, 3, 5), trie, torch.tensor([[3, 4, 5]]), 2)
+    assert out.count.tolist() == [0]
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4), (2, 0, 4), (0, 0, 4), (2, 3, 0)])
+@pytest.mark.parametrize("normalize", ["legal", "vocab"])
+def test_zero_sizes(backend, shape, normalize):
+    trie = Trie.from_sequences([[1]] if shape[2] else np.zeros((0, 1), np.int64))
+    out = expand_topk(
+        torch.zeros(shape), trie, torch.zeros(shape[:2], dtype=torch.int32), 3, normalize=normalize
+    )
+    assert all(x.shape == (shape[0], 3) for x in out[:5])
+    assert out.entropy.shape == shape[:2]
+    assert not out.count.any()
+    assert (out.score == -INF).all() and (out.node == -1).all()
+
+
+@pytest.mark.parametrize("k", [5, 1000, 100_000])
+def test_k_above_the_number_of_children(backend, k):
+    trie = Trie.from_sequences([[0], [1], [2]])
+    logits = torch.tensor([[[0.0, 2.0, 1.0]]])
+    out = expand_topk(logits, trie, torch.zeros(1, 1, dtype=torch.int64), k)
+    assert out.count.tolist() == [3]
+    assert out.token[0, :3].tolist() == [1, 2, 0]
+    assert (out.token[0, 3:] == -1).all() and (out.score[0, 3:] == -INF).all()
+
+
+# ---------------------------------------------------------------- Gumbel noise
+
+
+def some_case(batch=6, width=3, columns=50, seed=0):
+    rng = np.random.default_rng(seed)
+    trie = Trie.from_sequences(rng.integers(0, columns, (400, 3)))
+    logits = torch.from_numpy(rng.normal(size=(batch, width, columns))).float()
+    node = torch.from_numpy(rng.integers(0, trie.level_offset[2], (batch, width)))
+    return logits, trie, node
+
+
+def test_gumbel_alone_as_in_a_batch(backend):
+    logits, trie, node = some_case()
+    seeds = vstar_ops.derive_seeds(7, 6)
+    together = expand_topk(logits, trie, node, 9, gumbel=seeds)
+    for b in range(6):
+        alone = expand_topk(logits[b : b + 1], trie, node[b : b + 1], 9, gumbel=seeds[b : b + 1])
+        assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together))
+
+
+def test_gumbel_belongs_to_node_and_token(backend):
+    """A beam's noise does not depend on where it stands."""
+    logits, trie, node = some_case(batch=1, width=4)
+    seeds = torch.tensor([123])
+    plain = expand_topk(logits, trie, node, 300, gumbel=seeds)
+    turned = expand_topk(logits.flip(1), trie, node.flip(1), 300, gumbel=seeds)
+    assert torch.equal(plain.score, turned.score)
+    assert torch.equal(plain.node, turned.node)
+
+
+def test_gumbel_of_an_int(backend):
+    logits, trie, node = some_case()
+    for seed in (0, 5, -1, 2**63 - 1, -(2**63)):
+        seeds = vstar_ops.derive_seeds(seed, 6)
+        assert seeds.tolist() == oracles.splitmix64(seed, 6)
+        a = expand_topk(logits, trie, node, 9, gumbel=seed)
+        b = expand_topk(logits, trie, node, 9, gumbel=seeds)
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    other = expand_topk(logits, trie, node, 9, gumbel=1)
+    assert not torch.equal(other.score, a.score)
+
+
+def test_gumbel_leaves_logp_alone(backend):
+    logits, trie, node = some_case(batch=1)
+    noisy = expand_topk(logits, trie, node, 500, gumbel=3)
+    plain = expand_topk(logits, trie, node, 500)
+    n = int(plain.count)
+    by_node = [
+        dict(zip(zip(o.parent[0].tolist(), o.node[0].tolist()), o.logp[0].tolist())) for o in (noisy, plain)
+    ]
+    assert n == int(noisy.count) > 5
+    assert by_node[0] == by_node[1]
+
+
+def test_gumbel_backends_agree(cpp):
+    logits, trie, node = some_case(batch=40, seed=1)
+    got = expand_topk(logits, trie, node, 20, gumbel=11)
+    with vstar_ops.use_backend("reference"):
+        want = expand_topk(logits, trie, node, 20, gumbel=11)
+    torch.testing.assert_close(got.score, want.score, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(got[2:6], want[2:6]))
+
+
+def test_gumbel_samples_the_policy(backend):
+    """Chi-square of 20,000 first winners against the softmax; 7 degrees of freedom, p < 1e-5 at 36."""
+    trie = Trie.from_sequences([[v] for v in (1, 2, 4, 5, 6, 9, 10, 11)])
+    z = torch.linspace(-1.5, 1.5, 12)
+    draws = 20_000
+    out = expand_topk(z.expand(draws, 1, 12), trie, torch.zeros(draws, 1, dtype=torch.int32), 2, gumbel=42)
+    legal = trie.token.long()
+    p = z[legal].double().softmax(0)
+    seen = torch.bincount(out.token[:, 0].long(), minlength=12)[legal].double()
+    assert float(((seen - draws * p) ** 2 / (draws * p)).sum()) < 36
+    pair = (p.unsqueeze(1) * p / (1 - p.unsqueeze(1))).fill_diagonal_(0)  # without replacement
+    seen = torch.bincount(out.token[:, 1].long(), minlength=12)[legal].double()
+    second = pair.sum(0)
+    assert float(((seen - draws * second) ** 2 / (draws * second)).sum()) < 36
+
+
+# ---------------------------------------------------------------- large shapes
+
+
+def agree_with_reference(logits, trie, node, k, **options):
+    got = expand_topk(logits, trie, node, k, **options)
+    with vstar_ops.use_backend("reference"):
+        want = expand_topk(logits, trie, node, k, **options)
+    assert torch.equal(got.count, want.count)
+    torch.testing.assert_close(got.score, want.score, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-5, atol=1e-5)
+    same = (got.parent == want.parent) & (got.token == want.token) & (got.node == want.node)
+    gap = (want.score[:, 1:] - want.score[:, :-1]).abs() > 1e-4
+    edge = torch.ones_like(gap[:, :1])
+    clear = torch.cat([edge, gap], 1) & torch.cat([gap, ~edge], 1)  # the last may differ from the next
+    assert same[clear].all()
+    assert same.float().mean() > 0.9
+
+
+@pytest.mark.parametrize("normalize", ["legal", "vocab"])
+def test_a_language_models_vocabulary(cpp, normalize):
+    rng = np.random.default_rng(3)
+    trie = Trie.from_sequences(rng.integers(151_000, 152_064, (3000, 3)))
+    logits = torch.from_numpy(rng.standard_normal((2, 4, 152_064), dtype=np.float32)).bfloat16()
+    node = torch.from_numpy(rng.integers(0, trie.level_offset[2], (2, 4)))
+    node[0, 0] = 0
+    agree_with_reference(logits, trie, node, 50, normalize=normalize)
+
+
+@pytest.mark.parametrize("k", [128, 3000])
+def test_every_column_legal(cpp, k):
+    rng = np.random.default_rng(4)
+    trie = Trie.from_sequences(np.arange(8192)[:, None])
+    logits = torch.from_numpy(rng.standard_normal((1, 128, 8192), dtype=np.float32))
+    agree_with_reference(logits, trie, torch.zeros(1, 128, dtype=torch.int32), k, gumbel=5)
+
+
+@pytest.mark.parametrize("k", [10, 4000])
+def test_rising_and_falling_scores(backend, k):
+    """The worst orders for a heap or a threshold that adapts."""
+    trie = Trie.from_sequences(np.arange(4096)[:, None])
+    rise = torch.arange(4096.0) / 64
+    node = torch.zeros(1, 1, dtype=torch.int64)
+    up = expand_topk(rise.view(1, 1, -1), trie, node, k)
+    down = expand_topk(rise.flip(0).view(1, 1, -1), trie, node, k)
+    assert up.token[0].tolist() == list(range(4095, 4095 - k, -1))
+    assert down.token[0].tolist() == list(range(k))
+
+
+@pytest.mark.parametrize("normalize", ["legal", "vocab"])
+@pytest.mark.parametrize("shape", [(300, 4, 200), (1, 64, 2000), (1, 1, 20_000)])
+def test_threads_give_the_same_bits(cpp, restore_threads, shape, normalize):
+    rng = np.random.default_rng(5)
+    batch, width, columns = shape
+    trie = Trie.from_sequences(rng.integers(0, columns, (5 * columns, 2)))
+    logits = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).round(decimals=1)
+    node = torch.zeros(batch, width, dtype=torch.int64)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results += [expand_topk(logits, trie, node, 40, normalize=normalize, gumbel=g) for g in (None, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[2]))
+    assert all(torch.equal(a, b) for a, b in zip(results[1], results[3]))
+
+
+def test_requests_do_not_influence_each_other(backend):
+    logits, trie, node = some_case(batch=8, seed=6)
+    together = expand_topk(logits, trie, node, 12, entropy_weight=0.1)
+    for b in range(8):
+        alone = expand_topk(logits[b : b + 1], trie, node[b : b + 1], 12, entropy_weight=0.1)
+        assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together))
+
+
+def test_inputs_are_not_changed(backend):
+    logits, trie, node = some_case()
+    logits[0, 0, :5] = NAN
+    tensors = [logits, node, torch.randn(6, 3), torch.randn(6, 3, 50)]
+    copies = [t.clone() for t in tensors]
+    expand_topk(
+        tensors[0], trie, tensors[1], 5, cum_logp=tensors[2], child_value=tensors[3], value_weight=1.0
+    )
+    assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(tensors, copies))
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def arguments(**change: Any) -> dict[str, Any]:
+    trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
+    return {
+        "logits": torch.zeros(2, 3, 5),
+        "trie": trie,
+        "node": torch.zeros(2, 3, dtype=torch.int64),
+        "k": 2,
+        **change,
+    }
+
+
+BAD = [
+    ({"logits": [[[0.0]]]}, TypeError, "logits"),
+    ({"logits": torch.zeros(2, 3, 5, dtype=torch.float64)}, TypeError, "logits"),
+    ({"logits": torch.zeros(2, 3, 5, dtype=torch.int64)}, TypeError, "logits"),
+    ({"logits": torch.zeros(6, 5)}, ValueError, "logits"),
+    ({"logits": torch.zeros(2, 3, 4)}, ValueError, "logits"),
+    ({"trie": [[0, 3]]}, TypeError, "trie"),
+    ({"trie": Trie.from_sequences([[0]]).to("meta")}, ValueError, "trie"),
+    ({"node": [[0]]}, TypeError, "node"),
+    ({"node": torch.zeros(2, 3)}, TypeError, "node"),
+    ({"node": torch.zeros(2, 3, dtype=torch.int16)}, TypeError, "node"),
+    ({"node": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "node"),
+    ({"node": torch.zeros(6, dtype=torch.int64)}, ValueError, "node"),
+    ({"node": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, ValueError, "node"),
+    ({"k": 0}, ValueError, "k"),
+    ({"k": -1}, ValueError, "k"),
+    ({"k": 1.5}, TypeError, "k"),
+    ({"k": True}, TypeError, "k"),
+    ({"k": None}, TypeError, "k"),
+    ({"cum_logp": torch.zeros(2, 2)}, ValueError, "cum_logp"),
+    ({"cum_logp": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "cum_logp"),
+    ({"value": torch.zeros(2, 3, 1)}, ValueError, "value"),
+    ({"value": 1.0}, TypeError, "value"),
+    ({"bonus": torch.zeros(3, 2)}, ValueError, "bonus"),
+    ({"bonus": torch.zeros(2, 3, device="meta")}, ValueError, "bonus"),
+    ({"child_value": torch.zeros(2, 3)}, ValueError, "child_value"),
+    ({"child_value": torch.zeros(2, 3, 6)}, ValueError, "child_value"),
+    ({"child_value": torch.zeros(2, 3, 5, dtype=torch.bool)}, TypeError, "child_value"),
+    ({"logp_weight": NAN}, ValueError, "logp_weight"),
+    ({"logp_weight": "1"}, TypeError, "logp_weight"),
+    ({"value_weight": INF}, ValueError, "value_weight"),
+    ({"entropy_weight": -INF}, ValueError, "entropy_weight"),
+    ({"entropy_weight": None}, TypeError, "entropy_weight"),
+    ({"temperature": 0.0}, ValueError, "temperature"),
+    ({"temperature": -1.0}, ValueError, "temperature"),
+    ({"temperature": INF}, ValueError, "temperature"),
+    ({"temperature": True}, TypeError, "temperature"),
+    ({"normalize": "all"}, ValueError, "normalize"),
+    ({"normalize": None}, ValueError, "normalize"),
+    ({"gumbel": 0.5}, TypeError, "gumbel"),
+    ({"gumbel": True}, TypeError, "gumbel"),
+    ({"gumbel": 2**63}, ValueError, "gumbel"),
+    ({"gumbel": torch.zeros(3, dtype=torch.int64)}, ValueError, "gumbel"),
+    ({"gumbel": torch.zeros(2)}, TypeError, "gumbel"),
+    ({"gumbel": torch.zeros(2, dtype=torch.int32)}, TypeError, "gumbel"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "name"), BAD)
+def test_errors_name_the_argument(backend, change, error, name):
+    expand_topk(**arguments())
+    with pytest.raises(error, match=f"^{name} must"):
+        expand_topk(**arguments(**change))
+
+
+@pytest.mark.parametrize("bad", [-2, 6, 2**40])
+def test_validation_looks_at_nodes(backend, bad):
+    node = torch.tensor([[0, -1, 5], [1, 2, bad]])
+    out = expand_topk(**arguments(node=node))
+    with vstar_ops.validation():
+        with pytest.raises(ValueError, match=rf"^node must lie in \[-1, 6\).*{bad}"):
+            expand_topk(**arguments(node=node))
+        with vstar_ops.validation(False):
+            expand_topk(**arguments(node=node))
+        with pytest.raises(ValueError, match="^node "):
+            expand_topk(**arguments(node=node))
+        fine = expand_topk(**arguments(node=node.clamp(max=5).clamp(min=-1)))
+    assert fine.count.shape == out.count.shape
+    expand_topk(**arguments(node=node))
+
+
+# ---------------------------------------------------------------- the rest of PyTorch
+
+
+def test_no_gradient(backend):
+    logits, trie, node = some_case()
+    cum = torch.zeros(6, 3, requires_grad=True)
+    want = expand_topk(logits, trie, node, 5)
+    got = expand_topk(logits.requires_grad_(), trie, node, 5, cum_logp=cum)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert not any(x.requires_grad for x in got)
+    got = expand_topk((logits * 1).to(torch.bfloat16), trie, node, 5)  # not a leaf either
+    assert not any(x.requires_grad for x in got)
+
+
+def op_arguments(**change):
+    logits, trie, node = some_case(batch=2)
+    values = {
+        "cum_logp": None,
+        "value": None,
+        "bonus": None,
+        "child_value": None,
+        "seed": None,
+        "logp_weight": 1.0,
+        "value_weight": 0.0,
+        "entropy_weight": 0.0,
+        "temperature": 1.0,
+        "vocab": False,
+        "max_children": trie.max_children,
+        **change,
+    }
+    return logits, trie.offset, trie.token, node, 4, *values.values()
+
+
+def test_opcheck():
+    op = torch.ops.vstar_ops.expand_topk.default
+    torch.library.opcheck(op, op_arguments())
+    everything = {
+        "cum_logp": torch.randn(2, 3),
+        "value": torch.randn(2, 3),
+        "bonus": torch.randn(2, 3),
+        "child_value": torch.randn(2, 3, 50).half(),
+        "seed": torch.tensor([1, 2]),
+        "value_weight": 1.0,
+        "entropy_weight": 0.1,
+        "vocab": True,
+    }
+    torch.library.opcheck(op, op_arguments(**everything))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    logits, trie, node = some_case()
+
+    def step(z, n, c):
+        out = expand_topk(z * 2, trie, n, 5, cum_logp=c, entropy_weight=0.1, gumbel=3)
+        return out.score + 1, out.node, out.token, out.count
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for size in (6, 4):
+        case = logits[:size], node[:size], torch.zeros(size, 3)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(*case), step(*case)))
