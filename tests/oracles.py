@@ -125,7 +125,7 @@ def expand_topk(
     gumbel_seeds: Sequence[int] | None = None,
 ) -> tuple[list[list[Candidate]], np.ndarray]:
     """All winners of each request in order, without a limit, and the entropies."""
-    batch, width, columns = logits.shape
+    batch, width, _columns = logits.shape
     entropy = np.zeros((batch, width))
     winners: list[list[Candidate]] = []
     for b in range(batch):
@@ -147,7 +147,7 @@ def expand_topk(
                 if value_weight != 0 and child_value is not None:
                     terms.append(value_weight * float(child_value[b, w, v]))
                 if entropy_weight != 0:
-                    terms.append(entropy_weight * entropy[b, w])
+                    terms.append(entropy_weight * float(entropy[b, w]))
                 if bonus is not None:
                     terms.append(float(bonus[b, w]))
                 if gumbel_seeds is not None:

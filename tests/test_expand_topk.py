@@ -578,7 +578,7 @@ def test_validation_looks_at_nodes(backend, bad):
             expand_topk(**arguments(node=node))
         with vstar_ops.validation(False):
             expand_topk(**arguments(node=node))
-        with pytest.raises(ValueError, match="^node "):
+        with pytest.raises(ValueError, match=r"^node "):
             expand_topk(**arguments(node=node))
         fine = expand_topk(**arguments(node=node.clamp(max=5).clamp(min=-1)))
     assert fine.count.shape == out.count.shape

@@ -132,7 +132,7 @@ def test_validation_looks_at_values(backend):
     rewards = torch.tensor([[1.0, float("nan")]])
     group_advantage(rewards)
     with vstar_ops.validation():
-        with pytest.raises(ValueError, match="^rewards "):
+        with pytest.raises(ValueError, match=r"^rewards "):
             group_advantage(rewards)
         group_advantage(rewards, torch.tensor([[True, False]]))
     group_advantage(rewards)

@@ -294,7 +294,7 @@ def test_errors_name_the_argument(backend, change, error, name):
 
 def test_validation_looks_at_values(backend):
     tokens, rewards = torch.zeros(1, 2, 1, dtype=torch.int64), torch.tensor([[1.0, float("inf")]])
-    with vstar_ops.validation(), pytest.raises(ValueError, match="^rewards "):
+    with vstar_ops.validation(), pytest.raises(ValueError, match=r"^rewards "):
         sibling_advantage(tokens, rewards)
 
 

@@ -147,11 +147,11 @@ def test_lookup_of_what_is_not_legal():
     assert trie.lookup(torch.tensor(queries).view(2, 5, 2)).tolist() == [want[:5], want[5:]]
     assert trie.lookup(torch.zeros(0, 2, dtype=torch.int64)).shape == (0,)
     assert trie.lookup([0]).tolist() == 1
-    with pytest.raises(ValueError, match="^prefixes "):
+    with pytest.raises(ValueError, match=r"^prefixes "):
         trie.lookup([0, 3, 1])
-    with pytest.raises(ValueError, match="^prefixes "):
+    with pytest.raises(ValueError, match=r"^prefixes "):
         trie.lookup(3)
-    with pytest.raises(TypeError, match="^prefixes "):
+    with pytest.raises(TypeError, match=r"^prefixes "):
         trie.lookup(torch.zeros(1, 2))
 
 
@@ -254,7 +254,7 @@ def test_a_missing_file(tmp_path):
 
 
 def damaged(path) -> None:
-    with pytest.raises(ValueError, match="damaged|expected the format") as error:
+    with pytest.raises(ValueError, match=r"damaged|expected the format") as error:
         Trie.load(path)
     assert str(path) in str(error.value)
 
@@ -331,13 +331,20 @@ def test_damaged_arrays(tmp_path, name, value):
         else:
             array[at] = value
         trie.save(path)
-        try:
-            loaded = Trie.load(path)
-        except ValueError as error:
-            assert str(path) in str(error)
-        else:
+        loaded = load_or_refuse(path)
+        if loaded is not None:
             assert name == "token"  # another token may make another trie
             agree_with_itself(loaded)
+
+
+def load_or_refuse(path) -> Trie | None:
+    """The trie, or None where the file is refused by an error that names it."""
+    try:
+        return Trie.load(path)
+    except ValueError as error:
+        if str(path) not in str(error):
+            raise
+        return None
 
 
 def agree_with_itself(trie: Trie) -> None:
@@ -356,10 +363,7 @@ def test_flipped_bytes_in_the_header(tmp_path):
     for at in range(header):
         for flip in (0x01, 0x10):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
-            try:
-                Trie.load(path)
-            except ValueError as error:
-                assert str(path) in str(error), at
+            load_or_refuse(path)
 
 
 # ---------------------------------------------------------------- time and memory

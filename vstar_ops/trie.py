@@ -123,6 +123,8 @@ class Trie:
             raise ValueError(f"sequences must hold tokens < 2^31 - 1, got {high}")
         if num * length >= _INT32_MAX:
             raise ValueError(f"sequences must hold fewer than 2^31 - 1 tokens in all, got {num} x {length}")
+        if rows.dtype == np.uint64:  # the only integers that do not mix with int64
+            rows = rows.astype(np.int64)
         given = None if item_ids is None else _integers("item_ids", item_ids)
         if given is not None and given.shape != (num,):
             raise ValueError(f"item_ids must have the shape [{num}], one a sequence, got {list(given.shape)}")
@@ -319,9 +321,14 @@ class Trie:
                     raise ValueError(f"{path}: expected the format {_FORMAT!r}, got {info.get('format')!r}")
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
                 meta = json.loads(info["trie"])
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a trie file, or damaged ({error})") from error
-        levels = tuple(int(x) for x in meta["level_offset"])
+                levels = tuple(int(x) for x in meta["level_offset"])
+                widest = int(meta["max_children"])
+        except (SafetensorError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a trie file, or damaged ({error!r})") from error
+        except ValueError as error:
+            raise ValueError(
+                str(error) if str(path) in str(error) else f"{path}: damaged ({error})"
+            ) from error
         offset, token, item_offset = arrays["offset"], arrays["token"], arrays["item_offset"]
         sound = (
             len(levels) >= 3
@@ -331,13 +338,13 @@ class Trie:
             and all(a.dtype == torch.int32 for a in (offset, token, item_offset))
         )
         if sound and verify:
-            sound = _is_trie(arrays, levels, int(meta["max_children"]))
+            sound = _is_trie(arrays, levels, widest)
         if not sound:
             raise ValueError(f"{path}: damaged, its arrays do not form a trie")
         # Leaves are siblings in runs sorted by token, so the maximum needs every edge; it is one pass
         # over int32 and the only one that an unverified load makes.
         highest = int(token.max()) if token.numel() else -1
-        return cls(offset, token, item_offset, arrays["item_ids"], levels, int(meta["max_children"]), highest)
+        return cls(offset, token, item_offset, arrays["item_ids"], levels, widest, highest)
 
 
 _ARRAYS = ("offset", "token", "item_offset", "item_ids")
