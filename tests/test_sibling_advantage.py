@@ -31,7 +31,12 @@ def compare(got, tokens, rewards, mask, options):
     assert torch.equal(got.node.long(), node)
     assert torch.equal(got.count.long(), count)
     torch.testing.assert_close(got.advantage, advantage.float(), rtol=1e-5, atol=1e-5)
-    assert not got.advantage[advantage == 0].any(), "equal siblings must be exactly 0"
+    # Elsewhere a child at the mean of unequal siblings may be off by a rounding error.
+    kept = rewards if mask is None else rewards.masked_fill(~mask, float("nan"))
+    if kept.numel():
+        highest = kept.nan_to_num(-torch.inf).amax(1, keepdim=True)
+        equal = ((kept == highest) | kept.isnan()).all(1)
+        assert not got.advantage[equal].any(), "equal rewards must give exactly 0"
 
 
 def make(seed, batch, group, length, tokens, dtype=torch.int64):
