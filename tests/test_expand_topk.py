@@ -268,6 +268,17 @@ def test_infinite_logits_share_the_mass(backend):
     assert out.entropy[0, 0].item() == pytest.approx(math.log(2))
 
 
+@pytest.mark.parametrize("normalize", ["legal", "vocab"])
+def test_infinity_reads_as_the_largest_float(backend, normalize):
+    largest = torch.finfo(torch.float32).max
+    trie = Trie.from_sequences([[0], [1], [2], [3]])
+    logits = torch.tensor([[[3e38, largest, INF, -INF]]])
+    out = expand_topk(logits, trie, torch.zeros(1, 1, dtype=torch.int64), 4, normalize=normalize)
+    assert out.token.tolist() == [[1, 2, 0, -1]]
+    assert out.logp[0, :2].tolist() == pytest.approx([-math.log(2)] * 2)
+    assert out.logp[0, 2].item() == pytest.approx(3e38 - largest, rel=1e-5)
+
+
 def test_uniform_entropy_and_both_normalisers(backend):
     trie = Trie.from_sequences([[1], [2], [5], [7]])
     logits, node = torch.zeros(1, 1, 10), torch.zeros(1, 1, dtype=torch.int64)

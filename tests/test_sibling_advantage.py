@@ -164,6 +164,16 @@ def test_equal_rewards_are_exactly_zero(backend, baseline):
     assert not out.advantage.any()
 
 
+@pytest.mark.parametrize("baseline", ["sibling", "parent", "leave_one_out"])
+@pytest.mark.parametrize("children", [3, 5, 7, 11, 49])
+def test_equal_means_are_exactly_zero(backend, children, baseline):
+    """Means that no float holds exactly, so that a sum of them rounds."""
+    rewards = torch.tensor([0.1, 0.2, 0.7]).repeat(1, children)
+    tokens = torch.arange(children).repeat_interleave(3).view(1, -1, 1)
+    out = sibling_advantage(tokens, rewards, eps=1e-30, baseline=baseline)
+    assert out.valid.all() and not out.advantage.any()
+
+
 def test_validity_is_not_inferred_from_the_advantage(backend):
     out = sibling_advantage(torch.tensor([[[0], [1]]]), torch.tensor([[0.5, 0.5]]))
     assert out.valid.all() and not out.advantage.any()

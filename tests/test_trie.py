@@ -69,7 +69,7 @@ def test_oracle(seed, num, length, high, dtype):
     agree(Trie.from_sequences(rows), rows)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.uint64])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.uint32, np.uint64])
 def test_narrow_inputs(dtype):
     rows = random_rows(0, 200, 4, 100).astype(dtype)
     agree(Trie.from_sequences(rows), rows)
