@@ -11,8 +11,9 @@ from vstar_ops import Trie
 def industrial_like(seed: int = 0) -> Tensor:
     """int64 ``[3670, 3]``: a made catalogue with the level sizes of Amazon Industrial (48, 2295, 3670).
 
-    Codes of the three levels are columns 0-255, 256-511 and 512-767; fan-outs are as skewed as the real
-    ones (the widest depth-1 node has about twice the mean, 70 % of the depth-2 nodes have one child).
+    Codes of the three levels are columns 0-255, 256-511 and 512-767; fan-outs are about as skewed as the
+    real ones: the widest depth-1 node has twice the mean, two thirds of the depth-2 nodes have one child,
+    the widest has dozens.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -20,7 +21,8 @@ def industrial_like(seed: int = 0) -> Tensor:
         weight = torch.rand(parents, generator=generator).pow(skew) + 0.02
         parts = (weight / weight.sum() * (total - parents)).floor().long() + 1
         parts = parts.clamp(max=most)
-        for i in torch.randperm(parents, generator=generator).repeat(8)[: total - int(parts.sum())]:
+        lucky = torch.randperm(parents, generator=generator)[: max(1, 28 * parents // 100)]
+        for i in lucky.repeat(16)[: total - int(parts.sum())]:
             parts[i] += 1
         return parts.tolist()
 
@@ -29,7 +31,7 @@ def industrial_like(seed: int = 0) -> Tensor:
 
     first = codes(48, 0)
     second = split(2295, 48, 1.0, 95)
-    third = split(3670, 2295, 12.0, 40)
+    third = split(3670, 2295, -0.6, 45)
     rows, node = [], 0
     for a, width in zip(first.tolist(), second):
         for b in codes(width, 256).tolist():

@@ -36,8 +36,8 @@ class Selector {
     capacity_ = k + std::max<int64_t>(k, 64);
     size_ = 0;
     threshold_ = -kInf;
-    if (int64_t(keys_.size()) < capacity_ + 8) {  // rank_keys works on whole vectors
-      keys_.resize(capacity_ + 8);
+    if (int64_t(keys_.size()) < capacity_ + 16) {  // rank_keys works on whole vectors
+      keys_.resize(capacity_ + 16);
       candidates_.resize(capacity_);
       renumbered_.assign(capacity_, kDropped);
     }
@@ -105,7 +105,7 @@ class Selector {
   std::vector<uint64_t> keys_;
   std::vector<Candidate> candidates_;
   std::vector<uint32_t> renumbered_;
-  std::vector<int32_t> rank_ = std::vector<int32_t>(kSmall + 8);
+  std::vector<int32_t> rank_ = std::vector<int32_t>(kSmall + 16);
   int64_t k_ = 0, capacity_ = 0, size_ = 0;
   float threshold_ = -kInf;
 };

@@ -56,7 +56,7 @@ struct SimdLoops {
   float (*reached_by)(const float* score, int64_t n, int64_t k);
   // Indices of the scores above the threshold, ascending. `index` has room for 16 more than n.
   int64_t (*filter)(const float* score, int64_t n, float threshold, int32_t* index);
-  // How many of n distinct keys are larger than each. Both arrays are accessed up to 7 elements past n.
+  // How many of n distinct keys are larger than each. Both arrays are accessed up to 15 elements past n.
   void (*rank_keys)(const uint64_t* key, int64_t n, int32_t* rank);
 };
 
