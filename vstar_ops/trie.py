@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ._files import replacing
 
 _FORMAT = "vstar_ops.trie.v1"
 _INT32_MAX = 2**31 - 1
@@ -297,7 +297,7 @@ class Trie:
 
         meta = {"level_offset": self.level_offset, "max_children": self.max_children}
         arrays = {name: getattr(self, name).cpu().contiguous() for name in _ARRAYS}
-        with _replacing(Path(path)) as temporary:
+        with replacing(Path(path)) as temporary:
             save_file(arrays, temporary, {"format": _FORMAT, "trie": json.dumps(meta)})
 
     @classmethod
@@ -420,16 +420,3 @@ def _is_trie(arrays: dict[str, Tensor], levels: tuple[int, ...], max_children: i
         and np.all(np.diff(items) > 0)
         and ids.dtype == torch.int64
     )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; after the block its file takes the place of ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
+from .._files import replacing
+
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings, dicts, lists) atomically.
-
-    A reader sees the old file or the new one, never a part: the bytes go to a temporary file in the same
-    folder, reach the disk, and only then take the name.
-    """
-    with replacing(path) as file:
-        torch.save(state, file)
+    """Write ``state`` (tensors, numbers, strings, dicts, lists) atomically."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -27,34 +25,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def save_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-class replacing:
-    """``with replacing(path) as file:`` a file that takes the place of ``path`` if the block succeeds."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.temporary = path, path.with_name(f".{path.name}.tmp")
-
-    def __enter__(self) -> Any:
-        self.file = open(self.temporary, "wb")
-        return self.file
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        with self.file:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        if kind is not None:
-            self.temporary.unlink()
-            return
-        os.replace(self.temporary, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 class MetricsFile:
