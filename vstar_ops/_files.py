@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; if the block succeeds, its file reaches the disk and takes the name."""
+    """A temporary path beside ``path``; after the block its file reaches the disk and takes the name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
