@@ -5,11 +5,15 @@ trie of legal semantic IDs, and sibling advantages for reinforcement learning (V
 from ._backends import BackendStatus, backends, initialise, use_backend
 from .ops import (
     ExpandTopK,
+    SearchTrees,
     SiblingAdvantage,
     expand_topk,
     group_advantage,
     sibling_advantage,
     validation,
+    ved_candidates,
+    ved_insert,
+    ved_select,
 )
 from .reference import derive_seeds
 from .trie import Trie
@@ -21,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendStatus",
     "ExpandTopK",
+    "SearchTrees",
     "SiblingAdvantage",
     "Trie",
     "backends",
@@ -30,4 +35,7 @@ __all__ = [
     "sibling_advantage",
     "use_backend",
     "validation",
+    "ved_candidates",
+    "ved_insert",
+    "ved_select",
 ]

@@ -1,4 +1,4 @@
-"""What a decoder needs of a language model: two methods over a pool of evaluated prefixes."""
+"""What a decoder needs of a language model: two methods over a pool of evaluated prefixes, and their values."""
 
 from __future__ import annotations
 
@@ -45,4 +45,24 @@ class PrefixModel(Protocol):
             ``(logits, slot)``: ``logits[N, V]`` of the next token after each new prefix
             (unspecified in unused rows) and int64 ``slot[N]``, where each new prefix is kept.
         """
+        ...
+
+
+class ValueModel(PrefixModel, Protocol):
+    """A language model that also values the prefixes it has evaluated (V-STAR, section 4)."""
+
+    def value(self, state: Any, slot: Tensor) -> Tensor:
+        """V of evaluated prefixes.
+
+        Args:
+            state: the cache of ``prefill``.
+            slot: int64 ``[N]``, or ``-1`` for an unused row.
+
+        Returns:
+            float ``[N]`` (unspecified in unused rows). It must not depend on later tokens.
+        """
+        ...
+
+    def child_value(self, state: Any, slot: Tensor) -> Tensor:
+        """Q(s, v) - V(s) of evaluated prefixes and every token: float ``[N, V]``; only if action values are asked for."""
         ...

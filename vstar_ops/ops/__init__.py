@@ -4,12 +4,17 @@ from ._library import validation
 from .expand_topk import ExpandTopK, expand_topk
 from .group_advantage import group_advantage
 from .sibling_advantage import SiblingAdvantage, sibling_advantage
+from .ved import SearchTrees, ved_candidates, ved_insert, ved_select
 
 __all__ = [
     "ExpandTopK",
+    "SearchTrees",
     "SiblingAdvantage",
     "expand_topk",
     "group_advantage",
     "sibling_advantage",
     "validation",
+    "ved_candidates",
+    "ved_insert",
+    "ved_select",
 ]

@@ -1,0 +1,347 @@
+r"""The steps of value-guided decoding (V-STAR, Eqs. 10-14) on ``B`` prefix trees side by side.
+
+:func:`vstar_ops.decoding.ved` puts them together; they are public so that other searches can be built of
+them. The trees are a structure of arrays of fixed capacity, :class:`SearchTrees`, on the model's device. A
+round is :func:`ved_select` (traverse, gate, take the next child of the gated nodes), the model's forward of
+the rows that it returns, and :func:`ved_insert` (store the evaluated nodes, update the depth sums);
+:func:`ved_candidates` ranks the leaves at the end. All shapes are fixed, trees do not see each other, and
+every choice is a total order, so a request gives the same result alone, in any batch and on any number of
+threads. Statistics are float64 over float32 data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._library import check, define, finite
+
+_I32, _I64, _F32, _F64 = (torch.int32,), (torch.int64,), (torch.float32,), (torch.float64,)
+_TREE = "[B, T]"
+
+
+@dataclass
+class SearchTrees:
+    r"""``B`` trees of at most ``T`` evaluated nodes; node 0 is the root, a node stands behind its parent.
+
+    Attributes:
+        node: int32 ``[B, T]``, the trie node.
+        parent: int32 ``[B, T]``, the position of the parent, -1 for the root.
+        depth: int32 ``[B, T]``.
+        logp: float32 ``[B, T]``, log pi of the whole prefix.
+        value, entropy: float32 ``[B, T]``, V and H of the node's own forward.
+        priority: float32 ``[B, T]``, :math:`G = V + \lambda H + w_p \log\pi` (Eq. 10).
+        visits: int32 ``[B, T]``, traversals through the node; the root's is :math:`N_{root}`.
+        child_node, child_logp: int32 and float32 ``[B, T, C]``, legal children in the order in which they
+            will be expanded, a sample without replacement in proportion to pi.
+        num_children, next_child: int32 ``[B, T]``, entries of that list, and those that are used up.
+        leaf_node, leaf_logp, leaf_score: ``[B, T, D]``, of prefixes of depth ``L - 1``: their legal children as
+            completions, best first, and what they are ranked by.
+        num_leaves: int32 ``[B, T]``.
+        slot: int64 ``[B, T]``, the model's.
+        size: int32 ``[B]``, evaluated nodes, which is the number of forward tokens.
+        budget: int32 ``[B]``, the most that ``size`` may become; :func:`ved_select` lowers it to end a search.
+        depth_sum, depth_count: float64 and int32 ``[B, L + 1]``, sum of G and number of nodes a depth.
+    """
+
+    node: Tensor
+    parent: Tensor
+    depth: Tensor
+    logp: Tensor
+    value: Tensor
+    entropy: Tensor
+    priority: Tensor
+    visits: Tensor
+    child_node: Tensor
+    child_logp: Tensor
+    num_children: Tensor
+    next_child: Tensor
+    leaf_node: Tensor
+    leaf_logp: Tensor
+    leaf_score: Tensor
+    num_leaves: Tensor
+    slot: Tensor
+    size: Tensor
+    budget: Tensor
+    depth_sum: Tensor
+    depth_count: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        capacity: int,
+        levels: int,
+        *,
+        children: int,
+        leaves: int,
+        budget: Tensor | int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> SearchTrees:
+        """Trees without nodes.
+
+        Args:
+            batch, capacity: ``B`` and ``T``.
+            levels: the depth of the deepest node that is ever evaluated.
+            children, leaves: ``C`` and ``D``, at least 1.
+            budget: forward tokens a request, ``T`` if None; ints ``[B]`` for one each.
+        """
+        for name, size in (("capacity", capacity), ("children", children), ("leaves", leaves)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if isinstance(budget, Tensor):
+            budget = check("budget", budget, (batch,), "[B]", (torch.int32, torch.int64)).to(torch.int32, copy=True)
+        else:
+            budget = torch.full((batch,), capacity if budget is None else budget, dtype=torch.int32)
+
+        def ints(*shape: int, fill: int = 0) -> Tensor:
+            return torch.full((batch, *shape), fill, dtype=torch.int32, device=device)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(batch, *shape, device=device)
+
+        return cls(
+            node=ints(capacity, fill=-1),
+            parent=ints(capacity, fill=-1),
+            depth=ints(capacity),
+            logp=floats(capacity),
+            value=floats(capacity),
+            entropy=floats(capacity),
+            priority=floats(capacity),
+            visits=ints(capacity),
+            child_node=ints(capacity, children, fill=-1),
+            child_logp=floats(capacity, children),
+            num_children=ints(capacity),
+            next_child=ints(capacity),
+            leaf_node=ints(capacity, leaves, fill=-1),
+            leaf_logp=floats(capacity, leaves),
+            leaf_score=floats(capacity, leaves),
+            num_leaves=ints(capacity),
+            slot=torch.full((batch, capacity), -1, dtype=torch.int64, device=device),
+            size=ints(),
+            budget=budget.to(device),
+            depth_sum=torch.zeros(batch, levels + 1, dtype=torch.float64, device=device),
+            depth_count=ints(levels + 1),
+        )
+
+    def check(self) -> None:
+        """Raise where an array's shape, dtype, device or layout is not what the class says."""
+        check("trees.node", self.node, (None, None), _TREE, _I32)
+        batch, capacity = self.node.shape
+        check("trees.child_node", self.child_node, (batch, capacity, None), "[B, T, C]", _I32)
+        check("trees.leaf_node", self.leaf_node, (batch, capacity, None), "[B, T, D]", _I32)
+        check("trees.depth_sum", self.depth_sum, (batch, None), "[B, levels + 1]", _F64)
+        shapes: dict[str, tuple[int, ...]] = {"size": (batch,), "budget": (batch,)}
+        shapes |= {"child_node": tuple(self.child_node.shape), "child_logp": tuple(self.child_node.shape)}
+        shapes |= {name: tuple(self.leaf_node.shape) for name in ("leaf_node", "leaf_logp", "leaf_score")}
+        shapes |= {name: tuple(self.depth_sum.shape) for name in ("depth_sum", "depth_count")}
+        for field in fields(self):
+            array = getattr(self, field.name)
+            dtypes = {"slot": _I64, "depth_sum": _F64}.get(field.name, _F32 if field.name in _FLOATS else _I32)
+            shape = shapes.get(field.name, (batch, capacity))
+            check(f"trees.{field.name}", array, shape, str(list(shape)), dtypes, self.node.device)
+            if not array.is_contiguous():
+                raise ValueError(f"trees.{field.name} must be contiguous, got strides {array.stride()}")
+
+
+_FLOATS = ("logp", "value", "entropy", "priority", "child_logp", "leaf_logp", "leaf_score")
+
+
+class Rows(NamedTuple):
+    """The nodes that a round evaluates, ``[B, P]``; unused rows hold -1 and -inf."""
+
+    parent: Tensor
+    node: Tensor
+    logp: Tensor
+
+
+class Evaluation(NamedTuple):
+    """What the model says about the rows of a round, ``[B, P]`` or ``[B, P, C or D]``; see SearchTrees."""
+
+    slot: Tensor
+    value: Tensor
+    entropy: Tensor
+    num_children: Tensor
+    child_node: Tensor
+    child_logp: Tensor
+    leaf_node: Tensor
+    leaf_logp: Tensor
+    leaf_score: Tensor
+    num_leaves: Tensor
+
+
+class Candidates(NamedTuple):
+    """Leaves, best first; slots past ``count`` hold -1 and -inf."""
+
+    node: Tensor
+    logp: Tensor
+    score: Tensor
+    count: Tensor  # type: ignore[assignment]
+
+
+_SELECT = (
+    "node", "parent", "priority", "visits", "next_child", "num_children", "child_node", "child_logp", "size",
+    "budget", "depth", "depth_sum", "depth_count",
+)  # fmt: skip
+_INSERT = (
+    "node", "parent", "logp", "value", "entropy", "priority", "visits", "next_child", "num_children",
+    "child_node", "child_logp", "leaf_node", "leaf_logp", "leaf_score", "num_leaves", "slot", "size", "depth",
+    "depth_sum", "depth_count",
+)  # fmt: skip
+_ROWS = (
+    "parent", "node", "logp", "slot", "value", "entropy", "num_children", "child_node", "child_logp",
+    "leaf_node", "leaf_logp", "leaf_score", "num_leaves",
+)  # fmt: skip
+_CANDIDATES = (
+    "node", "logp", "value", "size", "depth", "leaf_node", "leaf_logp", "leaf_score", "num_leaves",
+)  # fmt: skip
+
+
+def _schema(names: tuple[str, ...], written: tuple[str, ...]) -> str:
+    mark = {name: f"({chr(97 + i)}!)" for i, name in enumerate(written)}
+    return ", ".join(f"Tensor{mark.get(name, '')} {name}" for name in names)
+
+
+def _select_fake(node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    levels, _exploration, paths, _max_idle = arguments[-4:]
+    row = node.new_empty((node.shape[0], levels * paths))  # type: ignore[operator]
+    return row, torch.empty_like(row), torch.empty_like(row, dtype=torch.float32)
+
+
+def _insert_fake(*_: object) -> None:
+    return None
+
+
+def _candidates_fake(node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    k = arguments[-3]
+    row = node.new_empty((node.shape[0], k))  # type: ignore[arg-type]
+    score = torch.empty_like(row, dtype=torch.float32)
+    return row, score, torch.empty_like(score), node.new_empty((node.shape[0],))
+
+
+_run_select = define(
+    "ved_select",
+    f"({_schema(_SELECT, ('visits', 'next_child', 'budget'))}, int levels, float exploration, int paths,"
+    " int max_idle) -> (Tensor row_parent, Tensor row_node, Tensor row_logp)",
+    reference.ved_select,
+    _select_fake,
+)
+_run_insert = define(
+    "ved_insert",
+    f"({_schema(_INSERT, _INSERT)}, {_schema(tuple('row_' + name for name in _ROWS), ())}, float logp_weight,"
+    " float entropy_weight) -> ()",
+    reference.ved_insert,
+    _insert_fake,
+)
+_run_candidates = define(
+    "ved_candidates",
+    f"({_schema(_CANDIDATES, ())}, int length, SymInt k, float logp_weight, bool forced_first)"
+    " -> (Tensor leaf, Tensor leaf_logp_out, Tensor leaf_score_out, Tensor count)",
+    reference.ved_candidates,
+    _candidates_fake,
+)
+
+
+def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, max_idle: int = 1000) -> Rows:
+    r"""Steps 2 and 3: traverse every tree, and take one new child of each node that passes the gate.
+
+    A traversal goes from the root always to the child of largest
+    :math:`U(s) = G(s) + \beta \sqrt{\ln(N_{root} + 1) / (N(s) + 1)}`, ties to the lower token, until a node
+    without children in the tree. Every node of the path with an unexpanded child and ``G(s)`` at least the
+    mean ``G`` of its depth gives its next child, the root first, as far as the budget reaches. The visits of
+    the path rise by one. A traversal that gives nothing is followed by another at once.
+
+    Args:
+        trees: ``visits``, ``next_child`` and ``budget`` change.
+        exploration: :math:`\beta`.
+        paths: traversals that give children, one after the other, before the model is asked. Later ones see
+            the visits of earlier ones, not their children: more than 1 trades exactness for larger forwards.
+        max_idle: traversals in a row that may give nothing; one more ends the search of that tree.
+
+    Returns:
+        :class:`Rows` ``[B, P]``, ``P = paths * levels``. A tree gives no row once its budget is spent, or
+        nothing can be expanded: no node with an unexpanded child passes the gate.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, device or value, by name.
+    """
+    trees.check()
+    exploration = finite("exploration", exploration)
+    if exploration < 0:
+        raise ValueError(f"exploration must be >= 0, got {exploration}")
+    paths, max_idle = _whole("paths", paths, 1), _whole("max_idle", max_idle, 0)
+    levels = trees.depth_sum.shape[1] - 1
+    arrays = (getattr(trees, name) for name in _SELECT)
+    return Rows(*_run_select(trees.node.device, *arrays, levels, exploration, paths, max_idle))
+
+
+def ved_insert(
+    trees: SearchTrees,
+    rows: Rows,
+    evaluation: Evaluation,
+    *,
+    entropy_weight: float = 0.1,
+    logp_weight: float = 0.0,
+) -> None:
+    r"""Step 4: append the evaluated rows to the trees, and add their G to the sums of their depths.
+
+    :math:`G = V + \lambda H + w_p \log\pi` (Eq. 10 for :math:`w_p = 0`), rounded to float32; a value that is
+    NaN counts as the smallest finite float32. Rows with node -1, and what does not fit, are left out.
+
+    Args:
+        trees: everything but ``budget`` changes.
+        rows: of :func:`ved_select`; a row's parent must be in the tree already.
+        evaluation: of the same rows, contiguous, dtypes as in :class:`SearchTrees`.
+        entropy_weight, logp_weight: :math:`\lambda` and :math:`w_p`.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, device or value, by name.
+    """
+    trees.check()
+    weights = finite("logp_weight", logp_weight), finite("entropy_weight", entropy_weight)
+    check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", _I32, trees.node.device)
+    given = {**evaluation._asdict(), **rows._asdict()}
+    for name in _ROWS:
+        like = getattr(trees, name)
+        shape = (*rows.node.shape, *like.shape[2:])
+        given[name] = check(name, given[name], shape, str(list(shape)), (like.dtype,), trees.node.device).contiguous()
+    arrays = (getattr(trees, name) for name in _INSERT)
+    _run_insert(trees.node.device, *arrays, *(given[name] for name in _ROWS), *weights)
+
+
+def ved_candidates(
+    trees: SearchTrees, length: int, k: int, *, logp_weight: float = 0.0, forced_first: bool = False
+) -> Candidates:
+    r"""The ``k`` best leaves of every tree: first those that were evaluated, then completions.
+
+    Evaluated leaves (nodes of depth ``length``) are ordered by :math:`V + w_p \log\pi` descending, then by
+    lower tokens. Completions are the listed leaves below evaluated prefixes that were not evaluated
+    themselves, by ``leaf_score`` descending, then prefixes by lower tokens, the more probable leaf, the lower
+    token. ``forced_first`` ranks the only child of a prefix among the evaluated leaves.
+
+    Returns:
+        :class:`Candidates` ``[B, k]``: distinct leaves; ``count`` says how many exist.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, device or value, by name.
+    """
+    trees.check()
+    length, k = _whole("length", length, 1), _whole("k", k, 1)
+    arrays = (getattr(trees, name) for name in _CANDIDATES)
+    return Candidates(
+        *_run_candidates(
+            trees.node.device, *arrays, length, k, finite("logp_weight", logp_weight), bool(forced_first)
+        )
+    )
+
+
+def _whole(name: str, value: int, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value
