@@ -63,9 +63,9 @@ def ved_select(
                 take = alive & open_[every, current] & (size + pending < budget)
                 if level < levels:
                     row, at = path * levels + level, next_child[every, current].long().clamp(max=child_node.shape[2] - 1)
-                    row_parent[:, row] = torch.where(take, current, -1).int()
-                    row_node[:, row] = torch.where(take, child_node[every, current, at], -1)
-                    row_logp[:, row] = torch.where(take, child_logp[every, current, at], float("-inf"))
+                    row_parent[:, row] = torch.where(take, current.int(), row_parent[:, row])
+                    row_node[:, row] = torch.where(take, child_node[every, current, at], row_node[:, row])
+                    row_logp[:, row] = torch.where(take, child_logp[every, current, at], row_logp[:, row])
                     next_child[every, current] += take
                     pending += take
                     expanded |= take
