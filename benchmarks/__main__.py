@@ -70,6 +70,19 @@ def sibling_case(sequences: Tensor, batch: int, group: int) -> dict[str, Callabl
     return variants
 
 
+def returns_case(sequences: Tensor, batch: int, group: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """``prefix_returns`` on random items of the catalogue, embeddings of 64 numbers."""
+    tokens = sequences[torch.randint(0, len(sequences), (batch, group))]
+    inputs = (tokens, torch.randn(batch, group, 64), tokens[:, 0], torch.randn(batch, 64))
+    variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "ours": lambda: vstar_ops.prefix_returns(*inputs),
+        "unique of packed keys, index_add": lambda: baselines.prefix_returns(*inputs, (0.3, 0.5, 1.0)),
+    }
+    for got, want in zip(*(variant() for variant in variants.values())):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    return variants
+
+
 def two_threads(trie: Trie) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """The depth-1 case on two threads and on one."""
     call = legal_case(trie, 1, max(trie.max_token + 1, 768))["ours"]
@@ -111,6 +124,11 @@ def main() -> None:
     for batch, group in ((64, 16), (256, 64)):
         timing = compare(sibling_case(sequences, batch, group), rounds)
         report.add(f"sibling_advantage, B={batch} G={group} L=3", timing, **{"unique,_index_add": 40.0})
+    for batch, group in ((64, 16), (256, 64)):
+        report.add(
+            f"prefix_returns, B={batch} G={group} L=3 E=64",
+            compare(returns_case(sequences, batch, group), rounds),
+        )
     report.add("expand_topk legal, depth 1, two threads", compare(two_threads(trie), rounds), one_thread=1.6)
     torch.set_num_threads(1)
     rows = torch.randint(0, 2048, (1_000_000, 4))

@@ -239,6 +239,34 @@ def sibling_advantage(
     return advantage, valid, node, count
 
 
+def prefix_returns(
+    tokens: np.ndarray,
+    embedding: np.ndarray,
+    target: np.ndarray,
+    target_embedding: np.ndarray,
+    mask: np.ndarray | None,
+    weights: Sequence[float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and similarity, each ``[B, G, L]``, bucket by bucket."""
+    batch, group, length = tokens.shape
+    returns, similarity = np.zeros(tokens.shape), np.zeros(tokens.shape)
+    for b in range(batch):
+        present = [g for g in range(group) if mask is None or mask[b, g]]
+        for g in present:
+            for depth in range(1, length + 1):
+                bucket = [h for h in present if tuple(tokens[b, h, :depth]) == tuple(tokens[b, g, :depth])]
+                mean = sum(embedding[b, h] for h in bucket) / len(bucket)
+                norm = math.sqrt(float(mean @ mean)) * math.sqrt(
+                    float(target_embedding[b] @ target_embedding[b])
+                )
+                cosine = float(mean @ target_embedding[b]) / norm if norm else 0.0
+                hit = tuple(tokens[b, g, :depth]) == tuple(target[b, :depth])
+                w = weights[depth - 1]
+                returns[b, g, depth - 1] = w if hit else -w * (1 - cosine)
+                similarity[b, g, depth - 1] = cosine
+    return returns, similarity
+
+
 # ---------------------------------------------------------------- beam search
 
 

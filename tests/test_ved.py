@@ -2,63 +2,61 @@
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import vstar_ops
+import vstar_ops.ops.ved as ved_ops
 from vstar_ops import SearchTrees, Trie
-from vstar_ops.decoding import beam_search, ved
-from vstar_ops.ops.ved import Evaluation, Rows, ved_candidates, ved_insert, ved_select
+from vstar_ops.decoding import ved
+from vstar_ops.ops.ved import Evaluation, ved_candidates, ved_insert, ved_select
 from vstar_ops.reference.ved_search import ved_search
 
 
-class RandomModel:
-    """A ValueModel whose outputs are a pure function of (request, prefix): rows of random tables."""
+class TableModel:
+    """A ValueModel whose outputs are a pure function of (request, prefix): rows of a random table."""
 
     def __init__(self, trie: Trie, seed: int, *, spread: float = 2.0, values: float = 1.0) -> None:
-        self.trie, self.seed, self.spread, self.values = trie, seed, spread, values
-        self.columns = trie.max_token + 1 + 2
-        self.calls: list[int] = []
+        self.trie, self.columns = trie, trie.max_token + 1 + 2
+        random = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(4096, 2 * self.columns + 1, generator=random)
+        self.table[:, : self.columns] *= spread
+        self.table[:, -1] *= values
+        self.rows_evaluated = 0
 
-    def _row(self, context: int, node: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, context, node])
-        return rng.normal(size=2 * self.columns + 1).astype(np.float32)
-
-    def _logits(self, context: int, node: int) -> torch.Tensor:
-        return torch.from_numpy(self._row(context, node)[: self.columns] * self.spread)
+    def rows(self, state, slot):
+        context, node = (part[slot.clamp(min=0)] for part in state)
+        return self.table[(context * 40503 + node * 9973) % 4096]
 
     def prefill(self, context):
-        state = [(int(c), 0) for c in context]
-        rows = [self._logits(*s) for s in state]
-        return torch.stack(rows) if rows else torch.empty(0, self.columns), state
+        context = torch.as_tensor(context)
+        state = [context, torch.zeros_like(context)]
+        return self.rows(state, torch.arange(len(context)))[:, : self.columns], state
 
     def extend(self, state, parent, token):
-        logits = torch.full((len(parent), self.columns), float("nan"))  # unused rows must not be read
-        slot = torch.full((len(parent),), -(2**40))
-        self.calls.append(int((parent >= 0).sum()))
-        for row, (p, t) in enumerate(zip(parent.tolist(), token.tolist())):
-            if p < 0:
-                continue
-            context, node = state[p]
-            children = self.trie.children(node)
-            node = int(children.node[children.token == t])  # exactly one: tokens are legal
-            state.append((context, node))
-            logits[row], slot[row] = self._logits(context, node), len(state) - 1
+        live = parent >= 0
+        children = self.trie.children(state[1][parent[live]].int())
+        match = children.token == token[live, None]
+        assert (match.sum(1) == 1).all(), "an illegal token was evaluated"
+        first = len(state[0])
+        state[0] = torch.cat([state[0], state[0][parent[live]]])
+        state[1] = torch.cat([state[1], children.node[match].long()])
+        self.rows_evaluated += int(live.sum())
+        slot = torch.full_like(parent, -(2**40))  # unused rows must not be read
+        slot[live] = torch.arange(first, len(state[0]))
+        logits = torch.full((len(parent), self.columns), float("nan"))
+        logits[live] = self.rows(state, slot[live])[:, : self.columns]
         return logits, slot
 
     def value(self, state, slot):
-        rows = [self._row(*state[s])[-1] * self.values if s >= 0 else float("nan") for s in slot.tolist()]
-        return torch.tensor(rows, dtype=torch.float32)
+        return self.rows(state, slot)[:, -1].masked_fill(slot < 0, float("nan"))
 
     def child_value(self, state, slot):
-        columns = slice(self.columns, 2 * self.columns)
-        rows = [self._row(*state[s])[columns] if s >= 0 else np.full(self.columns, np.nan) for s in slot.tolist()]
-        return torch.from_numpy(np.stack(rows).astype(np.float32))
+        rows = self.rows(state, slot)[:, self.columns : 2 * self.columns]
+        return rows.masked_fill(slot[:, None] < 0, float("nan"))
 
 
 def random_trie(rng: np.random.Generator, length: int, items: int, codes: int) -> Trie:
@@ -88,7 +86,7 @@ def compare(case: int) -> None:
     options = random_options(rng, length)
     contexts = rng.integers(0, 1000, size=int(rng.integers(1, 4)))
     seeds = torch.from_numpy(rng.integers(-(2**62), 2**62, size=len(contexts)))
-    model = RandomModel(trie, case, values=float(rng.choice([0.0, 0.3, 1.0])))
+    model = TableModel(trie, case, values=float(rng.choice([0.0, 0.3, 1.0])))
     out = ved(model, contexts, trie, seed=seeds, **options)
     trees = out.trees
     assert (out.forward_tokens <= options["budget"]).all()
@@ -113,5 +111,202 @@ def compare(case: int) -> None:
 
 @pytest.mark.parametrize("block", range(4))
 def test_same_decisions_as_the_sequential_search(block, backend):
-    for case in range(100 if backend == "cpp" else 10):
+    for case in range(100 if backend == "cpp" else 20):
         compare(1000 * block + case)
+
+
+def test_ten_thousand_searches(cpp):
+    """Budget, legality, distinctness and counts, whatever the trie, the model and the options."""
+    for case in range(250):
+        rng = np.random.default_rng([7, case])
+        length = int(rng.integers(1, 6))
+        trie = random_trie(rng, length, int(rng.integers(1, 400)), int(rng.integers(1, 14)))
+        options = random_options(rng, length) | {"paths": int(rng.choice([1, 1, 2, 5]))}
+        model = TableModel(trie, case)
+        out = ved(model, rng.integers(0, 1000, 40), trie, seed=case, **options)
+        k = options["candidates"]
+        assert (out.forward_tokens <= options["budget"]).all()
+        assert model.rows_evaluated + 40 == out.forward_tokens.sum()
+        there = torch.arange(k) < out.count[:, None]
+        assert torch.equal(out.node >= 0, there)
+        assert torch.equal(trie.lookup(out.sequence)[there], out.node[there])
+        assert (out.node[there] >= trie.level_offset[length]).all()
+        leaf, first = out.node.sort(1).values, trie.level_offset[length]
+        assert not ((leaf[:, 1:] == leaf[:, :-1]) & (leaf[:, 1:] >= first)).any(), "a leaf came twice"
+        evaluated = out.trees.node.sort(1).values
+        assert not ((evaluated[:, 1:] == evaluated[:, :-1]) & (evaluated[:, 1:] >= 0)).any()
+
+
+def industrial_size(seed=0, batch=24):
+    rng = np.random.default_rng(seed)
+    trie = random_trie(rng, 3, 3000, 20)
+    return TableModel(trie, seed), torch.from_numpy(rng.integers(0, 10**6, batch)), trie
+
+
+@pytest.mark.parametrize("options", [{}, {"evaluate_leaves": False}, {"logp_weight": 1.0, "paths": 3}])
+def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads, options):
+    model, context, trie = industrial_size()
+    seeds = torch.arange(len(context)) * 77
+    torch.set_num_threads(1)
+    whole = ved(model, context, trie, seed=seeds, **options)
+    torch.set_num_threads(2)
+    for got, want in zip(ved(model, context, trie, seed=seeds, **options)[:-1], whole):
+        assert torch.equal(got, want)
+    for b in (0, 11, 23):
+        alone = ved(model, context[b : b + 1], trie, seed=seeds[b : b + 1], **options)
+        for got, want in zip(alone[:-1], whole):
+            assert torch.equal(got[0], want[b])
+
+
+def test_backends_agree():
+    model, context, trie = industrial_size(1)
+    with vstar_ops.use_backend("reference"):
+        want = ved(model, context, trie, seed=3)
+    got = ved(model, context, trie, seed=3)
+    assert torch.equal(got.node, want.node)
+    assert torch.equal(got.trees.node, want.trees.node)
+
+
+def test_seeds_decide_what_is_drawn(backend):
+    model, context, trie = industrial_size(2)
+    one, two = (ved(model, context, trie, seed=s, entropy_weight=0.0) for s in (1, 2))
+    assert not torch.equal(one.trees.node, two.trees.node)
+    assert torch.equal(one.trees.node[:, :17], two.trees.node[:, :17])  # the initial beam search
+    again = ved(model, context, trie, seed=vstar_ops.derive_seeds(1, len(context)), entropy_weight=0.0)
+    assert torch.equal(one.trees.node, again.trees.node)
+
+
+def test_a_fixed_number_of_rounds(backend):
+    model, context, trie = industrial_size(3)
+    free, fixed = (ved(model, context, trie, rounds=rounds) for rounds in (None, 40))
+    assert torch.equal(free.node, fixed.node)
+    none = ved(model, context, trie, rounds=0)
+    assert (none.forward_tokens == 1 + 3 * 8).all()
+
+
+class ByName:
+    """Uniform policy over two levels of two tokens; V of (0,) is 0, of (1,) is 1, of leaves by hand."""
+
+    values = {(): 0.0, (0,): 0.0, (1,): 1.0, (0, 2): 0.1, (0, 3): 0.7}
+
+    def prefill(self, context):
+        return torch.zeros(len(context), 4), [()] * len(context)
+
+    def extend(self, state, parent, token):
+        slot = torch.full_like(parent, -1)
+        for row, (p, t) in enumerate(zip(parent.tolist(), token.tolist())):
+            if p >= 0:
+                state.append((*state[p], t))
+                slot[row] = len(state) - 1
+        return torch.zeros(len(parent), 4), slot
+
+    def value(self, state, slot):
+        return torch.tensor([self.values[state[s]] if s >= 0 else 0.0 for s in slot.tolist()])
+
+
+def test_by_hand(backend):
+    """Budget 4: the root, (0,), (0, 2), and one child more."""
+    trie = Trie.from_sequences([[0, 2], [0, 3], [1, 2], [1, 3]])
+    options = {"budget": 4, "width": 1, "entropy_weight": 0.0, "exploration": 0.0}
+    out = ved(ByName(), [0], trie, 4, **options)  # the root gives (1,)
+    assert out.trees.node.tolist() == [[0, 1, 3, 2]]
+    assert out.sequence.tolist() == [[[0, 2], [1, 2], [1, 3], [0, 3]]]
+    assert out.score[0].tolist() == pytest.approx([0.1, 1.0, 1.0, 0.0])
+    out = ved(ByName(), [0], trie, 4, expand_root=False, **options)  # (0,) gives (0, 3)
+    assert out.trees.node.tolist() == [[0, 1, 3, 4]]
+    assert out.sequence.tolist() == [[[0, 3], [0, 2], [-1, -1], [-1, -1]]]
+    assert out.count.tolist() == [2]
+
+
+def test_value_weight_0_needs_no_values(backend):
+    class Plain(ByName):
+        value = property()  # hasattr is False
+
+    trie = Trie.from_sequences([[0, 2], [0, 3], [1, 2], [1, 3]])
+    out = ved(Plain(), [0], trie, 4, value_weight=0.0, logp_weight=1.0, budget=7)
+    assert out.count.tolist() == [4]
+    with pytest.raises(TypeError, match=r"model must have value\(state, slot\), got Plain"):
+        ved(Plain(), [0], trie, 4)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_things(backend, batch):
+    trie = Trie.from_sequences([[5]])
+    out = ved(TableModel(trie, 0), torch.zeros(batch, dtype=torch.int64), trie, 3, budget=1)
+    assert out.sequence.tolist() == [[[5], [-1], [-1]]] * batch
+    assert out.forward_tokens.tolist() == [1] * batch
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"candidates": 0}, ValueError, "candidates must be at least 1, got 0"),
+        ({"budget": 2}, ValueError, "budget must be at least 3, got 2"),
+        ({"budget": 33.0}, TypeError, "budget must be an int, got float"),
+        ({"width": True}, TypeError, "width must be an int, got bool"),
+        ({"paths": 0}, ValueError, "paths must be at least 1, got 0"),
+        ({"max_idle": -1}, ValueError, "max_idle must be at least 0, got -1"),
+        ({"rounds": -1}, ValueError, "rounds must be None or a whole number >= 0, got -1"),
+        ({"exploration": -0.5}, ValueError, "exploration must be >= 0, got -0.5"),
+        ({"entropy_weight": float("nan")}, ValueError, "entropy_weight must be finite"),
+        ({"logp_weight": None}, TypeError, "logp_weight must be a number, got NoneType"),
+        ({"skip_forced": True, "normalize": "vocab"}, ValueError, "skip_forced needs normalize='legal'"),
+        ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed must have the shape \[B\]"),
+        ({"seed": torch.zeros(24)}, TypeError, "seed must be int64, got float32"),
+    ],
+)
+def test_errors(change, error, message):
+    model, context, trie = industrial_size()
+    with pytest.raises(error, match=message):
+        ved(model, context, trie, **change)
+
+
+def test_errors_of_the_ops():
+    trees = SearchTrees.empty(2, 5, 3, children=2, leaves=2)
+    with pytest.raises(ValueError, match="trees.value must have the shape"):
+        ved_select(replace(trees, value=torch.zeros(2, 4)))
+    with pytest.raises(TypeError, match="trees.slot must be int64, got int32"):
+        ved_candidates(replace(trees, slot=trees.slot.int()), 3, 4)
+    with pytest.raises(ValueError, match="trees.node must be contiguous"):
+        ved_select(replace(trees, node=trees.node.t().contiguous().t()))
+    rows = ved_select(trees)
+    assert (rows.node == -1).all()
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        SearchTrees.empty(2, 0, 3, children=2, leaves=2)
+    with pytest.raises(ValueError, match="slot must have the shape"):
+        evaluation = Evaluation(*(getattr(trees, name)[:, :1] for name in Evaluation._fields))
+        ved_insert(trees, rows, evaluation)
+
+
+def searched():
+    model, context, trie = industrial_size(4, 3)
+    return ved(model, context, trie, budget=20, rounds=0, width=2).trees
+
+
+def test_opcheck(cpp):
+    ops, trees = torch.ops.vstar_ops, searched()
+    select = [getattr(trees, name).clone() for name in ved_ops._SELECT]
+    torch.library.opcheck(ops.ved_select.default, (*select, 3, 1.0, 2, 100))
+    candidates = [getattr(trees, name) for name in ved_ops._CANDIDATES]
+    torch.library.opcheck(ops.ved_candidates.default, (*candidates, 3, 5, 0.5, True))
+    inputs = [getattr(trees, name).clone() for name in ved_ops._INSERT]
+    rows = [getattr(trees, name)[:, 1:3].clone() for name in ved_ops._ROWS]
+    torch.library.opcheck(ops.ved_insert.default, (*inputs, *rows, 0.0, 0.1))
+
+
+def test_compile(cpp):
+    """A round's ops in one graph."""
+
+    def step(trees: SearchTrees) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = ved_select(trees, exploration=0.5)
+        return rows.node + 0, ved_candidates(trees, 3, 4).score * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(searched()), step(searched())):
+        assert torch.equal(got, want)
+
+
+def test_devices_other_than_the_trees_are_refused():
+    trees = SearchTrees.empty(2, 5, 3, children=2, leaves=2)
+    with pytest.raises(ValueError, match="trees.value must be on cpu like the other tensors, got meta"):
+        ved_select(replace(trees, value=trees.value.to("meta")))

@@ -5,10 +5,12 @@ trie of legal semantic IDs, and sibling advantages for reinforcement learning (V
 from ._backends import BackendStatus, backends, initialise, use_backend
 from .ops import (
     ExpandTopK,
+    PrefixReturns,
     SearchTrees,
     SiblingAdvantage,
     expand_topk,
     group_advantage,
+    prefix_returns,
     sibling_advantage,
     validation,
     ved_candidates,
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendStatus",
     "ExpandTopK",
+    "PrefixReturns",
     "SearchTrees",
     "SiblingAdvantage",
     "Trie",
@@ -32,6 +35,7 @@ __all__ = [
     "derive_seeds",
     "expand_topk",
     "group_advantage",
+    "prefix_returns",
     "sibling_advantage",
     "use_backend",
     "validation",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import expand_topk
-from ..ops._library import INTS, check, finite
+from ..ops._library import check, finite
 from ..ops.ved import Evaluation, Rows, SearchTrees, ved_candidates, ved_insert, ved_select
 from ..reference import derive_seeds
 from ..trie import Trie
@@ -68,15 +68,15 @@ def ved(
         context: a batch of ``B`` prompts, as the model takes them.
         trie: the catalogue, on the model's device.
         candidates: ``K``, at most so many leaves a request are returned.
-        budget: forward tokens a request, never exceeded: 1 for the root and 1 for each other evaluated node. At
-            least ``L``, what one prefix of depth ``L - 1`` costs.
+        budget: forward tokens a request, never exceeded: 1 for the root and 1 for each other evaluated
+            node. At least ``L``, what one prefix of depth ``L - 1`` costs.
         width: of the initial beam search; narrowed to ``(budget - 1) // levels`` where the budget is smaller.
         entropy_weight, exploration: :math:`\lambda` and :math:`\beta`.
         value_weight: :math:`w_v`; 0 is a best-first search that never asks for a value.
         logp_weight: :math:`w_p`, a log-probability prior in G, and in the ranking of leaves,
             :math:`w_v V + w_p \log\pi`. 0 is the paper.
-        evaluate_leaves: True: leaves are nodes, cost a token and are ranked by their own value. False: the whole
-            budget goes to inner prefixes, and a leaf is ranked by its parent's value.
+        evaluate_leaves: True: leaves are nodes, cost a token and are ranked by their own value. False: the
+            whole budget goes to inner prefixes, and a leaf is ranked by its parent's value.
         action_values: leaves without a value of their own are ranked by ``V + Q``, Q the model's
             ``child_value``, a correction to V for each child; with ``evaluate_leaves=False`` these are all.
         expand_root: False leaves the root out of the expansion: no first tokens beyond the initial ones.
@@ -93,8 +93,8 @@ def ved(
     Returns:
         A named tuple:
 
-        - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]``, ``logp`` float32 ``[B, K]``: distinct legal
-          leaves, by value descending, then by lower tokens; if there are too few evaluated leaves, then the
+        - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]``, ``logp`` float32 ``[B, K]``: distinct
+          legal leaves, by value descending, then by lower tokens; if there are too few evaluated leaves, then the
           most probable unexpanded children of the evaluated prefixes of depth ``L - 1``, best prefix first
         - ``score`` float32 ``[B, K]``, what they are ranked by
         - ``count`` int32 ``[B]``; slots past it hold -1 and -inf
@@ -114,7 +114,8 @@ def ved(
         raise ValueError(f"rounds must be None or a whole number >= 0, got {rounds!r}")
     if skip_forced and normalize != "legal":
         raise ValueError(f"skip_forced needs normalize='legal', got {normalize!r}")
-    value_weight = finite("value_weight", value_weight)
+    value_weight, logp_weight = finite("value_weight", value_weight), finite("logp_weight", logp_weight)
+    entropy_weight = finite("entropy_weight", entropy_weight)
     for name, needed in (("value", value_weight != 0), ("child_value", action_values)):
         if needed and not hasattr(model, name):
             raise TypeError(f"model must have {name}(state, slot), got {type(model).__name__}")
@@ -147,9 +148,7 @@ def ved(
         elif not bool((rows.node >= 0).any()):
             break
         search.evaluate(rows, *search.forward(rows))
-    best = ved_candidates(
-        trees, length, candidates, logp_weight=logp_weight, forced_first=search.skip_forced
-    )
+    best = ved_candidates(trees, length, candidates, logp_weight=logp_weight, forced_first=search.skip_forced)
     return VEDResult(trie.sequences(best.node), *best, trees.size, trees)
 
 
@@ -216,7 +215,7 @@ class _Search:
         shape = rows.node.shape
         node, logp = rows.node.reshape(-1, 1), rows.logp.reshape(-1, 1)
         logits = logits.unsqueeze(1)
-        policy = {"normalize": self.normalize, "temperature": self.temperature}
+        policy: dict[str, Any] = {"normalize": self.normalize, "temperature": self.temperature}
         value = logp.new_zeros(len(node))
         if self.value_weight != 0:
             value = self.value_weight * self.model.value(self.state, slot).float()
@@ -263,9 +262,7 @@ class _Search:
             leaf_score=rowwise(leaf_score),
             num_leaves=rowwise(listed.count),
         )
-        ved_insert(
-            trees, rows, evaluation, entropy_weight=self.entropy_weight, logp_weight=self.logp_weight
-        )
+        ved_insert(trees, rows, evaluation, entropy_weight=self.entropy_weight, logp_weight=self.logp_weight)
 
     def _first(self, depth: int) -> int:
         """The first trie node of a depth."""

@@ -3,15 +3,18 @@
 from ._library import validation
 from .expand_topk import ExpandTopK, expand_topk
 from .group_advantage import group_advantage
+from .prefix_returns import PrefixReturns, prefix_returns
 from .sibling_advantage import SiblingAdvantage, sibling_advantage
 from .ved import SearchTrees, ved_candidates, ved_insert, ved_select
 
 __all__ = [
     "ExpandTopK",
+    "PrefixReturns",
     "SearchTrees",
     "SiblingAdvantage",
     "expand_topk",
     "group_advantage",
+    "prefix_returns",
     "sibling_advantage",
     "validation",
     "ved_candidates",

@@ -39,12 +39,12 @@ class SearchTrees:
         child_node, child_logp: int32 and float32 ``[B, T, C]``, legal children in the order in which they
             will be expanded, a sample without replacement in proportion to pi.
         num_children, next_child: int32 ``[B, T]``, entries of that list, and those that are used up.
-        leaf_node, leaf_logp, leaf_score: ``[B, T, D]``, of prefixes of depth ``L - 1``: their legal children as
-            completions, best first, and what they are ranked by.
+        leaf_node, leaf_logp, leaf_score: ``[B, T, D]``, of prefixes of depth ``L - 1``: their legal children
+            as completions, best first, and what they are ranked by.
         num_leaves: int32 ``[B, T]``.
         slot: int64 ``[B, T]``, the model's.
         size: int32 ``[B]``, evaluated nodes, which is the number of forward tokens.
-        budget: int32 ``[B]``, the most that ``size`` may become; :func:`ved_select` lowers it to end a search.
+        budget: int32 ``[B]``, the most that ``size`` may become; :func:`ved_select` lowers it to end one.
         depth_sum, depth_count: float64 and int32 ``[B, L + 1]``, sum of G and number of nodes a depth.
     """
 
@@ -94,7 +94,9 @@ class SearchTrees:
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if isinstance(budget, Tensor):
-            budget = check("budget", budget, (batch,), "[B]", (torch.int32, torch.int64)).to(torch.int32, copy=True)
+            budget = check("budget", budget, (batch,), "[B]", (torch.int32, torch.int64)).to(
+                torch.int32, copy=True
+            )
         else:
             budget = torch.full((batch,), capacity if budget is None else budget, dtype=torch.int32)
 
@@ -141,7 +143,9 @@ class SearchTrees:
         shapes |= {name: tuple(self.depth_sum.shape) for name in ("depth_sum", "depth_count")}
         for field in fields(self):
             array = getattr(self, field.name)
-            dtypes = {"slot": _I64, "depth_sum": _F64}.get(field.name, _F32 if field.name in _FLOATS else _I32)
+            dtypes = {"slot": _I64, "depth_sum": _F64}.get(
+                field.name, _F32 if field.name in _FLOATS else _I32
+            )
             shape = shapes.get(field.name, (batch, capacity))
             check(f"trees.{field.name}", array, shape, str(list(shape)), dtypes, self.node.device)
             if not array.is_contiguous():
@@ -308,7 +312,9 @@ def ved_insert(
     for name in _ROWS:
         like = getattr(trees, name)
         shape = (*rows.node.shape, *like.shape[2:])
-        given[name] = check(name, given[name], shape, str(list(shape)), (like.dtype,), trees.node.device).contiguous()
+        given[name] = check(
+            name, given[name], shape, str(list(shape)), (like.dtype,), trees.node.device
+        ).contiguous()
     arrays = (getattr(trees, name) for name in _INSERT)
     _run_insert(trees.node.device, *arrays, *(given[name] for name in _ROWS), *weights)
 

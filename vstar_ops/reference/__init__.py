@@ -7,7 +7,19 @@ faster was built, and what the other backends are tested against.
 from .expand_topk import expand_topk
 from .group_advantage import group_advantage
 from .gumbel import derive_seeds, gumbel, philox
+from .prefix_returns import prefix_returns
 from .sibling_advantage import sibling_advantage
 from .ved import ved_candidates, ved_insert, ved_select
 
-__all__ = ["derive_seeds", "expand_topk", "group_advantage", "gumbel", "philox", "sibling_advantage", "ved_candidates", "ved_insert", "ved_select"]
+__all__ = [
+    "derive_seeds",
+    "expand_topk",
+    "group_advantage",
+    "gumbel",
+    "philox",
+    "prefix_returns",
+    "sibling_advantage",
+    "ved_candidates",
+    "ved_insert",
+    "ved_select",
+]

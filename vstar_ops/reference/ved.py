@@ -55,14 +55,21 @@ def ved_select(
             if not bool(looking.any()):
                 break
 
-            current, alive, log_total = torch.zeros_like(every), looking.clone(), visits[:, :1].double().log1p()
+            current, alive, log_total = (
+                torch.zeros_like(every),
+                looking.clone(),
+                visits[:, :1].double().log1p(),
+            )
             expanded = torch.zeros_like(looking)
             trail = []
             for level in range(levels + 1):
                 trail.append((current, alive.clone()))
                 take = alive & open_[every, current] & (size + pending < budget)
                 if level < levels:
-                    row, at = path * levels + level, next_child[every, current].long().clamp(max=child_node.shape[2] - 1)
+                    row, at = (
+                        path * levels + level,
+                        next_child[every, current].long().clamp(max=child_node.shape[2] - 1),
+                    )
                     row_parent[:, row] = torch.where(take, current.int(), row_parent[:, row])
                     row_node[:, row] = torch.where(take, child_node[every, current, at], row_node[:, row])
                     row_logp[:, row] = torch.where(take, child_logp[every, current, at], row_logp[:, row])
@@ -83,7 +90,9 @@ def ved_select(
     return row_parent, row_node, row_logp
 
 
-def _skip_present(node: Tensor, exists: Tensor, next_child: Tensor, num_children: Tensor, child_node: Tensor) -> None:
+def _skip_present(
+    node: Tensor, exists: Tensor, next_child: Tensor, num_children: Tensor, child_node: Tensor
+) -> None:
     """Move the pointers past children that the initial beam search has put into the tree."""
     last = child_node.shape[2] - 1
     known = node.masked_fill(~exists, -2)
@@ -174,8 +183,7 @@ def ved_candidates(
     forced_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Evaluated leaves by score, then completions of evaluated prefixes."""
-    batch, capacity = node.shape
-    exists = torch.arange(capacity, device=node.device) < size[:, None]
+    exists = torch.arange(node.shape[1], device=node.device) < size[:, None]
     leaf = exists & (depth == length)
     own = value.double()
     if logp_weight != 0:

@@ -87,7 +87,11 @@ def ved_search(
         if value_weight != 0:
             value = _float32(value_weight * _float32(model.value(state, torch.tensor([slot]))[0].item()))
         children = [int(c) for c in trie.children(node).node.tolist() if c >= 0]
-        tokens = trie.token[torch.tensor(children, dtype=torch.int64) - 1].long() if children else torch.empty(0).long()
+        tokens = (
+            trie.token[torch.tensor(children, dtype=torch.int64) - 1].long()
+            if children
+            else torch.empty(0).long()
+        )
         child_logp = logits[tokens].double().log_softmax(0)
         entropy = -(child_logp.exp() * child_logp).sum().item() if len(children) > 1 else 0.0
         noise = gumbel(torch.tensor(seed), torch.tensor(node), tokens)

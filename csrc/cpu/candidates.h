@@ -1,0 +1,112 @@
+// The candidates of a request in lexicographic order: every prefix is a run of them.
+//
+// They are sorted as packed 64-bit keys (the tokens, each in as many bits as its range in the request needs,
+// and the candidate's number) where they fit, else by comparing tokens; both orders are exact and the same.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/torch_glue.h"
+
+namespace vstar {
+
+struct SortedCandidates {
+  std::vector<int64_t> column;     // [L, n] tokens, the present candidates packed together
+  std::vector<int32_t> candidate;  // [n] their numbers
+  std::vector<uint64_t> key;       // [n]
+  std::vector<int32_t> order;      // [n] sorted position -> packed position
+  std::vector<int32_t> shared;     // [n] leading tokens shared with the previous one in sorted order
+};
+
+inline int bit_length(uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
+
+// Fill order and shared.
+inline void sort_candidates(SortedCandidates& r, int64_t n, int64_t length) {
+  r.order.resize(n);
+  r.shared.resize(n);
+  const int index_bits = bit_length(uint64_t(n - 1));
+  int width[64], bits = index_bits;
+  int64_t low[64];
+  bool packed = length <= 64;
+  for (int64_t d = 0; packed && d < length; ++d) {
+    const int64_t* tokens = r.column.data() + d * n;
+    const auto range = std::minmax_element(tokens, tokens + n);
+    low[d] = *range.first;
+    width[d] = bit_length(uint64_t(*range.second) - uint64_t(*range.first));
+    bits += width[d];
+    packed = bits <= 64;
+  }
+  if (packed) {
+    r.key.resize(n);
+    for (int64_t i = 0; i < n; ++i) r.key[i] = 0;
+    for (int64_t d = 0; d < length; ++d) {
+      const int64_t* tokens = r.column.data() + d * n;
+      if (width[d] == 0) continue;  // also keeps every shift below 64
+      for (int64_t i = 0; i < n; ++i) r.key[i] = (width[d] < 64 ? r.key[i] << width[d] : 0) | (uint64_t(tokens[i]) - uint64_t(low[d]));
+    }
+    for (int64_t i = 0; i < n; ++i) r.key[i] = (r.key[i] << index_bits) | uint64_t(i);
+    std::sort(r.key.begin(), r.key.begin() + n);
+    const uint64_t index_mask = (uint64_t(1) << index_bits) - 1;
+    for (int64_t i = 0; i < n; ++i) r.order[i] = int32_t(r.key[i] & index_mask);
+  } else {
+    for (int64_t i = 0; i < n; ++i) r.order[i] = int32_t(i);
+    std::sort(r.order.begin(), r.order.end(), [&](int32_t a, int32_t b) {
+      for (int64_t d = 0; d < length; ++d) {
+        const int64_t x = r.column[d * n + a], y = r.column[d * n + b];
+        if (x != y) return x < y;
+      }
+      return a < b;
+    });
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t common = 0;
+    if (i == 0) {
+      common = -1;  // the first candidate begins every prefix, the empty one too
+    } else {
+      const int64_t a = r.order[i - 1], b = r.order[i];
+      while (common < length && r.column[common * n + a] == r.column[common * n + b]) ++common;
+    }
+    r.shared[i] = common;
+  }
+}
+
+// tokens[B, G, L] of any strides, and which candidates are there.
+class CandidateTokens {
+ public:
+  CandidateTokens(const Tensor& tokens, const std::optional<Tensor>& mask)
+      : token_(tokens),
+        present_(mask ? data<bool>(*mask) : nullptr),
+        group_(tokens.size(1)),
+        length_(tokens.size(2)),
+        strides_{tokens.stride(0), tokens.stride(1), tokens.stride(2)},
+        mask_strides_{mask ? mask->stride(0) : 0, mask ? mask->stride(1) : 0} {}
+
+  // Sort the candidates of request b; absent(g) is called for those that are not there. Returns their number.
+  template <class Absent>
+  int64_t sort(int64_t b, SortedCandidates& r, const Absent& absent) const {
+    r.candidate.clear();
+    for (int64_t g = 0; g < group_; ++g) {
+      if (present_ && !present_[b * mask_strides_[0] + g * mask_strides_[1]]) {
+        absent(g);
+      } else {
+        r.candidate.push_back(int32_t(g));
+      }
+    }
+    const int64_t n = int64_t(r.candidate.size());
+    r.column.resize(n * length_);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t from = b * strides_[0] + r.candidate[i] * strides_[1];
+      for (int64_t d = 0; d < length_; ++d) r.column[d * n + i] = token_.at(from + d * strides_[2]);
+    }
+    if (n > 0) sort_candidates(r, n, length_);
+    return n;
+  }
+
+ private:
+  const Integers token_;
+  const bool* present_;
+  const int64_t group_, length_, strides_[3], mask_strides_[2];
+};
+
+}  // namespace vstar

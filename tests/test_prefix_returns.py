@@ -1,0 +1,172 @@
+"""``prefix_returns`` against its oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vstar_ops
+from vstar_ops import prefix_returns, sibling_advantage
+
+HUGE = [-(2**62), -1, 0, 2**31, 2**62]
+
+
+def make(seed, batch, group, length, width, tokens, dtype=torch.float32):
+    rng = np.random.default_rng(seed)
+    pool = np.array(HUGE) if tokens == "huge" else np.arange(tokens)
+    sids = torch.from_numpy(rng.choice(pool, (batch, group, length)))
+    target = torch.from_numpy(rng.choice(pool, (batch, length)))
+    item = torch.from_numpy(rng.normal(size=(batch, group, width))).to(dtype)
+    wanted = torch.from_numpy(rng.normal(size=(batch, width))).to(dtype)
+    mask = torch.from_numpy(rng.random((batch, group)) < 0.8)
+    return sids, item, target, wanted, mask
+
+
+def compare(got, sids, item, target, wanted, mask, weights):
+    want = oracles.prefix_returns(
+        sids.numpy(),
+        item.double().numpy(),
+        target.numpy(),
+        wanted.double().numpy(),
+        None if mask is None else mask.numpy(),
+        weights,
+    )
+    assert [x.dtype for x in got] == [torch.float32, torch.float32, torch.int32, torch.int32]
+    assert all(x.shape == sids.shape for x in got)
+    torch.testing.assert_close(got.returns, torch.from_numpy(want[0]).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.similarity, torch.from_numpy(want[1]).float(), rtol=1e-5, atol=1e-5)
+    buckets = sibling_advantage(sids, torch.zeros(sids.shape[:2]), mask)
+    assert torch.equal(got.node, buckets.node)
+    assert torch.equal(got.count, buckets.count)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(0, 3),
+    group=st.one_of(st.integers(0, 8), st.integers(0, 70)),
+    length=st.integers(0, 4),
+    width=st.sampled_from([0, 1, 3, 8, 20]),
+    tokens=st.sampled_from([1, 2, 5, "huge"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    masked=st.booleans(),
+    strided=st.booleans(),
+)
+def test_oracle(backend, seed, batch, group, length, width, tokens, dtype, masked, strided):
+    sids, item, target, wanted, mask = make(seed, batch, group, length, width, tokens, dtype)
+    mask = mask if masked else None
+    item[:, ::3] = item[:, :1].clone()  # the same item several times, and zero vectors
+    item[:, 5::7] = 0
+    if masked:
+        item[~mask] = float("nan")  # a padded candidate takes no part
+    if strided:
+        sids, item = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (sids, item))
+        wanted = torch.stack([wanted, wanted], 2)[..., 0]
+    weights = np.random.default_rng(seed).random(length).tolist()
+    got = prefix_returns(
+        sids, item, target.int() if tokens != "huge" else target, wanted, mask, weights=weights
+    )
+    clean = item if mask is None else item.masked_fill(~mask[..., None], 0)
+    compare(got, sids, clean, target, wanted, mask, weights)
+
+
+@pytest.mark.parametrize(
+    ("length", "weights"),
+    [(1, [1.0]), (2, [0.3, 1.0]), (3, [0.3, 0.5, 1.0]), (5, [0.3, 0.4, 0.5, 0.75, 1.0])],
+)
+def test_default_weights(backend, length, weights):
+    case = make(0, 2, 9, length, 4, 2)
+    compare(prefix_returns(*case), *case, weights)
+
+
+def test_hand_written(backend):
+    tokens, target = torch.tensor([[[1, 5], [1, 6], [2, 5]]]), torch.tensor([[1, 5]])
+    item = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
+    out = prefix_returns(tokens, item, target, item[:, 0], weights=(0.5, 1.0))
+    assert out.returns.tolist() == [[[0.5, 1.0], [0.5, -1.0], [-0.5, -1.0]]]
+    assert out.similarity[0, :, 0].tolist() == pytest.approx([0.5**0.5, 0.5**0.5, 0])
+    assert out.count.tolist() == [[[2, 1], [2, 1], [1, 1]]]
+
+
+def test_nan_stays_in_its_buckets(backend):
+    tokens = torch.tensor([[[1, 5], [1, 6], [2, 5]]] * 2)
+    item = torch.ones(2, 3, 4)
+    item[0, 1, 2] = float("nan")
+    out = prefix_returns(tokens, item, torch.tensor([[2, 5]] * 2), torch.ones(2, 4))
+    assert out.similarity[0].isnan().tolist() == [[True, False], [True, True], [False, False]]
+    assert not out.similarity[1].isnan().any()
+    assert out.returns[0, 2].tolist() == pytest.approx([0.3, 1.0])
+
+
+def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads):
+    sids, item, target, wanted, mask = make(3, 70, 40, 3, 24, 4)
+    torch.set_num_threads(1)
+    whole = prefix_returns(sids, item, target, wanted, mask)
+    torch.set_num_threads(2)
+    for got, want in zip(prefix_returns(sids, item, target, wanted, mask), whole):
+        assert torch.equal(got, want)
+    for b in (0, 33, 69):
+        one = (x[b : b + 1] for x in (sids, item, target, wanted, mask))
+        for got, want in zip(prefix_returns(*one), whole):
+            assert torch.equal(got[0], want[b])
+
+
+def test_order_of_candidates_does_not_matter(backend):
+    sids, item, target, wanted, mask = make(4, 5, 60, 3, 16, 3)
+    order = torch.randperm(60)
+    straight = prefix_returns(sids, item, target, wanted, mask)
+    turned = prefix_returns(sids[:, order], item[:, order], target, wanted, mask[:, order])
+    for got, want in zip(turned, straight):
+        torch.testing.assert_close(got, want[:, order], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tokens": torch.zeros(2, 3)}, TypeError, "tokens must be int32 or int64, got float32"),
+        ({"embedding": torch.zeros(2, 4, 5)}, ValueError, r"embedding must have the shape \[B, G, E\]"),
+        ({"target": torch.zeros(2, 4, dtype=torch.long)}, ValueError, r"target must have the shape \[B, L\]"),
+        ({"target_embedding": torch.zeros(2, 4)}, ValueError, "target_embedding must have the shape"),
+        ({"target_embedding": torch.zeros(2, 5).double()}, TypeError, "target_embedding must be float32"),
+        ({"mask": torch.ones(2, 3)}, TypeError, "mask must be bool"),
+        ({"weights": (1.0, 2.0)}, ValueError, "weights must be L = 3 numbers, got 2"),
+        ({"weights": (1.0, 2.0, float("nan"))}, ValueError, "weights must be finite"),
+        ({"weights": (1.0, 2.0, "3")}, TypeError, "weights must be a number, got str"),
+    ],
+)
+def test_errors(change, error, message):
+    sids, item, target, wanted, mask = make(0, 2, 3, 3, 5, 4)
+    given = {"tokens": sids, "embedding": item, "target": target, "target_embedding": wanted, "mask": mask}
+    with pytest.raises(error, match=message):
+        prefix_returns(**(given | change))
+
+
+def test_opcheck():
+    sids, item, target, wanted, mask = make(0, 2, 6, 3, 5, 3)
+    weights = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64)
+    op = torch.ops.vstar_ops.prefix_returns.default
+    torch.library.opcheck(op, (sids, item, target, wanted, mask, weights))
+    torch.library.opcheck(op, (sids.int(), item.bfloat16(), target, wanted.half(), None, weights))
+
+
+def test_compile():
+    sids, item, target, wanted, mask = make(0, 2, 6, 3, 5, 3)
+    compiled = torch.compile(lambda *a: prefix_returns(*a).returns * 2, fullgraph=True, backend="aot_eager")
+    want = prefix_returns(sids, item, target, wanted, mask).returns * 2
+    assert torch.equal(compiled(sids, item, target, wanted, mask), want)
+
+
+def test_no_gradient(backend):
+    sids, item, target, wanted, mask = make(0, 2, 6, 3, 5, 3)
+    assert not prefix_returns(sids, item.requires_grad_(), target, wanted, mask).returns.requires_grad
+
+
+def test_backends_agree():
+    case = make(9, 20, 50, 3, 32, 5)
+    with vstar_ops.use_backend("reference"):
+        want = prefix_returns(*case)
+    for got, expected in zip(prefix_returns(*case), want):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
