@@ -184,10 +184,11 @@ def test_a_fixed_number_of_rounds(backend):
     assert (none.forward_tokens == 1 + 3 * 8).all()
 
 
+VALUES = {(): 0.0, (0,): 0.0, (1,): 1.0, (0, 2): 0.1, (0, 3): 0.7}
+
+
 class ByName:
     """Uniform policy over two levels of two tokens; V of (0,) is 0, of (1,) is 1, of leaves by hand."""
-
-    values = {(): 0.0, (0,): 0.0, (1,): 1.0, (0, 2): 0.1, (0, 3): 0.7}
 
     def prefill(self, context):
         return torch.zeros(len(context), 4), [()] * len(context)
@@ -201,7 +202,7 @@ class ByName:
         return torch.zeros(len(parent), 4), slot
 
     def value(self, state, slot):
-        return torch.tensor([self.values[state[s]] if s >= 0 else 0.0 for s in slot.tolist()])
+        return torch.tensor([VALUES[state[s]] if s >= 0 else 0.0 for s in slot.tolist()])
 
 
 def test_by_hand(backend):
@@ -273,8 +274,8 @@ def test_errors_of_the_ops():
     assert (rows.node == -1).all()
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         SearchTrees.empty(2, 0, 3, children=2, leaves=2)
+    evaluation = Evaluation(*(getattr(trees, name)[:, :1] for name in Evaluation._fields))
     with pytest.raises(ValueError, match="slot must have the shape"):
-        evaluation = Evaluation(*(getattr(trees, name)[:, :1] for name in Evaluation._fields))
         ved_insert(trees, rows, evaluation)
 
 

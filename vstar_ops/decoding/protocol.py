@@ -1,4 +1,4 @@
-"""What a decoder needs of a language model: two methods over a pool of evaluated prefixes, and their values."""
+"""What a decoder needs of a language model: two methods over a pool of evaluated prefixes, and values."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ class ValueModel(PrefixModel, Protocol):
         ...
 
     def child_value(self, state: Any, slot: Tensor) -> Tensor:
-        """Q(s, v) - V(s) of evaluated prefixes and every token: float ``[N, V]``; only if action values are asked for."""
+        """Q(s, v) - V(s), float ``[N, V]``: what each next token adds to V. Asked for with action values only."""
         ...

@@ -57,8 +57,8 @@ def ved(
     A beam search of ``width`` makes a request's first tree and every node of it is evaluated once. Then,
     round after round, a traversal follows the largest
     :math:`U(s) = G(s) + \beta \sqrt{\ln(N_{root} + 1) / (N(s) + 1)}` with
-    :math:`G(s) = w_v V(s) + \lambda H(s) + w_p \log\pi(y_{\le\ell}|x)`, and every node on its path whose G is at least
-    the mean of its depth gets one new child, drawn from its unexpanded legal children in proportion to
+    :math:`G(s) = w_v V(s) + \lambda H(s) + w_p \log\pi(y_{\le\ell}|x)`, and every node on its path whose G is at
+    least the mean of its depth gets one new child, drawn from its unexpanded legal children in proportion to
     :math:`\pi`; the new children of all requests are evaluated in one forward. It ends when the budget is
     spent or nothing can be expanded. The steps are the ops of :mod:`vstar_ops.ops.ved`.
 

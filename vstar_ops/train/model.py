@@ -10,12 +10,14 @@ of its candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .value import ValueHead
 
 
 @dataclass
@@ -26,10 +28,11 @@ class PrefixCache:
     the evaluated prefixes. A prefix is described by the *columns* of its request that it sees.
 
     Attributes:
-        keys, values: one tensor a layer.
+        keys, values: one tensor a layer, the value head's block being the last; ``S`` columns are in use.
         visible: bool ``[slots, S]``, what a slot sees of its request: what its parent sees, and itself.
         request: int64 ``[slots]``, the request of a slot.
         position: int64 ``[slots]``, the number of tokens before the slot's own.
+        valued: ``[slots, dim]``, outputs of the value head's block, None without one.
     """
 
     keys: list[Tensor]
@@ -37,6 +40,27 @@ class PrefixCache:
     visible: Tensor
     request: Tensor
     position: Tensor
+    valued: Tensor | None
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the columns ``[B, heads, width, head_dim]`` to a layer; returns all of it.
+
+        Without gradients the columns go into spare room that doubles when it is used up, so that a search of
+        many small rounds does not copy the cache in each of them. Autograd wants tensors that stay as they were.
+        """
+        used = self.visible.shape[1]
+        if torch.is_grad_enabled():
+            self.keys[layer] = torch.cat([self.keys[layer][:, :, :used], key], 2)
+            self.values[layer] = torch.cat([self.values[layer][:, :, :used], value], 2)
+            return self.keys[layer], self.values[layer]
+        end = used + key.shape[2]
+        for pool, new in ((self.keys, key), (self.values, value)):
+            if pool[layer].shape[2] < end:
+                wider = new.new_empty(*new.shape[:2], 2 * end, new.shape[3])
+                wider[:, :, :used] = pool[layer][:, :, :used]
+                pool[layer] = wider
+            pool[layer][:, :, used:end] = new
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 class SIDTransformer(nn.Module):
@@ -69,21 +93,47 @@ class SIDTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.bias = nn.Parameter(torch.zeros(vocab))
+        self.value_head: ValueHead | None = None
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 deep = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * layers) ** 0.5 if deep else 0.02)
 
+    def add_value_head(self, *, action_values: bool = False) -> None:
+        """Value prefixes from now on. The head reads the backbone's hidden states and never moves them."""
+        dim, block = self.token.weight.shape[1], self.blocks[0]
+        own = Block(dim, block.heads, block.rate)  # type: ignore[arg-type]
+        self.value_head = ValueHead(own, dim, self.vocab, action_values=action_values)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns."""
         return self._head(self._causal(tokens)[0])
 
+    def value(self, state: PrefixCache, slot: Tensor) -> Tensor:
+        """V of evaluated prefixes; see :class:`ValueModel`."""
+        return self._valued(state)(self._valued_rows(state, slot))
+
+    def child_value(self, state: PrefixCache, slot: Tensor) -> Tensor:
+        """Q - V of evaluated prefixes and every token; see :class:`ValueModel`."""
+        return self._valued(state).corrections(self._valued_rows(state, slot))
+
+    def _valued(self, state: PrefixCache) -> ValueHead:
+        if self.value_head is None or state.valued is None:
+            raise ValueError("the model has no value head: call add_value_head() before prefill")
+        return self.value_head
+
+    @staticmethod
+    def _valued_rows(state: PrefixCache, slot: Tensor) -> Tensor:
+        assert state.valued is not None
+        return state.valued[slot.clamp(min=0)]
+
     def prefill(self, context: Tensor) -> tuple[Tensor, PrefixCache]:
         """Evaluate prompts ``context[B, T]``; see :class:`PrefixModel`."""
-        x, position, seen, keys, values = self._causal(context)
+        x, valued, position, seen, keys, values = self._causal(context)
         # The last real token stands in the column with the highest position (the begin token if none).
         batch, last = torch.arange(len(x), device=x.device), position.argmax(1)
-        cache = PrefixCache(keys, values, seen[batch, last], batch, position[batch, last])
+        valued = valued[batch, last] if valued is not None else None
+        cache = PrefixCache(keys, values, seen[batch, last], batch, position[batch, last], valued)
         return self._head(x[batch, last]), cache
 
     def extend(self, state: PrefixCache, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,23 +163,28 @@ class SIDTransformer(nn.Module):
         mask[request, rank] = seen
 
         x = self.token(token) + self.position(position)
-        x = self.dropout(x)
-        for i, block in enumerate(self._layers()):
+
+        def layer(i: int, block: Block, x: Tensor) -> Tensor:
             q, k, v = (_by_request(part, request, rank, batch, width) for part in block.project(x))
-            state.keys[i] = k = torch.cat([state.keys[i], k], 2)
-            state.values[i] = v = torch.cat([state.values[i], v], 2)
-            attended = block.attend(q, k, v, mask)
-            x = block.finish(x, attended[request, :, rank])
+            attended = block.attend(q, *state.append(i, k, v), mask)
+            return block.finish(x, attended[request, :, rank])
+
+        x, valued = self._run(self.dropout(x), layer)
 
         first = len(state.request)
         slot[live] = torch.arange(first, first + len(x), device=slot.device)
         state.visible = torch.cat([F.pad(state.visible, (0, width)), seen])
         state.request = torch.cat([state.request, request])
         state.position = torch.cat([state.position, position])
+        if state.valued is not None and valued is not None:
+            state.valued = torch.cat([state.valued, valued])
         return logits.index_put((live.nonzero()[:, 0],), self._head(x)), slot
 
-    def _causal(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """The causal pass: hidden states, positions, mask ``[B, 1+T, 1+T]``, keys and values a layer."""
+    def _causal(
+        self, tokens: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """The causal pass: hidden states of backbone and value block, positions, mask ``[B, 1+T, 1+T]``, keys
+        and values a layer."""
         tokens = F.pad(tokens.long(), (1, 0), value=self.vocab)
         real = tokens >= 0
         position = (real.cumsum(1) - 1).masked_fill(~real, 0)  # columns of padding do not count
@@ -137,15 +192,23 @@ class SIDTransformer(nn.Module):
         mask = causal & real[:, None, :]
         x = self.dropout(self.token(tokens.clamp(min=0)) + self.position(position))
         keys, values = [], []
-        for block in self._layers():
+
+        def layer(_: int, block: Block, x: Tensor) -> Tensor:
             q, k, v = (part.transpose(1, 2) for part in block.project(x))
-            x = block.finish(x, block.attend(q, k, v, mask).transpose(1, 2))
             keys.append(k)
             values.append(v)
-        return x, position, mask, keys, values
+            return block.finish(x, block.attend(q, k, v, mask).transpose(1, 2))
 
-    def _layers(self) -> Iterator[Block]:
-        return iter(self.blocks)  # type: ignore[arg-type]  # a ModuleList does not know what it holds
+        x, valued = self._run(x, layer)
+        return x, valued, position, mask, keys, values
+
+    def _run(self, x: Tensor, layer: Callable[[int, Block, Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """``x`` through all layers: what the backbone makes of it, and the value head's block of that."""
+        for i, block in enumerate(self.blocks):
+            x = layer(i, block, x)  # type: ignore[arg-type]  # a ModuleList does not know what it holds
+        if self.value_head is None:
+            return x, None
+        return x, layer(len(self.blocks), self.value_head.block, x.detach())  # type: ignore[arg-type]
 
     def _head(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.token.weight[: self.vocab], self.bias)

@@ -7,7 +7,7 @@ gradient, and its prefix need not be run.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,14 @@ def legal_logp(logits: Tensor, trie: Trie, node: Tensor, child: Tensor) -> tuple
     return chosen.gather(1, edge[:, None])[:, 0], mean
 
 
+class CandidateScores(NamedTuple):
+    """What a model says of candidates, each ``[B, G, L]``; None where not asked for."""
+
+    logp: Tensor
+    value: Tensor | None
+    action_value: Tensor | None
+
+
 def candidate_logp(model: PrefixModel, context: Any, trie: Trie, candidates: Tensor) -> Tensor:
     """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable.
 
@@ -48,34 +56,64 @@ def candidate_logp(model: PrefixModel, context: Any, trie: Trie, candidates: Ten
         context: a batch of ``B`` prompts, as the model takes them.
         candidates: ints ``[B, G, L]``, legal sequences or rows of -1.
     """
+    return candidate_scores(model, context, trie, candidates).logp
+
+
+def candidate_scores(
+    model: Any,
+    context: Any,
+    trie: Trie,
+    candidates: Tensor,
+    *,
+    values: bool = False,
+    action_values: bool = False,
+) -> CandidateScores:
+    """:func:`candidate_logp`, and with ``values`` V of every prefix, all of one walk.
+
+    Values need every prefix run, the whole candidates as well; without them only those below which the trie
+    branches. ``value[..., l]`` and ``action_value[..., l]`` speak of the prefix of ``l + 1`` tokens: V of its own
+    forward, and V + Q of its parent's. 0 for padded candidates.
+    """
     length = candidates.shape[2]
     nodes = torch.stack([trie.lookup(candidates[..., :depth]).long() for depth in range(length + 1)], 2)
     nodes[candidates[..., 0] < 0] = -1
-    branches = trie.num_children(nodes[..., :-1]) > 1
-    needed = branches.flip(2).cumsum(2).flip(2) > 0  # a prefix is run if it, or one below it, branches
+    branches = trie.num_children(nodes) > 1
+    # A prefix is run if it, or one below it, branches; all are if they are to be valued.
+    needed = nodes >= 0 if values else branches.flip(2).cumsum(2).flip(2) > 0
     request = torch.arange(len(candidates), device=candidates.device)[:, None].expand_as(candidates[..., 0])
 
     logits, state = model.prefill(context)
-    slots = request  # [B, G], the slot of each candidate's prefix
-    columns = []
-    for depth in range(length):
-        node, child = nodes[..., depth], nodes[..., depth + 1]
-        run, branch = needed[..., depth], branches[..., depth]
+    row = slots = request  # [B, G]: each candidate's row of logits, and the slot of its prefix
+    logps, own, by_parent = [], [], []
+    for depth in range(length + 1):
+        node, run = nodes[..., depth], needed[..., depth]
         if depth > 0:
+            token = candidates[..., depth - 1].long()
+            if action_values:
+                present = nodes[..., depth] >= 0
+                above = slots[present]
+                q = model.value(state, above).detach()
+                q = q + model.child_value(state, above).gather(1, token[present][:, None])[:, 0]
+                by_parent.append(q.new_zeros(slots.shape).masked_scatter(present, q))
             key, inverse = torch.unique((request * trie.num_nodes + node)[run], return_inverse=True)
             first = torch.empty_like(key).scatter_(0, inverse, torch.arange(len(inverse), device=key.device))
-            token = candidates[..., depth - 1][run].long()
-            logits, slot = model.extend(state, slots[run][first], token[first])
+            logits, slot = model.extend(state, slots[run][first], token[run][first])
             row = torch.zeros_like(slots).masked_scatter(run, inverse)
             slots = torch.zeros_like(slots).masked_scatter(run, slot[inverse])
-        else:
-            row = request
-        column = logits.new_zeros(slots.shape)
-        if branch.any():
-            logp, _ = legal_logp(logits[row[branch]], trie, node[branch], child[branch])
-            column = column.masked_scatter(branch, logp)
-        columns.append(column)
-    return torch.stack(columns, 2)
+            if values:
+                v = model.value(state, slots[run])
+                own.append(v.new_zeros(slots.shape).masked_scatter(run, v))
+        if depth < length:
+            column, branch = logits.new_zeros(slots.shape), branches[..., depth]
+            if branch.any():
+                logp, _ = legal_logp(logits[row[branch]], trie, node[branch], nodes[..., depth + 1][branch])
+                column = column.masked_scatter(branch, logp)
+            logps.append(column)
+    return CandidateScores(
+        torch.stack(logps, 2),
+        torch.stack(own, 2) if values else None,
+        torch.stack(by_parent, 2) if action_values else None,
+    )
 
 
 def surrogate(

@@ -1,0 +1,97 @@
+"""Top-k sampling: independent candidates, drawn token by token."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import expand_topk
+from ..ops._library import check
+from ..reference import derive_seeds, gumbel
+from ..trie import Trie
+from .protocol import PrefixModel
+
+
+class SampleResult(NamedTuple):
+    """Candidates of :func:`topk_sampling`, in the order of their drawing; ``L`` tokens each."""
+
+    sequence: Tensor
+    node: Tensor
+    logp: Tensor
+    count: Tensor  # type: ignore[assignment]
+    forward_tokens: Tensor
+
+
+@torch.no_grad()
+def topk_sampling(
+    model: PrefixModel,
+    context: Any,
+    trie: Trie,
+    candidates: int = 16,
+    *,
+    top: int = 50,
+    temperature: float = 1.0,
+    seed: Tensor | int = 0,
+) -> SampleResult:
+    """Draw candidates from the policy, one token after the other out of the ``top`` most probable legal ones.
+
+    Candidates are independent, so the same one may come several times. Each distinct prefix is run once.
+
+    Args:
+        model, context, trie: as for :func:`beam_search`.
+        candidates: ``K``, drawn for each request.
+        top: tokens that a draw chooses from; the probabilities are those of the policy, renormalised.
+        temperature: divides the logits.
+        seed: int64 seeds ``[B]``, one a request, or one int for seeds derived from it and ``b``.
+
+    Returns:
+        A named tuple:
+
+        - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]``
+        - ``logp`` float32 ``[B, K]``, under the policy, without the truncation
+        - ``count`` int32 ``[B]``, always ``K`` unless the catalogue is empty
+        - ``forward_tokens`` int32 ``[B]``: distinct prefixes evaluated, the root included
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, device or value, by name.
+    """
+    for name, number in (("candidates", candidates), ("top", top)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+    logits, state = model.prefill(context)
+    batch, device = len(logits), logits.device
+    if isinstance(seed, Tensor):
+        seeds = check("seed", seed, (batch,), "[B]", (torch.int64,), device)
+    else:
+        seeds = derive_seeds(seed, batch, device)
+    # Far apart for each candidate, whatever the requests' own seeds are; int64 wraps around.
+    noise = (seeds[:, None] + torch.arange(1, candidates + 1, device=device) * 0x5851F42D4C957F2D).flatten()
+    request = torch.arange(batch, device=device).repeat_interleave(candidates)
+    node = torch.zeros(batch * candidates, dtype=torch.int64, device=device)
+    logp = torch.zeros(batch * candidates, device=device)
+    row, slot = request, torch.arange(batch, device=device)
+    forward_tokens = torch.ones(batch, dtype=torch.int64, device=device)
+    for depth in range(trie.length):
+        # Each distinct prefix is one row of logits; `row` says which one a candidate has.
+        first = torch.zeros_like(slot).scatter_(0, row, torch.arange(len(row), device=device))
+        out = expand_topk(logits[:, None], trie, node[first, None], top, temperature=temperature)
+        perturbed = out.logp[row] + gumbel(noise[:, None], node[:, None], out.token[row].long())
+        pick = perturbed.masked_fill(out.node[row] < 0, -torch.inf).argmax(1, keepdim=True)
+        logp += out.logp[row].gather(1, pick)[:, 0]
+        parent = slot[row]
+        node = out.node[row].gather(1, pick)[:, 0].long()
+        if depth + 1 < trie.length:
+            key, row = torch.unique(request * trie.num_nodes + node, return_inverse=True)
+            first = torch.zeros_like(key).scatter_(0, row, torch.arange(len(row), device=device))
+            logits, slot = model.extend(state, parent[first], trie.token[node[first] - 1].long())
+            forward_tokens += torch.bincount(request[first], minlength=batch)
+    node = node.view(batch, candidates).int()
+    return SampleResult(
+        trie.sequences(node),
+        node,
+        logp.view(batch, candidates),
+        (node >= 0).sum(1).int(),
+        forward_tokens.int(),
+    )

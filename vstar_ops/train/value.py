@@ -1,0 +1,143 @@
+r"""The value model: its head, what it is trained on, and where item embeddings come from (Eqs. 5-9)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import prefix_returns
+from ..trie import Trie
+from .data import Dataset, Split, user_sequences
+from .rewards import Reward
+
+
+class ItemEmbeddings:
+    """Embeddings of the catalogue's leaves; items that share a SID are one, with their mean.
+
+    Args:
+        trie: the catalogue.
+        sequences: ints ``[N, L]``, its items.
+        vectors: float ``[N, E]``, one row an item.
+    """
+
+    def __init__(self, trie: Trie, sequences: Tensor, vectors: Tensor) -> None:
+        self.trie = trie
+        leaf = trie.lookup(sequences).long() - trie.level_offset[-2]
+        total = torch.zeros(trie.num_sequences, vectors.shape[1]).index_add_(0, leaf, vectors.float())
+        self.vectors = total / torch.bincount(leaf, minlength=len(total)).clamp(min=1)[:, None]
+
+    def __call__(self, sequences: Tensor) -> Tensor:
+        """float32 ``[..., E]`` of ``sequences[..., L]``; 0 where not in the catalogue."""
+        leaf = self.trie.lookup(sequences).long() - self.trie.level_offset[-2]
+        return self.vectors[leaf.clamp(min=0)] * (leaf >= 0)[..., None]
+
+
+def load_embeddings(path: str | Path, items: int) -> Tensor:
+    """Read float ``[items, E]`` from a ``.npy`` file, rows in the order of the catalogue's index.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, or is not such an array.
+    """
+    array = np.load(path, allow_pickle=False)
+    if array.ndim != 2 or len(array) != items or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"{path}: expected floats [{items}, E], one row an item, got {array.dtype} {list(array.shape)}"
+        )
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def cooccurrence_embeddings(dataset: Dataset, trie: Trie, dim: int = 64) -> Tensor:
+    """Embeddings ``[N, dim]`` out of the training clicks alone: who clicked what.
+
+    The leading singular vectors of the user-item matrix, each entry divided by the square roots of its
+    row's and column's sums; items never clicked get 0. A pure function of the data.
+    """
+    histories = user_sequences(dataset.train)
+    user = torch.arange(len(histories)).repeat_interleave(torch.tensor([len(h) for h in histories]))
+    leaf = trie.lookup(torch.cat(histories)).long() - trie.level_offset[-2]
+    shape = (len(histories), trie.num_sequences)
+    entry = torch.unique(user * shape[1] + leaf)
+    user, leaf = entry // shape[1], entry % shape[1]
+    users, items = torch.bincount(user, minlength=shape[0]), torch.bincount(leaf, minlength=shape[1])
+    weight = (users[user].float() * items[leaf]).rsqrt()
+    matrix = torch.sparse_coo_tensor(torch.stack([user, leaf]), weight, shape).coalesce()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, scale, right = torch.svd_lowrank(matrix, q=min(dim, *shape), niter=4)
+    vectors = F.normalize(right * scale, dim=1) * (items > 0)[:, None]
+    return vectors[trie.lookup(dataset.sequences).long() - trie.level_offset[-2]]
+
+
+def td_target(value: Tensor, returns: Tensor, gamma: float) -> Tensor:
+    r"""Eq. 9, ``[B, G, L]``: :math:`r_\ell + \gamma V(s_{\ell+1})` for :math:`\ell < L`, :math:`r_L` at the end."""
+    target = returns.clone()
+    target[..., :-1] += gamma * value.detach()[..., 1:]
+    return target
+
+
+def squared_error(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens of all candidates that are there; ``[B, G, L]``, ``mask[B, G]``."""
+    error = (value - target).square().mean(2)
+    return torch.where(mask, error, 0).sum() / mask.sum().clamp(min=1)
+
+
+class DenseReturn:
+    """r of Eq. 8: nearness of a prefix's items to the logged target, at every level."""
+
+    def __init__(self, items: ItemEmbeddings, weights: tuple[float, ...] | None = None) -> None:
+        self.items, self.weights = items, weights
+
+    def __call__(self, split: Split, candidates: Tensor, mask: Tensor) -> Tensor:
+        """float32 ``[B, G, L]`` of ``candidates[B, G, L]``."""
+        target = split.target
+        inputs = (candidates, self.items(candidates), target, self.items(target))
+        return prefix_returns(*inputs, mask, weights=self.weights).returns
+
+
+class RewardReturn:
+    """r where the reward itself says enough: 0 on the way, and the candidate's reward at its last token."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+
+    def __call__(self, split: Split, candidates: Tensor, mask: Tensor) -> Tensor:
+        """float32 ``[B, G, L]`` of ``candidates[B, G, L]``."""
+        returns = torch.zeros(candidates.shape)
+        returns[..., -1] = torch.where(mask, self.reward(split, candidates), 0)
+        return returns
+
+
+class ValueHead(nn.Module):
+    """An MLP over the hidden states of a causal block of its own: V(s), and Q(s, v) - V(s) if asked for.
+
+    The block is the model's own kind and is run with the model's layers, see :class:`SIDTransformer`.
+    """
+
+    def __init__(self, block: nn.Module, dim: int, vocab: int, *, action_values: bool = False) -> None:
+        super().__init__()
+        self.block = block
+        self.norm, self.hidden = nn.LayerNorm(dim), nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, 1)
+        self.child_value = nn.Linear(dim, vocab) if action_values else None
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """V ``[N]`` of block outputs ``[N, dim]``."""
+        return self.value(self._features(x))[:, 0]
+
+    def corrections(self, x: Tensor) -> Tensor:
+        """Q - V ``[N, vocab]``."""
+        if self.child_value is None:
+            raise ValueError("the value head was made without action values")
+        return self.child_value(self._features(x))
+
+    def _features(self, x: Tensor) -> Tensor:
+        return F.gelu(self.hidden(self.norm(x)))
