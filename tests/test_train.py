@@ -404,7 +404,8 @@ def test_atomic_write_and_truncated_metrics(tmp_path: Path) -> None:
 
 
 OPTIONS = "--category Toy --threads 1 --sft-epochs 6 --rl-steps 9 --sft-batch-size 8 --rl-batch-size 8"
-OPTIONS += " --candidates 6 --checkpoint-every 1 --sft-evals 3 --rl-evals 3 --patience 9 --objectives joint"
+OPTIONS += " --candidates 6 --checkpoint-every 1 --sft-evals 3 --rl-evals 3 --patience 9"
+OPTIONS += " --decoder ved --objective joint"
 
 
 def start(data: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -423,7 +424,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--data", str(toy), *OPTIONS.split()]
     first, process = start(toy, *options, "--out", str(whole)), start(toy, *options, "--out", str(cut))
-    for stage, step in (("sft", 7), ("joint", 4)):
+    for stage, step in (("sft", 7), ("ved+joint", 4)):
         deadline = time.monotonic() + 60
         while steps_done(cut, stage) < step and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -433,8 +434,8 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
         process = start(toy, "--resume", str(cut))
     output = [p.communicate(timeout=60)[0].decode() for p in (first, process)]
     assert first.returncode == process.returncode == 0, output
-    assert "+ Sibling-GRPO" in output[1] and "NDCG@10" in output[1]
-    for stage in ("sft", "joint"):
+    assert "V-STAR: Sibling-GRPO with VED" in output[1] and "NDCG@10" in output[1]
+    for stage in ("sft", "ved+joint"):
         a, b = (torch.load(run / "seed-0" / f"{stage}.weights.pt", weights_only=True) for run in (whole, cut))
         assert all(torch.equal(a[k], b[k]) for k in a)
         a, b = (checkpoint.load(run / "seed-0" / f"{stage}.pt")["model"] for run in (whole, cut))
@@ -448,19 +449,26 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
 
 def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    options = "--category Toy --seeds 0,1 --objectives grpo,sibling --reward rule --threads 1"
+    options = (
+        "--category Toy --seeds 0,1 --decoder beam,topk --objective grpo,sibling --reward rule --threads 1"
+    )
     options += " --sft-epochs 1 --rl-steps 2 --candidates 4"
     assert main(["--data", str(toy), "--out", str(run), *options.split()]) == 0
     text = capsys.readouterr().out
     assert "interval over 2 seeds" in text and text.count("+ GRPO with beam candidates") == 2
     results = json.loads((run / "results.json").read_text())
-    assert set(results) == {"0", "1"} and len(results["0"]) == 3
+    assert set(results) == {"0", "1"} and len(results["0"]) == 5
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--objectives", "ppo"], "expected some of grpo, sibling, joint"),
+        (["--objective", "ppo"], "expected some of grpo, sibling, joint"),
+        (["--decoder", "greedy"], "expected some of beam, topk, ved"),
+        (["--ved", "budgets=3"], "expected paper or OPTION=VALUE"),
+        (["--ved", "budget=many"], "budget must be a whole number, got 'many'"),
+        (["--ved", "expand_root=1"], "expand_root must be true or false, got '1'"),
+        (["--item-embeddings", "/nonexistent.npy"], "nonexistent"),
         (["--seeds", "a"], "whole numbers"),
         (["--candidates", "0"], "at least 1"),
         (["--data", "/nonexistent"], "nonexistent"),

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..trie import Trie
 from . import checkpoint, report
 from .data import Dataset, load_minionerec
+from .decode import DECODERS, PAPER, TUNED, VED_OPTIONS
 from .loop import OBJECTIVES, Config, Job, run_seed
 from .rewards import NAMES
 from .synthetic import synthetic
+from .value import load_embeddings
 
 # What differs from Config on the embedded catalogue, which is easier to fit and has a denser reward.
 SYNTHETIC: dict[str, float] = {"sft_epochs": 12, "rl_steps": 150, "rl_lr": 3e-4}
@@ -27,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m vstar_ops.train",
         description="Train a generative recommender over semantic IDs: supervised, then by reinforcement on "
-        "beam-search candidates. Without arguments on an embedded synthetic catalogue, in a few minutes.",
+        "the candidates of a decoder. Without arguments on an embedded synthetic catalogue, in a few minutes.",
     )
 
     def add(name: str, help: str, **kw: object) -> None:
@@ -39,7 +44,34 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue the killed run in this folder")
     add("--data", "folder in MiniOneRec's layout (default: the synthetic catalogue)", metavar="DIR")
     add("--category", "which of its catalogues (default: %(default)s)", metavar="NAME")
-    add("--objectives", f"some of {','.join(OBJECTIVES)} (default: grpo,joint)", type=_objectives)
+    p.add_argument(
+        "--decoder",
+        type=_some_of(DECODERS),
+        help=f"finds the candidates of training: some of {','.join(DECODERS)} (default: beam)",
+    )
+    p.add_argument(
+        "--objective",
+        type=_some_of(OBJECTIVES),
+        help=f"some of {','.join(OBJECTIVES)}, each with each decoder (default: joint; without --decoder and "
+        f"--objective {', '.join(Config().variants)}, the last being V-STAR)",
+    )
+    add("--test-decoder", "beam, or ved for what has a value head (default: beam)", choices=("beam", "ved"))
+    p.add_argument(
+        "--ved",
+        nargs="+",
+        metavar="OPTION=VALUE",
+        help="options of the tree search, or paper for the paper's own: "
+        f"{', '.join(VED_OPTIONS)}; default: {_ved_text(TUNED)}",
+    )
+    add("--item-embeddings", "E numbers an item, for the dense return (default: from clicks)", metavar="NPY")
+    add(
+        "--value-return",
+        "what V learns from: the reward, or the dense return of Eq. 8 (default: reward for true, else dense)",
+        choices=("reward", "dense"),
+    )
+    add("--value-lr", "of the value head (default: %(default)s)", type=float)
+    add("--value-loss-weight", "default: %(default)s", type=float)
+    add("--gamma", "discount of V's targets (default: %(default)s)", type=float)
     p.add_argument("--seed", type=int, help="one seed (default: 0)")
     add("--seeds", "several seeds, as 0,1,2: adds 95%% intervals", type=_seeds)
     add("--threads", "CPU threads; one is bit-for-bit repeatable (default: torch's choice)", type=_positive)
@@ -77,10 +109,18 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.resume
         config = _config(json.loads((folder / "config.json").read_text()))
     else:
-        values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+        default = dataclasses.asdict(Config())
+        values = {name: getattr(args, name, value) for name, value in default.items()}
+        if args.decoder or args.objective:
+            pairs = itertools.product(args.decoder or ("beam",), args.objective or ("joint",))
+            values["variants"] = tuple(f"{decoder}+{objective}" for decoder, objective in pairs)
+        try:
+            values["ved"] = _ved(args.ved)
+        except ValueError as error:
+            p.error(str(error))
         if args.seed is not None:
             values["seeds"] = (args.seed,)
-        fallback = SYNTHETIC if args.data is None else dataclasses.asdict(Config())
+        fallback = SYNTHETIC if args.data is None else default
         values |= {name: fallback[name] for name in SYNTHETIC if values[name] is None}
         config = _config(values)
         name = config.category if config.data else "synthetic"
@@ -91,6 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         dataset = load_minionerec(config.data, config.category) if config.data else synthetic()
     except (OSError, ValueError) as error:
         p.error(str(error))
+    if config.item_embeddings:
+        try:
+            load_embeddings(config.item_embeddings, len(dataset.sequences))
+        except (OSError, ValueError) as error:
+            p.error(str(error))
     if config.reward == "true" and dataset.reward is None:
         p.error("--reward true needs the synthetic catalogue; on real data choose rule or ranking")
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,11 +175,41 @@ def _config(values: dict[str, object]) -> Config:
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[arg-type]
 
 
-def _objectives(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in OBJECTIVES]:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(OBJECTIVES)}, got {unknown[0]!r}")
-    return tuple(dict.fromkeys(names))
+def _some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {unknown[0]!r}")
+        return tuple(dict.fromkeys(names))
+
+    return parse
+
+
+def _ved(words: list[str] | None) -> dict[str, Any]:
+    """The options of ``--ved``; what is not given is as in TUNED, or as in PAPER after the word ``paper``."""
+    options: dict[str, Any] = dict(TUNED)
+    for word in words or ():
+        name, equals, text = word.partition("=")
+        if word == "paper":
+            options = dict(PAPER)
+            continue
+        if name not in VED_OPTIONS or not equals:
+            raise ValueError(
+                f"--ved: expected paper or OPTION=VALUE of {', '.join(VED_OPTIONS)}, got {word!r}"
+            )
+        kind = type(VED_OPTIONS[name])
+        try:
+            options[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"--ved: {name} must be {_KINDS[kind]}, got {text!r}") from None
+    return options
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _ved_text(options: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import group_advantage, sibling_advantage
-from ..decoding import beam_search
 from ..trie import Trie
 from . import checkpoint
 from .data import Dataset, user_sequences
+from .decode import DECODERS, TUNED, decode
 from .metrics import evaluate
 from .model import SIDTransformer
-from .objective import candidate_logp, grpo_term, kl_term, legal_logp, sibling_term
-from .rewards import make_reward
+from .objective import candidate_logp, candidate_scores, grpo_term, kl_term, legal_logp, sibling_term
+from .rewards import Reward, make_reward
+from .value import (
+    DenseReturn,
+    ItemEmbeddings,
+    RewardReturn,
+    cooccurrence_embeddings,
+    load_embeddings,
+    squared_error,
+    td_target,
+)
 
 OBJECTIVES = ("grpo", "sibling", "joint")
+VARIANTS = tuple(f"{decoder}+{objective}" for decoder in DECODERS for objective in OBJECTIVES)
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Config:
 
     data: str | None = None
     category: str = "Industrial_and_Scientific"
-    objectives: tuple[str, ...] = ("grpo", "joint")
+    variants: tuple[str, ...] = ("beam+grpo", "beam+joint", "ved+joint")
     seeds: tuple[int, ...] = (0,)
     threads: int | None = None
     candidates: int = 16
@@ -52,6 +62,13 @@ class Config:
     clip: tuple[float, float] | None = None
     sibling_weight: float = 1.0
     kl_weight: float = 1e-3
+    ved: dict[str, Any] = field(default_factory=lambda: dict(TUNED))
+    value_lr: float = 1e-3
+    value_loss_weight: float = 1.0
+    value_return: str | None = None
+    gamma: float = 0.99
+    item_embeddings: str | None = None
+    test_decoder: str = "beam"
     dropout: float = 0.2
     label_smoothing: float = 0.1
     item_dropout: float = 0.2
@@ -76,13 +93,39 @@ class Job:
     def model(self) -> SIDTransformer:
         return SIDTransformer(self.dataset.vocab, self.dataset.max_tokens, dropout=self.config.dropout)
 
-    def evaluate(self, model: SIDTransformer, split: str, rows: int | None = None) -> dict[str, float]:
+    @property
+    def reward_name(self) -> str:
+        return self.config.reward or ("true" if self.dataset.reward else "ranking")
+
+    def returns(self, reward: Reward) -> DenseReturn | RewardReturn:
+        """What V is trained on: the reward itself where it says something of every candidate."""
+        kind = self.config.value_return or ("reward" if self.reward_name == "true" else "dense")
+        if kind == "reward":
+            return RewardReturn(reward)
+        path, data = self.config.item_embeddings, self.dataset
+        if path:
+            vectors = load_embeddings(path, len(data.sequences))
+        else:
+            vectors = cooccurrence_embeddings(data, self.trie)
+        return DenseReturn(ItemEmbeddings(self.trie, data.sequences, vectors))
+
+    def evaluate(
+        self, model: SIDTransformer, split: str, rows: int | None = None, decoder: str = "beam"
+    ) -> dict[str, float]:
         """Scores on a split, or on a fixed random part of it."""
         part = getattr(self.dataset, split)
         if rows is not None and rows < len(part):
             part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:rows]]
-        width = self.config.candidates
-        return evaluate(model, part, self.trie, width, true_reward=self.dataset.reward, title=split)
+        return evaluate(
+            model,
+            part,
+            self.trie,
+            self.config.candidates,
+            decoder=decoder,
+            options=self.config.ved,
+            true_reward=self.dataset.reward,
+            title=split,
+        )
 
 
 class Batches:
@@ -173,7 +216,10 @@ def fit(
                 group["lr"] = lr * scale
             optimizer.zero_grad()
             record = step(next(batches))
-            record["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            policy, head = model.parts()
+            record["grad_norm"] = nn.utils.clip_grad_norm_(policy, 1.0).item()
+            if head:
+                nn.utils.clip_grad_norm_(head, 1.0)
             optimizer.step()
             now["step"] += 1
             now["seconds"] += time.perf_counter() - started
@@ -240,8 +286,11 @@ def supervised(job: Job) -> tuple[SIDTransformer, float]:
     return model, seconds
 
 
-def reinforce(job: Job, objective: str, sft: SIDTransformer) -> tuple[SIDTransformer, float]:
-    """Stage 2: policy gradient on the candidates of a beam search, from the supervised weights.
+def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransformer, float]:
+    """Stage 2: policy gradient on the candidates of a decoder, from the supervised weights.
+
+    ``variant`` is ``decoder+objective``. With ``ved`` a value head is learned along with the policy: each
+    step searches with V as it stands, and then refines both on what the search has found.
 
     On-policy: a batch of candidates is used for one step, so the old policy is the current one and the
     ratio is 1 in value (its gradient is that of the log-probability). Dropout is off, so that the policy of
@@ -249,21 +298,30 @@ def reinforce(job: Job, objective: str, sft: SIDTransformer) -> tuple[SIDTransfo
     reward of the top 10 for ``true``, NDCG@10 else.
     """
     c, trie, train = job.config, job.trie, job.dataset.train
-    name = c.reward or ("true" if job.dataset.reward else "ranking")
-    reward_of = make_reward(name, job.dataset)
+    decoder, objective = variant.split("+")
+    reward_of = make_reward(job.reward_name, job.dataset)
     torch.manual_seed(job.seed)
     model = job.model()
     model.load_state_dict(sft.state_dict())
     sft.eval()
+    action_values = bool(c.ved.get("action_values"))
+    valued = decoder == "ved" and c.ved.get("value_weight", 1) != 0
+    if valued:
+        model.add_value_head(action_values=action_values)
+        returns_of = job.returns(reward_of)
 
     def step(rows: Tensor) -> dict[str, float]:
         model.eval()
         part = train[rows]
-        beams = beam_search(model, part.context, trie, c.candidates)
-        tokens = beams.sequence.long()
-        mask = beams.node >= 0
+        seed = torch.zeros(0) if decoder == "beam" else torch.randint(2**62, (len(rows),))
+        found = decode(decoder, model, part.context, trie, c.candidates, seed, c.ved)
+        tokens = found.sequence.long()
+        mask = found.node >= 0
         reward = reward_of(part, tokens)
-        logp = candidate_logp(model, part.context, trie, tokens)
+        scores = candidate_scores(
+            model, part.context, trie, tokens, values=valued, action_values=valued and action_values
+        )
+        logp = scores.logp
         with torch.no_grad():
             reference = candidate_logp(sft, part.context, trie, tokens)
         old = logp.detach()
@@ -275,28 +333,35 @@ def reinforce(job: Job, objective: str, sft: SIDTransformer) -> tuple[SIDTransfo
             sibling = sibling_advantage(tokens, reward, mask)
             gain = gain + weight * sibling_term(logp, old, sibling, mask, c.clip)
         kl = kl_term(logp, reference, mask)
-        (c.kl_weight * kl - gain).backward()
+        value_loss = torch.zeros(())
+        if scores.value is not None:
+            target = td_target(scores.value, returns_of(part, tokens, mask), c.gamma)
+            value_loss = squared_error(scores.value, target, mask)
+            if scores.action_value is not None:
+                value_loss = value_loss + squared_error(scores.action_value, target, mask)
+        (c.kl_weight * kl - gain + c.value_loss_weight * value_loss).backward()
         spread = reward.max(1).values > reward.masked_fill(~mask, torch.inf).min(1).values
         return {
             "reward": reward[mask].mean().item(),
             "best_reward": reward.max(1).values.mean().item(),
             "groups_with_signal": spread.float().mean().item(),
             "kl": kl.item(),
-            "forward_tokens": beams.forward_tokens.float().mean().item(),
+            "forward_tokens": found.forward_tokens.float().mean().item(),
+            "value_loss": value_loss.item(),
         }
 
     seconds = fit(
         job,
-        objective,
+        variant,
         model,
-        optimizer_of(model, c.rl_lr, 0.0),
+        optimizer_of(model, c.rl_lr, 0.0, c.value_lr),
         Batches(lambda: (torch.arange(len(train)), train.items), c.rl_batch_size),
         step,
         steps=c.rl_steps,
         evals=c.rl_evals,
         warmup=10,
         decay=False,
-        metric="true_reward@10" if name == "true" else "NDCG@10",
+        metric="true_reward@10" if job.reward_name == "true" else "NDCG@10",
     )
     return model, seconds
 
@@ -311,36 +376,48 @@ def drop_items(items: Tensor, rate: float) -> Tensor:
     return items
 
 
-def optimizer_of(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW; biases and norms do not decay."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+def optimizer_of(
+    model: SIDTransformer, lr: float, weight_decay: float, value_lr: float = 0.0
+) -> torch.optim.Optimizer:
+    """AdamW; biases and norms do not decay, the value head has a learning rate of its own."""
+    policy, head = model.parts()
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in policy if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in policy if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if head:
+        groups.append({"params": head, "weight_decay": weight_decay, "lr": value_lr})
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
 
 
-ROWS = {
-    "sft": "SFT",
-    "grpo": "+ GRPO with beam candidates",
-    "sibling": "+ Sibling-GRPO, sibling term only",
-    "joint": "+ Sibling-GRPO",
-}
+_DECODER = {"beam": "beam candidates", "topk": "top-k samples", "ved": "VED"}
+_OBJECTIVE = {"grpo": "GRPO", "sibling": "sibling advantages only", "joint": "Sibling-GRPO"}
+
+
+def row_name(stage: str) -> str:
+    """What a stage is called in tables."""
+    if "+" not in stage:
+        return "SFT"
+    decoder, objective = stage.split("+")
+    prefix = "V-STAR: " if stage == "ved+joint" else "+ "
+    return f"{prefix}{_OBJECTIVE[objective]} with {_DECODER[decoder]}"
 
 
 def run_seed(job: Job) -> dict[str, dict[str, float]]:
     """Both stages; row name -> scores on the test split, which is looked at here, once, at the end."""
     job.folder.mkdir(parents=True, exist_ok=True)
     sft, seconds = supervised(job)
-    variants = {"sft": (sft, seconds)}
-    for objective in job.config.objectives:
-        variants[objective] = reinforce(job, objective, sft)
+    stages = {"sft": (sft, seconds)}
+    for variant in job.config.variants:
+        stages[variant] = reinforce(job, variant, sft)
     results = {}
-    for stage, (model, seconds) in variants.items():
+    for stage, (model, seconds) in stages.items():
         checkpoint.save(job.folder / f"{stage}.weights.pt", model.state_dict())
-        valid = job.evaluate(model, "valid")
-        results[ROWS[stage]] = {
-            **job.evaluate(model, "test"),
+        # VED needs a value head: what was trained without one is decoded by beam search.
+        decoder = job.config.test_decoder if model.value_head or job.config.test_decoder != "ved" else "beam"
+        valid = job.evaluate(model, "valid", decoder=decoder)
+        results[row_name(stage)] = {
+            **job.evaluate(model, "test", decoder=decoder),
             "seconds": seconds,
             "valid_NDCG@10": valid["NDCG@10"],
         }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..decoding import beam_search
+from ..reference import derive_seeds
 from ..trie import Trie
 from .data import Split, TrueReward
+from .decode import decode
 from .model import SIDTransformer
 from .rewards import hits, rule
 
@@ -53,31 +56,35 @@ def evaluate(
     model: SIDTransformer,
     split: Split,
     trie: Trie,
-    width: int,
+    candidates: int,
     *,
+    decoder: str = "beam",
+    options: dict[str, Any] | None = None,
     true_reward: TrueReward | None = None,
     batch_size: int = 256,
     title: str = "evaluate",
 ) -> dict[str, float]:
-    """Beam-search ``width`` candidates for every request of a split, and score them.
+    """Decode candidates for every request of a split, and score them.
 
-    The reward is the true one where it is known (then ``true_reward@10`` is added), else 1 for the target.
+    ``decoder`` and ``options`` as in :func:`vstar_ops.train.decode.decode`, seeds fixed. The reward is the
+    true one where it is known (then ``true_reward@10`` is added), else 1 for the target.
     """
     training = model.training
     model.eval()
     names = ("rank", "diversity", "best_reward", "forward_tokens", "top")
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    seeds = derive_seeds(0, len(split), split.target.device)
     order = split.items.argsort(stable=True)  # equal lengths together: little padding
     for rows in tqdm(order.split(batch_size), desc=title, leave=False, disable=None):
         part = split[rows]
-        beams = beam_search(model, part.context, trie, width)
-        candidates = beams.sequence.long()
-        reward = true_reward(part.user, candidates) if true_reward else rule(candidates, part.target)
-        parts["rank"].append(target_rank(candidates, part.target))
-        parts["diversity"].append(diversity(candidates))
+        found = decode(decoder, model, part.context, trie, candidates, seeds[rows], options or {})
+        tokens = found.sequence.long()
+        reward = true_reward(part.user, tokens) if true_reward else rule(tokens, part.target)
+        parts["rank"].append(target_rank(tokens, part.target))
+        parts["diversity"].append(diversity(tokens))
         parts["best_reward"].append(reward.max(1).values)
-        parts["forward_tokens"].append(beams.forward_tokens.float())
-        parts["top"].append(reward[:, :10].sum(1) / beams.count.clamp(1, 10))
+        parts["forward_tokens"].append(found.forward_tokens.float())
+        parts["top"].append(reward[:, :10].sum(1) / found.count.clamp(1, 10))
     model.train(training)
     joined = {k: torch.cat(v) for k, v in parts.items()}
     scores = accuracy(joined["rank"])

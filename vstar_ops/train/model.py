@@ -45,8 +45,8 @@ class PrefixCache:
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add the columns ``[B, heads, width, head_dim]`` to a layer; returns all of it.
 
-        Without gradients the columns go into spare room that doubles when it is used up, so that a search of
-        many small rounds does not copy the cache in each of them. Autograd wants tensors that stay as they were.
+        Without gradients the columns go into spare room that doubles when it is used up, so that a search
+        of many small rounds does not copy the cache in each. Autograd wants tensors that stay as they were.
         """
         used = self.visible.shape[1]
         if torch.is_grad_enabled():
@@ -104,6 +104,12 @@ class SIDTransformer(nn.Module):
         dim, block = self.token.weight.shape[1], self.blocks[0]
         own = Block(dim, block.heads, block.rate)  # type: ignore[arg-type]
         self.value_head = ValueHead(own, dim, self.vocab, action_values=action_values)
+
+    def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters of the policy and of the value head."""
+        head = list(self.value_head.parameters()) if self.value_head is not None else []
+        own = {id(p) for p in head}
+        return [p for p in self.parameters() if id(p) not in own], head
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns."""

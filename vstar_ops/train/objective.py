@@ -71,8 +71,8 @@ def candidate_scores(
     """:func:`candidate_logp`, and with ``values`` V of every prefix, all of one walk.
 
     Values need every prefix run, the whole candidates as well; without them only those below which the trie
-    branches. ``value[..., l]`` and ``action_value[..., l]`` speak of the prefix of ``l + 1`` tokens: V of its own
-    forward, and V + Q of its parent's. 0 for padded candidates.
+    branches. ``value[..., l]`` and ``action_value[..., l]`` speak of the prefix of ``l + 1`` tokens: V of its
+    own forward, and V + Q of its parent's. 0 for padded candidates.
     """
     length = candidates.shape[2]
     nodes = torch.stack([trie.lookup(candidates[..., :depth]).long() for depth in range(length + 1)], 2)

@@ -73,7 +73,7 @@ def cooccurrence_embeddings(dataset: Dataset, trie: Trie, dim: int = 64) -> Tens
 
 
 def td_target(value: Tensor, returns: Tensor, gamma: float) -> Tensor:
-    r"""Eq. 9, ``[B, G, L]``: :math:`r_\ell + \gamma V(s_{\ell+1})` for :math:`\ell < L`, :math:`r_L` at the end."""
+    r"""Eq. 9, ``[B, G, L]``: :math:`r_\ell + \gamma V(s_{\ell+1})`, and :math:`r_L` for :math:`\ell = L`."""
     target = returns.clone()
     target[..., :-1] += gamma * value.detach()[..., 1:]
     return target

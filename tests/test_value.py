@@ -1,0 +1,187 @@
+"""The value model: causality, one walk for all scores, targets, embeddings, and the samplers that use it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vstar_ops import Trie
+from vstar_ops.decoding import beam_search, topk_sampling, ved
+from vstar_ops.reference.ved_search import ved_search
+from vstar_ops.train import objective
+from vstar_ops.train.decode import decode
+from vstar_ops.train.loop import optimizer_of
+from vstar_ops.train.model import SIDTransformer
+from vstar_ops.train.synthetic import synthetic
+from vstar_ops.train.value import (
+    DenseReturn,
+    ItemEmbeddings,
+    RewardReturn,
+    cooccurrence_embeddings,
+    load_embeddings,
+    squared_error,
+    td_target,
+)
+
+CATALOGUE = torch.tensor([[0, 4, 8], [0, 4, 9], [0, 5, 8], [1, 6, 10], [1, 7, 10], [2, 6, 11], [3, 7, 11]])
+
+
+@pytest.fixture
+def trie() -> Trie:
+    return Trie.from_sequences(CATALOGUE)
+
+
+@pytest.fixture
+def model() -> SIDTransformer:
+    torch.manual_seed(0)
+    model = SIDTransformer(12, 12, dim=32, layers=2, heads=2, dropout=0.0)
+    model.add_value_head(action_values=True)
+    for parameter in model.parameters():  # far from the initial, almost constant outputs
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def values_of(model: SIDTransformer, context: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """V of the prefixes of one candidate, by extending one after the other."""
+    _, state = model.prefill(context)
+    slot, values = torch.zeros(1, dtype=torch.int64), []
+    for token in tokens:
+        _, slot = model.extend(state, slot, torch.tensor([token]))
+        values.append(model.value(state, slot))
+    return torch.cat(values)
+
+
+def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie) -> None:
+    """In one walk over all candidates, step by step, and as part of a prompt: the same V, blind to what follows."""
+    context = torch.tensor([[0, 4, 8], [-1, -1, -1]])
+    candidates = torch.stack([CATALOGUE[:5], CATALOGUE[[6, 6, 0, 2, 3]]])
+    candidates[1, 4] = -1
+    scores = objective.candidate_scores(model, context, trie, candidates, values=True, action_values=True)
+    logp = objective.candidate_logp(model, context, trie, candidates)
+    torch.testing.assert_close(scores.logp, logp)
+    for b in range(2):
+        for g in range(5):
+            if candidates[b, g, 0] < 0:
+                assert not scores.value[b, g].any()
+                continue
+            alone = values_of(model, context[b : b + 1], candidates[b, g].tolist())
+            torch.testing.assert_close(scores.value[b, g], alone, rtol=1e-4, atol=1e-5)
+    whole = torch.cat([context[:1], candidates[:1, 0, :2]], 1)
+    _, state = model.prefill(whole)
+    torch.testing.assert_close(
+        model.value(state, torch.tensor([0])), scores.value[0, 0, 1:2], rtol=1e-4, atol=1e-5
+    )
+    _, state = model.prefill(context)
+    zero = torch.tensor([0])
+    q = model.value(state, zero) + model.child_value(state, zero)[:, 1]
+    torch.testing.assert_close(scores.action_value[0, 3, 0], q[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_value_loss_moves_the_head_alone(model: SIDTransformer, trie: Trie) -> None:
+    policy, head = model.parts()
+    assert len(policy) + len(head) == len(list(model.parameters()))
+    context, candidates = torch.tensor([[0, 4, 8]]), CATALOGUE[None, :5]
+    scores = objective.candidate_scores(model, context, trie, candidates, values=True)
+    squared_error(scores.value, torch.ones_like(scores.value), torch.ones(1, 5, dtype=torch.bool)).backward()
+    assert all(p.grad is None or not p.grad.any() for p in policy)
+    assert any(p.grad is not None and p.grad.any() for p in head)
+
+
+def test_the_value_head_learns(model: SIDTransformer, trie: Trie) -> None:
+    """V of every prefix becomes the discounted mean reward below it."""
+    optimizer = optimizer_of(model, 0.0, 0.0, 3e-3)
+    context, candidates = torch.tensor([[0, 4, 8]]), CATALOGUE[None]
+    reward = torch.tensor([[1.0, 0.0, 0.5, 0.2, 0.4, 0.0, 0.9]])
+    mask = torch.ones(1, 7, dtype=torch.bool)
+    returns = RewardReturn(lambda *_: reward)(None, candidates, mask)
+    for _ in range(300):
+        optimizer.zero_grad()
+        value = objective.candidate_scores(model, context, trie, candidates, values=True).value
+        squared_error(value, td_target(value, returns, 0.9), mask).backward()
+        optimizer.step()
+    torch.testing.assert_close(value[..., 2], reward, rtol=0, atol=0.05)
+    assert value[0, 0, 1].item() == pytest.approx(0.9 * 0.5, abs=0.05)  # (0, 4) leads to 1 and 0
+    assert value[0, 0, 0].item() == pytest.approx(0.81 * 0.5, abs=0.05)  # (0) to 1, 0 and 0.5
+
+
+def test_td_target() -> None:
+    value, returns = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[0.1, 0.2, 0.3]]])
+    torch.testing.assert_close(td_target(value, returns, 0.5), torch.tensor([[[1.1, 1.7, 0.3]]]))
+    padded = squared_error(
+        torch.tensor([[[1.0], [float("nan")]]]), torch.zeros(1, 2, 1), torch.tensor([[True, False]])
+    )
+    assert padded == 1
+
+
+@pytest.mark.parametrize("evaluate_leaves", [True, False])
+@pytest.mark.parametrize("action_values", [True, False])
+def test_ved_of_the_model_is_the_sequential_search(model, trie, evaluate_leaves, action_values) -> None:
+    context = torch.tensor([[0, 4, 8], [2, 6, 11], [-1, -1, -1]])
+    options = {"budget": 9, "width": 2, "evaluate_leaves": evaluate_leaves, "action_values": action_values}
+    out = ved(model, context, trie, 5, seed=torch.tensor([5, 6, 7]), **options)
+    for b in range(3):
+        leaves, tree = ved_search(model, context[b : b + 1], trie, 5, seed=5 + b, **options)
+        assert out.node[b, : len(leaves)].tolist() == [leaf.node for leaf in leaves]
+        assert out.trees.node[b, : len(tree)].tolist() == [s.node for s in tree]
+
+
+def test_topk_sampling_draws_from_the_policy(model: SIDTransformer, trie: Trie) -> None:
+    context = torch.tensor([[0, 4, 8], [2, 6, 11]])
+    every = beam_search(model, context, trie, 7)
+    out = topk_sampling(model, context, trie, 4000, seed=3)
+    for b in range(2):
+        drawn = (out.node[b][:, None] == every.node[b]).float().mean(0)
+        torch.testing.assert_close(drawn, every.logp[b].exp(), rtol=0, atol=0.03)
+        match = out.node[b][:, None] == every.node[b]
+        torch.testing.assert_close(out.logp[b], every.logp[b][match.int().argmax(1)], rtol=1e-4, atol=1e-5)
+    assert out.count.tolist() == [4000, 4000] and torch.equal(trie.lookup(out.sequence), out.node)
+    assert (out.forward_tokens <= 1 + 4 + 6).all()  # distinct prefixes, not candidates
+    alone = topk_sampling(model, context[1:], trie, 50, seed=torch.tensor([9]))
+    both = topk_sampling(model, context, trie, 50, seed=torch.tensor([8, 9]))
+    assert torch.equal(alone.node[0], both.node[1]) and not torch.equal(both.node[0], both.node[1])
+    greedy = topk_sampling(model, context, trie, 3, top=1)
+    assert (greedy.node == greedy.node[:, :1]).all()
+
+
+def test_embeddings(trie: Trie, tmp_path) -> None:
+    path = tmp_path / "items.npy"
+    vectors = np.arange(14, dtype=np.float16).reshape(7, 2)
+    np.save(path, vectors)
+    loaded = load_embeddings(path, 7)
+    assert loaded.dtype == torch.float32
+    items = ItemEmbeddings(trie, torch.cat([CATALOGUE, CATALOGUE[:1]]), torch.cat([loaded, loaded[1:2]]))
+    got = items(torch.tensor([[0, 4, 8], [3, 7, 11], [3, 7, 8], [-1, -1, -1]]))
+    assert got.tolist() == [[1, 2], [12, 13], [0, 0], [0, 0]]  # a collision has its mean
+    with pytest.raises(ValueError, match=r"expected floats \[8, E\], one row an item, got float16 \[7, 2\]"):
+        load_embeddings(path, 8)
+
+
+def test_cooccurrence_embeddings_know_who_clicked_what() -> None:
+    dataset = synthetic(items=300, users=400, requests=10)
+    trie = Trie.from_sequences(dataset.sequences)
+    torch.manual_seed(1)
+    vectors = cooccurrence_embeddings(dataset, trie, 16)
+    torch.manual_seed(2)
+    torch.testing.assert_close(cooccurrence_embeddings(dataset, trie, 16), vectors)
+    items = ItemEmbeddings(trie, dataset.sequences, vectors)
+    last, target = dataset.train.history[:, 0], dataset.train.target  # items of one user
+    together = torch.cosine_similarity(items(last), items(target)).mean()
+    apart = torch.cosine_similarity(items(last), items(target.flip(0))).mean()
+    assert together > apart + 0.1
+    dense = DenseReturn(items)
+    mask = torch.tensor([[True, False]])
+    returns = dense(dataset.train[:1], torch.stack([target[:1], target[:1]], 1), mask)
+    assert returns[0, 0].tolist() == pytest.approx([0.3, 0.5, 1.0]) and not returns[0, 1].any()
+
+
+def test_decode_names(model: SIDTransformer, trie: Trie) -> None:
+    context, seed = torch.tensor([[0, 4, 8]]), torch.tensor([1])
+    for name in ("beam", "topk", "ved"):
+        found = decode(name, model, context, trie, 3, seed, {})
+        assert found.sequence.shape == (1, 3, 3) and int(found.forward_tokens) <= 7
+    with pytest.raises(ValueError, match="decoder must be one of"):
+        decode("greedy", model, context, trie, 3, seed, {})
+    plain = SIDTransformer(12, 12, dim=32, layers=2, heads=2)
+    with pytest.raises(ValueError, match="the model has no value head"):
+        decode("ved", plain, context, trie, 3, seed, {})

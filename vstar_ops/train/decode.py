@@ -1,0 +1,63 @@
+"""The decoders by name, with one interface for training and evaluation."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..decoding import beam_search, topk_sampling, ved
+from ..trie import Trie
+from .model import SIDTransformer
+
+DECODERS = ("beam", "topk", "ved")
+
+# Options of `ved`: the paper's own setting, and what wins here at equal tokens (see `vstar_ops.study`).
+PAPER: dict[str, Any] = {"entropy_weight": 0.1, "exploration": 1.0, "logp_weight": 0.0}
+TUNED: dict[str, Any] = {"entropy_weight": 0.1, "exploration": 1.0, "logp_weight": 0.0}
+
+VED_OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ved).parameters.items()
+    if type(parameter.default) in (int, float, bool) and name not in ("candidates", "seed")
+}
+
+
+class Decoded(Protocol):
+    """What all decoders return, as far as training and evaluation look at it."""
+
+    @property
+    def sequence(self) -> Tensor: ...
+    @property
+    def node(self) -> Tensor: ...
+    @property
+    def count(self) -> Tensor: ...
+    @property
+    def forward_tokens(self) -> Tensor: ...
+
+
+def decode(
+    decoder: str,
+    model: SIDTransformer,
+    context: Tensor,
+    trie: Trie,
+    candidates: int,
+    seed: Tensor,
+    options: dict[str, Any],
+) -> Decoded:
+    """Candidates of one of :data:`DECODERS`.
+
+    Args:
+        seed: int64 ``[B]``; a beam search needs none.
+        options: of :func:`vstar_ops.decoding.ved`. Its budget is what a beam search of the same number of
+            candidates may spend, ``1 + (L - 1) K``, if there is none.
+    """
+    if decoder == "beam":
+        return beam_search(model, context, trie, candidates)
+    if decoder == "topk":
+        return topk_sampling(model, context, trie, candidates, seed=seed)
+    if decoder != "ved":
+        raise ValueError(f"decoder must be one of {DECODERS}, got {decoder!r}")
+    budget = 1 + (trie.length - 1) * candidates
+    return ved(model, context, trie, candidates, seed=seed, **{"budget": max(budget, trie.length), **options})
