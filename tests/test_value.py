@@ -53,7 +53,7 @@ def values_of(model: SIDTransformer, context: torch.Tensor, tokens: list[int]) -
 
 
 def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie) -> None:
-    """In one walk over all candidates, step by step, and as part of a prompt: the same V, blind to what follows."""
+    """In one walk, step by step, and as part of a prompt: the same V, blind to what follows."""
     context = torch.tensor([[0, 4, 8], [-1, -1, -1]])
     candidates = torch.stack([CATALOGUE[:5], CATALOGUE[[6, 6, 0, 2, 3]]])
     candidates[1, 4] = -1

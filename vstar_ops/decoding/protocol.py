@@ -64,5 +64,5 @@ class ValueModel(PrefixModel, Protocol):
         ...
 
     def child_value(self, state: Any, slot: Tensor) -> Tensor:
-        """Q(s, v) - V(s), float ``[N, V]``: what each next token adds to V. Asked for with action values only."""
+        """Q(s, v) - V(s), float ``[N, V]``: what each next token adds to V. Only for action values."""
         ...

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..decoding import beam_search, topk_sampling, ved
+from ..decoding import BeamResult, beam_search, topk_sampling, ved
 from ..trie import Trie
 from .model import SIDTransformer
 
@@ -51,10 +51,13 @@ def decode(
     Args:
         seed: int64 ``[B]``; a beam search needs none.
         options: of :func:`vstar_ops.decoding.ved`. Its budget is what a beam search of the same number of
-            candidates may spend, ``1 + (L - 1) K``, if there is none.
+            candidates may spend, ``1 + (L - 1) K``, if there is none. A beam search takes a ``width`` above
+            ``candidates``, of which it returns the first.
     """
     if decoder == "beam":
-        return beam_search(model, context, trie, candidates)
+        found = beam_search(model, context, trie, max(options.get("width", 0), candidates))
+        first = (x[:, :candidates] for x in found[:3])
+        return BeamResult(*first, found.count.clamp(max=candidates), found.forward_tokens)
     if decoder == "topk":
         return topk_sampling(model, context, trie, candidates, seed=seed)
     if decoder != "ved":

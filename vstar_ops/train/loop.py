@@ -122,7 +122,7 @@ class Job:
             self.trie,
             self.config.candidates,
             decoder=decoder,
-            options=self.config.ved,
+            options=self.config.ved if decoder == "ved" else {},
             true_reward=self.dataset.reward,
             title=split,
         )
@@ -304,6 +304,7 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
     model = job.model()
     model.load_state_dict(sft.state_dict())
     sft.eval()
+    options = c.ved if decoder == "ved" else {}
     action_values = bool(c.ved.get("action_values"))
     valued = decoder == "ved" and c.ved.get("value_weight", 1) != 0
     if valued:
@@ -314,7 +315,7 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
         model.eval()
         part = train[rows]
         seed = torch.zeros(0) if decoder == "beam" else torch.randint(2**62, (len(rows),))
-        found = decode(decoder, model, part.context, trie, c.candidates, seed, c.ved)
+        found = decode(decoder, model, part.context, trie, c.candidates, seed, options)
         tokens = found.sequence.long()
         mask = found.node >= 0
         reward = reward_of(part, tokens)

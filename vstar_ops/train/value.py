@@ -64,7 +64,8 @@ def cooccurrence_embeddings(dataset: Dataset, trie: Trie, dim: int = 64) -> Tens
     user, leaf = entry // shape[1], entry % shape[1]
     users, items = torch.bincount(user, minlength=shape[0]), torch.bincount(leaf, minlength=shape[1])
     weight = (users[user].float() * items[leaf]).rsqrt()
-    matrix = torch.sparse_coo_tensor(torch.stack([user, leaf]), weight, shape).coalesce()
+    where = torch.stack([user, leaf])
+    matrix = torch.sparse_coo_tensor(where, weight, shape, check_invariants=True).coalesce()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _, scale, right = torch.svd_lowrank(matrix, q=min(dim, *shape), niter=4)
