@@ -57,10 +57,10 @@ def ved(
     A beam search of ``width`` makes a request's first tree and every node of it is evaluated once. Then,
     round after round, a traversal follows the largest
     :math:`U(s) = G(s) + \beta \sqrt{\ln(N_{root} + 1) / (N(s) + 1)}` with
-    :math:`G(s) = w_v V(s) + \lambda H(s) + w_p \log\pi(y_{\le\ell}|x)`, and every node on its path whose G is at
-    least the mean of its depth gets one new child, drawn from its unexpanded legal children in proportion to
-    :math:`\pi`; the new children of all requests are evaluated in one forward. It ends when the budget is
-    spent or nothing can be expanded. The steps are the ops of :mod:`vstar_ops.ops.ved`.
+    :math:`G(s) = w_v V(s) + \lambda H(s) + w_p \log\pi(y_{\le\ell}|x)`, and every node on its path whose G
+    is at least the mean of its depth gets one new child, drawn from its unexpanded legal children in
+    proportion to :math:`\pi`; the new children of all requests are evaluated in one forward. It ends when
+    the budget is spent or nothing can be expanded. The steps are the ops of :mod:`vstar_ops.ops.ved`.
 
     Args:
         model: a :class:`PrefixModel` that also has ``value`` (unless ``value_weight`` is 0) and
@@ -94,8 +94,9 @@ def ved(
         A named tuple:
 
         - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]``, ``logp`` float32 ``[B, K]``: distinct
-          legal leaves, by value descending, then by lower tokens; if there are too few evaluated leaves, then the
-          most probable unexpanded children of the evaluated prefixes of depth ``L - 1``, best prefix first
+          legal leaves, by value descending, then by lower tokens; if there are too few evaluated leaves,
+          then the most probable unexpanded children of the evaluated prefixes of depth ``L - 1``, best
+          prefix first
         - ``score`` float32 ``[B, K]``, what they are ranked by
         - ``count`` int32 ``[B]``; slots past it hold -1 and -inf
         - ``forward_tokens`` int32 ``[B]``, at most ``budget``

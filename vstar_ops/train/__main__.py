@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m vstar_ops.train",
         description="Train a generative recommender over semantic IDs: supervised, then by reinforcement on "
-        "the candidates of a decoder. Without arguments on an embedded synthetic catalogue, in a few minutes.",
+        "the candidates of a decoder. Without arguments on an embedded synthetic catalogue.",
     )
 
     def add(name: str, help: str, **kw: object) -> None:

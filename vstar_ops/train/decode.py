@@ -56,8 +56,9 @@ def decode(
     """
     if decoder == "beam":
         found = beam_search(model, context, trie, max(options.get("width", 0), candidates))
-        first = (x[:, :candidates] for x in found[:3])
-        return BeamResult(*first, found.count.clamp(max=candidates), found.forward_tokens)
+        sequence, node, logp = (x[:, :candidates] for x in found[:3])
+        count = found.count.clamp(max=candidates)
+        return BeamResult(sequence, node, logp, count, found.forward_tokens)
     if decoder == "topk":
         return topk_sampling(model, context, trie, candidates, seed=seed)
     if decoder != "ved":

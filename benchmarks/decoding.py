@@ -1,0 +1,108 @@
+"""``python -m benchmarks.decoding``: what a tree search costs beside the model that it asks.
+
+With the reference model, 64 requests, budget 33, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vstar_ops import Trie
+from vstar_ops.decoding import beam_search, ved
+from vstar_ops.reference.ved_search import ved_search
+from vstar_ops.train.model import SIDTransformer
+
+from . import catalogue, harness
+
+
+class Stopwatch:
+    """A model that adds up the time spent in it."""
+
+    def __init__(self, model: SIDTransformer) -> None:
+        self.model, self.seconds = model, 0.0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.model, name)
+
+        def timed(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*arguments)
+            self.seconds += time.perf_counter() - start
+            return result
+
+        return timed
+
+
+def share_of_search(model: SIDTransformer, context: Tensor, trie: Trie, rounds: int) -> float:
+    """Median over rounds of the part of a decode that is not the model's."""
+    shares = []
+    for _ in range(rounds):
+        watch = Stopwatch(model)
+        start = time.perf_counter()
+        ved(watch, context, trie)  # type: ignore[arg-type]
+        total = time.perf_counter() - start
+        shares.append(1 - watch.seconds / total)
+    return statistics.median(shares)
+
+
+def main() -> None:
+    """Parse the options, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__)
+    parser.add_argument("--data", help="folder in MiniOneRec's layout (default: a made catalogue)")
+    parser.add_argument("--category", default="Industrial_and_Scientific", help="default: %(default)s")
+    parser.add_argument("--weights", help="state dict of a trained policy (default: random weights)")
+    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    name, sequences = catalogue.load(args.data, args.category)
+    trie = Trie.from_sequences(sequences)
+    print(f"{harness.machine()}; catalogue: {name}, {trie}")
+    model = SIDTransformer(trie.max_token + 1, 33)
+    if args.weights:
+        state = torch.load(args.weights, map_location="cpu", weights_only=True)
+        model.load_state_dict({k: v for k, v in state.items() if not k.startswith("value_head")})
+    model.add_value_head()
+    model.eval()
+    context = sequences[torch.randint(0, len(sequences), (64, 10))].flatten(1)  # ten items each
+
+    share = share_of_search(model, context, trie, args.rounds)
+    print(f"\nsearch, as a share of the VED decode: {100 * share:.1f} % (target at most 15 %)")
+    report = harness.Report()
+    variants: dict[str, Callable[[], Any]] = {
+        "ved": lambda: ved(model, context, trie),
+        "beam search of 33 tokens": lambda: beam_search(model, context, trie, 16, skip_forced=False),
+    }
+    spent = [int(call().forward_tokens.sum()) for call in variants.values()]
+    timing = harness.compare(variants, args.rounds)
+    report.add(f"VED, {spent[0] / 64:.1f} tokens a request, against {spent[1] / 64:.1f}", timing)
+    times = 1 / timing.ratio["beam search of 33 tokens"]
+    print(f"VED takes {times:.2f} times the wall time of that beam search (target at most 1.5)")
+    few = ved(model, context[:8], trie, seed=torch.arange(8))
+    for b in range(8):
+        leaves, _ = ved_search(model, context[b : b + 1], trie, seed=b)
+        assert few.node[b].tolist() == [leaf.node for leaf in leaves], "the sequential search differs"
+    sequential = {
+        "ved": lambda: ved(model, context, trie),
+        "sequential, one request": lambda: ved_search(model, context[:1], trie),
+    }
+    timing = harness.compare(sequential, args.rounds, slice_s=0)
+    ratio = 64 * timing.ratio["sequential, one request"]
+    print(f"VED of 64 requests against the sequential search of 64: {ratio:.1f}x the throughput (target 10x)")
+    for width in (16, 64):
+        skipped, full = (beam_search(model, context, trie, width, skip_forced=skip) for skip in (True, False))
+        assert torch.equal(skipped.node, full.node), "skipping forced tokens changed a result"
+        saved = 1 - float(skipped.forward_tokens.sum() / full.forward_tokens.sum())
+        print(f"forced tokens skipped, beam search of width {width}: {100 * saved:.0f} % of all tokens saved")
+
+
+if __name__ == "__main__":
+    main()
