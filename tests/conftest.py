@@ -49,3 +49,10 @@ def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    from toy_data import write_folder
+
+    return write_folder(tmp_path / "data")
