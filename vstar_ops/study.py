@@ -42,7 +42,8 @@ from .trie import Trie
 
 Scores = dict[str, float]
 
-# (a): name -> decoder+objective, and what differs from TUNED in the search.
+# (a): name -> decoder+objective, and what differs from TUNED in the search, where a leaf is ranked by its
+# parent's V and not evaluated.
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO, beam search": ("beam+grpo", {}),
     "joint, beam search": ("beam+joint", {}),
@@ -55,8 +56,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "V-STAR, score H": ("ved+joint", {"value_weight": 0.0, "entropy_weight": 1.0, "logp_weight": 0.0}),
     "best-first, V = 0": ("ved+joint", {"value_weight": 0.0, "logp_weight": 1.0}),
     "V-STAR, leaves evaluated": ("ved+joint", {"evaluate_leaves": True}),
-    "V-STAR, leaves by their parent's V": ("ved+joint", {"evaluate_leaves": False}),
-    "V-STAR, leaves by action values": ("ved+joint", {"evaluate_leaves": False, "action_values": True}),
+    "V-STAR, leaves by action values": ("ved+joint", {"action_values": True}),
 }
 REFERENCE, PLAIN = "V-STAR: joint, VED", "GRPO, beam search"
 

@@ -13,9 +13,21 @@ from .model import SIDTransformer
 
 DECODERS = ("beam", "topk", "ved")
 
-# Options of `ved`: the paper's own setting, and what wins here at equal tokens (see `vstar_ops.study`).
-PAPER: dict[str, Any] = {"entropy_weight": 0.1, "exploration": 1.0, "logp_weight": 0.0}
-TUNED: dict[str, Any] = {"entropy_weight": 0.1, "exploration": 1.0, "logp_weight": 0.0}
+# Options of `ved`: the paper's own setting, and ours. The prior keeps the search near the policy, so that what it
+# finds is what the policy would propose; V then decides among that. No tokens go to leaves.
+PAPER: dict[str, Any] = {
+    "entropy_weight": 0.1,
+    "exploration": 1.0,
+    "logp_weight": 0.0,
+    "evaluate_leaves": True,
+}
+TUNED: dict[str, Any] = {
+    "entropy_weight": 0.1,
+    "exploration": 1.0,
+    "logp_weight": 1.0,
+    "value_weight": 2.0,
+    "evaluate_leaves": False,
+}
 
 VED_OPTIONS = {
     name: parameter.default

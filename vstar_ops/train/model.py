@@ -175,7 +175,7 @@ class SIDTransformer(nn.Module):
             attended = block.attend(q, *state.append(i, k, v), mask)
             return block.finish(x, attended[request, :, rank])
 
-        x, valued = self._run(self.dropout(x), layer)
+        x, valued = self._run(token, self.dropout(x), layer)
 
         first = len(state.request)
         slot[live] = torch.arange(first, first + len(x), device=slot.device)
@@ -205,16 +205,19 @@ class SIDTransformer(nn.Module):
             values.append(v)
             return block.finish(x, block.attend(q, k, v, mask).transpose(1, 2))
 
-        x, valued = self._run(x, layer)
+        x, valued = self._run(tokens.clamp(min=0), x, layer)
         return x, valued, position, mask, keys, values
 
-    def _run(self, x: Tensor, layer: Callable[[int, Block, Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _run(
+        self, token: Tensor, x: Tensor, layer: Callable[[int, Block, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         """``x`` through all layers: what the backbone makes of it, and the value head's block of that."""
         for i, block in enumerate(self.blocks):
             x = layer(i, block, x)  # type: ignore[arg-type]  # a ModuleList does not know what it holds
-        if self.value_head is None:
+        head = self.value_head
+        if head is None:
             return x, None
-        return x, layer(len(self.blocks), self.value_head.block, x.detach())  # type: ignore[arg-type]
+        return x, layer(len(self.blocks), head.block, x.detach() + head.token(token))  # type: ignore[arg-type]
 
     def _head(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.token.weight[: self.vocab], self.bias)

@@ -115,11 +115,14 @@ class RewardReturn:
 class ValueHead(nn.Module):
     """An MLP over the hidden states of a causal block of its own: V(s), and Q(s, v) - V(s) if asked for.
 
-    The block is the model's own kind and is run with the model's layers, see :class:`SIDTransformer`.
+    The block is the model's own kind and is run with the model's layers, see :class:`SIDTransformer`. It reads
+    the backbone's hidden states, which it never moves, and token embeddings of its own: what makes an item
+    worth something need not be in features that were trained on clicks.
     """
 
     def __init__(self, block: nn.Module, dim: int, vocab: int, *, action_values: bool = False) -> None:
         super().__init__()
+        self.token = nn.Embedding(vocab + 1, dim)
         self.block = block
         self.norm, self.hidden = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.value = nn.Linear(dim, 1)
