@@ -1,5 +1,6 @@
 """Exact, fast decoding ops for generative recommendation: value-scored top-k prefix expansion under a
-trie of legal semantic IDs, and sibling advantages for reinforcement learning (V-STAR, arXiv 2602.10699).
+trie of legal semantic IDs, value-guided tree search, and sibling advantages for reinforcement learning
+(V-STAR, arXiv 2602.10699).
 """
 
 from ._backends import BackendStatus, backends, initialise, use_backend

@@ -115,9 +115,9 @@ class RewardReturn:
 class ValueHead(nn.Module):
     """An MLP over the hidden states of a causal block of its own: V(s), and Q(s, v) - V(s) if asked for.
 
-    The block is the model's own kind and is run with the model's layers, see :class:`SIDTransformer`. It reads
-    the backbone's hidden states, which it never moves, and token embeddings of its own: what makes an item
-    worth something need not be in features that were trained on clicks.
+    The block is the model's own kind and is run with the model's layers, see :class:`SIDTransformer`. It
+    reads the backbone's hidden states, which it never moves, and token embeddings of its own: what makes an
+    item worth something need not be in features that were trained on clicks.
     """
 
     def __init__(self, block: nn.Module, dim: int, vocab: int, *, action_values: bool = False) -> None:
