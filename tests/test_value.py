@@ -53,7 +53,7 @@ def values_of(model: SIDTransformer, context: torch.Tensor, tokens: list[int]) -
 
 
 def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie) -> None:
-    """In one walk, step by step, and as part of a prompt: the same V, blind to what follows."""
+    """In one walk over all candidates and step by step: the same V, blind to what follows."""
     context = torch.tensor([[0, 4, 8], [-1, -1, -1]])
     candidates = torch.stack([CATALOGUE[:5], CATALOGUE[[6, 6, 0, 2, 3]]])
     candidates[1, 4] = -1
@@ -67,11 +67,6 @@ def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie) -
                 continue
             alone = values_of(model, context[b : b + 1], candidates[b, g].tolist())
             torch.testing.assert_close(scores.value[b, g], alone, rtol=1e-4, atol=1e-5)
-    whole = torch.cat([context[:1], candidates[:1, 0, :2]], 1)
-    _, state = model.prefill(whole)
-    torch.testing.assert_close(
-        model.value(state, torch.tensor([0])), scores.value[0, 0, 1:2], rtol=1e-4, atol=1e-5
-    )
     _, state = model.prefill(context)
     zero = torch.tensor([0])
     q = model.value(state, zero) + model.child_value(state, zero)[:, 1]

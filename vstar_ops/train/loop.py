@@ -63,7 +63,7 @@ class Config:
     sibling_weight: float = 1.0
     kl_weight: float = 1e-3
     ved: dict[str, Any] = field(default_factory=lambda: dict(TUNED))
-    value_lr: float = 1e-3
+    value_lr: float = 3e-3
     value_loss_weight: float = 1.0
     value_return: str | None = None
     gamma: float = 0.99

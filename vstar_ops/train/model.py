@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .value import ValueHead
+from .value import ValueHead, hash_prefix
 
 
 @dataclass
@@ -32,6 +32,7 @@ class PrefixCache:
         visible: bool ``[slots, S]``, what a slot sees of its request: what its parent sees, and itself.
         request: int64 ``[slots]``, the request of a slot.
         position: int64 ``[slots]``, the number of tokens before the slot's own.
+        prefix: int64 ``[slots]``, hash of the tokens since the prompt, 0 for none.
         valued: ``[slots, dim]``, outputs of the value head's block, None without one.
     """
 
@@ -40,6 +41,7 @@ class PrefixCache:
     visible: Tensor
     request: Tensor
     position: Tensor
+    prefix: Tensor
     valued: Tensor | None
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +141,7 @@ class SIDTransformer(nn.Module):
         # The last real token stands in the column with the highest position (the begin token if none).
         batch, last = torch.arange(len(x), device=x.device), position.argmax(1)
         valued = valued[batch, last] if valued is not None else None
-        cache = PrefixCache(keys, values, seen[batch, last], batch, position[batch, last], valued)
+        cache = PrefixCache(keys, values, seen[batch, last], batch, position[batch, last], batch * 0, valued)
         return self._head(x[batch, last]), cache
 
     def extend(self, state: PrefixCache, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,13 +177,15 @@ class SIDTransformer(nn.Module):
             attended = block.attend(q, *state.append(i, k, v), mask)
             return block.finish(x, attended[request, :, rank])
 
-        x, valued = self._run(token, self.dropout(x), layer)
+        prefix = hash_prefix(state.prefix[parent], token)
+        x, valued = self._run(token, prefix, self.dropout(x), layer)
 
         first = len(state.request)
         slot[live] = torch.arange(first, first + len(x), device=slot.device)
         state.visible = torch.cat([F.pad(state.visible, (0, width)), seen])
         state.request = torch.cat([state.request, request])
         state.position = torch.cat([state.position, position])
+        state.prefix = torch.cat([state.prefix, prefix])
         if state.valued is not None and valued is not None:
             state.valued = torch.cat([state.valued, valued])
         return logits.index_put((live.nonzero()[:, 0],), self._head(x)), slot
@@ -205,11 +209,12 @@ class SIDTransformer(nn.Module):
             values.append(v)
             return block.finish(x, block.attend(q, k, v, mask).transpose(1, 2))
 
-        x, valued = self._run(tokens.clamp(min=0), x, layer)
+        tokens = tokens.clamp(min=0)
+        x, valued = self._run(tokens, torch.zeros_like(tokens), x, layer)
         return x, valued, position, mask, keys, values
 
     def _run(
-        self, token: Tensor, x: Tensor, layer: Callable[[int, Block, Tensor], Tensor]
+        self, token: Tensor, prefix: Tensor, x: Tensor, layer: Callable[[int, Block, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """``x`` through all layers: what the backbone makes of it, and the value head's block of that."""
         for i, block in enumerate(self.blocks):
@@ -217,7 +222,7 @@ class SIDTransformer(nn.Module):
         head = self.value_head
         if head is None:
             return x, None
-        return x, layer(len(self.blocks), head.block, x.detach() + head.token(token))  # type: ignore[arg-type]
+        return x, layer(len(self.blocks), head.block, x.detach() + head.embed(token, prefix))  # type: ignore[arg-type]
 
     def _head(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.token.weight[: self.vocab], self.bias)

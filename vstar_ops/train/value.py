@@ -112,17 +112,26 @@ class RewardReturn:
         return returns
 
 
+def hash_prefix(prefix: Tensor, token: Tensor) -> Tensor:
+    """The hash, in [0, 2^31), of a prefix and one token more, out of the prefix' own; 0 is the empty prefix."""
+    return ((prefix ^ (token + 1)) * 0x9E3779B1 + (prefix >> 15)) & 0x7FFFFFFF
+
+
 class ValueHead(nn.Module):
     """An MLP over the hidden states of a causal block of its own: V(s), and Q(s, v) - V(s) if asked for.
 
     The block is the model's own kind and is run with the model's layers, see :class:`SIDTransformer`. It
-    reads the backbone's hidden states, which it never moves, and token embeddings of its own: what makes an
-    item worth something need not be in features that were trained on clicks.
+    reads the backbone's hidden states, which it never moves, and embeddings of its own, of the token and of
+    the whole prefix since the prompt (hashed into ``buckets`` rows): what makes an item worth something need
+    not be in features that were trained on clicks, and tokens of SIDs mean little without those before them.
     """
 
-    def __init__(self, block: nn.Module, dim: int, vocab: int, *, action_values: bool = False) -> None:
+    def __init__(
+        self, block: nn.Module, dim: int, vocab: int, *, action_values: bool = False, buckets: int = 2**14
+    ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab + 1, dim)
+        self.prefix = nn.Embedding(buckets, dim)
         self.block = block
         self.norm, self.hidden = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.value = nn.Linear(dim, 1)
@@ -132,6 +141,10 @@ class ValueHead(nn.Module):
                 nn.init.normal_(weight, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
+
+    def embed(self, token: Tensor, prefix: Tensor) -> Tensor:
+        """What is added to the hidden states; ``prefix`` as :func:`hash_prefix` makes it."""
+        return self.token(token) + self.prefix(prefix % self.prefix.num_embeddings)
 
     def forward(self, x: Tensor) -> Tensor:
         """V ``[N]`` of block outputs ``[N, dim]``."""
