@@ -90,14 +90,14 @@ def test_the_value_head_learns(model: SIDTransformer, trie: Trie) -> None:
     reward = torch.tensor([[1.0, 0.0, 0.5, 0.2, 0.4, 0.0, 0.9]])
     mask = torch.ones(1, 7, dtype=torch.bool)
     returns = RewardReturn(lambda *_: reward)(None, candidates, mask)
-    for _ in range(300):
+    for _ in range(600):
         optimizer.zero_grad()
         value = objective.candidate_scores(model, context, trie, candidates, values=True).value
         squared_error(value, td_target(value, returns, 0.9), mask).backward()
         optimizer.step()
-    torch.testing.assert_close(value[..., 2], reward, rtol=0, atol=0.05)
-    assert value[0, 0, 1].item() == pytest.approx(0.9 * 0.5, abs=0.05)  # (0, 4) leads to 1 and 0
-    assert value[0, 0, 0].item() == pytest.approx(0.81 * 0.5, abs=0.05)  # (0) to 1, 0 and 0.5
+    torch.testing.assert_close(value[..., 2], reward, rtol=0, atol=0.1)
+    assert value[0, 0, 1].item() == pytest.approx(0.9 * 0.5, abs=0.1)  # (0, 4) leads to 1 and 0
+    assert value[0, 0, 0].item() == pytest.approx(0.81 * 0.5, abs=0.1)  # (0) to 1, 0 and 0.5
 
 
 def test_td_target() -> None:

@@ -13,8 +13,8 @@ from .model import SIDTransformer
 
 DECODERS = ("beam", "topk", "ved")
 
-# Options of `ved`: the paper's own setting, and ours. The prior keeps the search near the policy, so that what
-# it finds is what the policy would propose; V then decides among that. No tokens go to leaves.
+# Options of `ved`: the paper's own setting, and ours. The prior keeps the search near the policy; V then
+# decides among what the policy would propose. No tokens go to leaves.
 PAPER: dict[str, Any] = {
     "entropy_weight": 0.1,
     "exploration": 1.0,

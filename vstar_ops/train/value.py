@@ -113,7 +113,7 @@ class RewardReturn:
 
 
 def hash_prefix(prefix: Tensor, token: Tensor) -> Tensor:
-    """The hash, in [0, 2^31), of a prefix and one token more, out of the prefix' own; 0 is the empty prefix."""
+    """The hash, in [0, 2^31), of a prefix with one more token, out of the prefix' own; 0 is no token."""
     return ((prefix ^ (token + 1)) * 0x9E3779B1 + (prefix >> 15)) & 0x7FFFFFFF
 
 
