@@ -56,3 +56,12 @@ def toy(tmp_path: Path) -> Path:
     from toy_data import write_folder
 
     return write_folder(tmp_path / "data")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small only lose time to threads, and ``--threads`` is global to the process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -11,6 +11,8 @@ import torch
 
 from vstar_ops.study import ABLATIONS, _spearman, main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_spearman_is_pearson_of_average_ranks() -> None:
     x = torch.tensor([[1.0, 3.0, 2.0, 9.0], [1.0, 1.0, 2.0, 3.0], [5.0, 5.0, 5.0, 0.0]])

@@ -24,6 +24,8 @@ from vstar_ops.train.value import (
     td_target,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CATALOGUE = torch.tensor([[0, 4, 8], [0, 4, 9], [0, 5, 8], [1, 6, 10], [1, 7, 10], [2, 6, 11], [3, 7, 11]])
 
 

@@ -25,7 +25,7 @@ TUNED: dict[str, Any] = {
     "entropy_weight": 0.1,
     "exploration": 1.0,
     "logp_weight": 1.0,
-    "value_weight": 2.0,
+    "value_weight": 5.0,
     "evaluate_leaves": False,
 }
 
