@@ -119,21 +119,19 @@ class SIDTransformer(nn.Module):
 
     def value(self, state: PrefixCache, slot: Tensor) -> Tensor:
         """V of evaluated prefixes; see :class:`ValueModel`."""
-        return self._valued(state)(self._valued_rows(state, slot))
+        head, valued = self._valued(state)
+        return head(valued[slot.clamp(min=0)])
 
     def child_value(self, state: PrefixCache, slot: Tensor) -> Tensor:
         """Q - V of evaluated prefixes and every token; see :class:`ValueModel`."""
-        return self._valued(state).corrections(self._valued_rows(state, slot))
+        head, valued = self._valued(state)
+        slot = slot.clamp(min=0)
+        return head.corrections(valued[slot], state.prefix[slot])
 
-    def _valued(self, state: PrefixCache) -> ValueHead:
+    def _valued(self, state: PrefixCache) -> tuple[ValueHead, Tensor]:
         if self.value_head is None or state.valued is None:
             raise ValueError("the model has no value head: call add_value_head() before prefill")
-        return self.value_head
-
-    @staticmethod
-    def _valued_rows(state: PrefixCache, slot: Tensor) -> Tensor:
-        assert state.valued is not None
-        return state.valued[slot.clamp(min=0)]
+        return self.value_head, state.valued
 
     def prefill(self, context: Tensor) -> tuple[Tensor, PrefixCache]:
         """Evaluate prompts ``context[B, T]``; see :class:`PrefixModel`."""

@@ -136,6 +136,7 @@ class ValueHead(nn.Module):
         self.norm, self.hidden = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.value = nn.Linear(dim, 1)
         self.child_value = nn.Linear(dim, vocab) if action_values else None
+        self.child_bias = nn.Embedding(4 * buckets, 1) if action_values else None
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
@@ -150,11 +151,13 @@ class ValueHead(nn.Module):
         """V ``[N]`` of block outputs ``[N, dim]``."""
         return self.value(self._features(x))[:, 0]
 
-    def corrections(self, x: Tensor) -> Tensor:
-        """Q - V ``[N, vocab]``."""
-        if self.child_value is None:
+    def corrections(self, x: Tensor, prefix: Tensor) -> Tensor:
+        """Q - V ``[N, vocab]``; a child's own part is one number of a hashed table."""
+        if self.child_value is None or self.child_bias is None:
             raise ValueError("the value head was made without action values")
-        return self.child_value(self._features(x))
+        token = torch.arange(self.child_value.out_features, device=x.device)
+        child = hash_prefix(prefix[:, None], token) % self.child_bias.num_embeddings
+        return self.child_value(self._features(x)) + self.child_bias(child)[..., 0]
 
     def _features(self, x: Tensor) -> Tensor:
         return F.gelu(self.hidden(self.norm(x)))
