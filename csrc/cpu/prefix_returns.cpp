@@ -1,8 +1,11 @@
 // prefix_returns on the CPU: one sweep over each request's sorted candidates. A prefix is closed where the order
 // leaves it; its sum of embeddings is then complete and goes into its parent's, so every embedding is read once.
+// The first child hands its buffer over, so a prefix with a single child adds nothing up, and no sum begins as zeros.
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/candidates.h"
@@ -11,19 +14,30 @@
 namespace vstar {
 namespace {
 
-// Dot product in eight interleaved sums: a fixed order that the compiler can vectorise.
-double dot(const double* x, const double* y, int64_t n) {
-  double part[8] = {};
+struct Products {
+  double square, dot;
+};
+
+// x.x and x.y in one pass, each in four interleaved sums: a fixed order that the compiler can vectorise.
+Products products(const double* x, const double* y, int64_t n) {
+  double square[4] = {}, dot[4] = {};
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int64_t j = 0; j < 8; ++j) part[j] += x[i + j] * y[i + j];
+  for (; i + 4 <= n; i += 4) {
+    for (int64_t j = 0; j < 4; ++j) {
+      square[j] += x[i + j] * x[i + j];
+      dot[j] += x[i + j] * y[i + j];
+    }
   }
-  for (; i < n; ++i) part[i % 8] += x[i] * y[i];
-  return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+  for (; i < n; ++i) {
+    square[i % 4] += x[i] * x[i];
+    dot[i % 4] += x[i] * y[i];
+  }
+  return {(square[0] + square[2]) + (square[1] + square[3]), (dot[0] + dot[2]) + (dot[1] + dot[3])};
 }
 
 struct Request : SortedCandidates {
-  std::vector<double> sum;     // [L, E] of the open prefix of each depth
+  std::vector<double> buffer;  // [L, E]
+  std::vector<double*> sum;    // [L] -> [E] in buffer, of the open prefix of each depth
   std::vector<double> target;  // [E]
   std::vector<int64_t> start;  // [L] where the open prefix began
   std::vector<int32_t> id;     // [L] of the open prefix
@@ -51,7 +65,8 @@ Result prefix_returns(
   const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, group * (length + width)));
   torch::stable::parallel_for(0, batch, grain, [&](int64_t first, int64_t last) {
     Request r;
-    r.sum.resize(length * width);
+    r.buffer.resize(length * width);
+    for (int64_t d = 0; d < length; ++d) r.sum.push_back(r.buffer.data() + d * width);
     r.target.resize(width);
     r.start.resize(length);
     r.id.resize(length);
@@ -64,8 +79,8 @@ Result prefix_returns(
         std::fill_n(to_node + base + g * length, length, -1);
         std::fill_n(to_count + base + g * length, length, 0);
       });
-      for (int64_t e = 0; e < width; ++e) r.target[e] = wanted.at(b * wanted_strides[0] + e * wanted_strides[1]);
-      const double target_norm = std::sqrt(dot(r.target.data(), r.target.data(), width));
+      wanted.each(b * wanted_strides[0], wanted_strides[1], width, [&](int64_t e, float x) { r.target[e] = x; });
+      const double target_norm = std::sqrt(products(r.target.data(), r.target.data(), width).square);
 
       // Nodes are numbered level by level: a level's numbers begin where those of the levels above end.
       int32_t begin = 0;
@@ -73,18 +88,17 @@ Result prefix_returns(
         r.id[d] = begin - 1;
         for (int64_t i = 0; i < n; ++i) begin += r.shared[i] <= d;
       }
-      std::fill(r.sum.begin(), r.sum.end(), 0.0);
 
       for (int64_t i = 0; i <= n; ++i) {
         // Close the prefixes that candidate i does not share, the longest first.
         const int64_t shared = i < n ? std::max(r.shared[i], 0) : 0;
         for (int64_t d = length - 1; i > 0 && d >= shared; --d) {
-          double* sum = r.sum.data() + d * width;
           if (d + 1 < length && r.start[d + 1] == r.start[d]) {
             r.cosine[d] = r.cosine[d + 1];  // its only child has the same candidates
           } else {
-            const double norm = std::sqrt(dot(sum, sum, width)) * target_norm;
-            r.cosine[d] = norm == 0 ? 0.0f : float(dot(sum, r.target.data(), width) / norm);
+            const Products p = products(r.sum[d], r.target.data(), width);
+            const double norm = std::sqrt(p.square) * target_norm;
+            r.cosine[d] = norm == 0 ? 0.0f : float(p.dot / norm);
           }
           bool matches = true;
           for (int64_t t = 0; matches && t <= d; ++t) {
@@ -98,8 +112,14 @@ Result prefix_returns(
             to_node[slot] = r.id[d];
             to_count[slot] = int32_t(i - r.start[d]);
           }
-          for (int64_t e = 0; d > 0 && e < width; ++e) sum[e - width] += sum[e];
-          std::fill_n(sum, width, 0.0);
+          if (d == 0) continue;
+          if (r.start[d] == r.start[d - 1]) {
+            std::swap(r.sum[d], r.sum[d - 1]);
+          } else {
+            const double* from = r.sum[d];
+            double* to = r.sum[d - 1];
+            for (int64_t e = 0; e < width; ++e) to[e] += from[e];
+          }
         }
         if (i == n) break;
         for (int64_t d = shared; d < length; ++d) {
@@ -107,9 +127,13 @@ Result prefix_returns(
           ++r.id[d];
         }
         if (length == 0) continue;
-        double* sum = r.sum.data() + (length - 1) * width;
+        double* sum = r.sum[length - 1];
         const int64_t from = b * item_strides[0] + r.candidate[r.order[i]] * item_strides[1];
-        for (int64_t e = 0; e < width; ++e) sum[e] += item.at(from + e * item_strides[2]);
+        if (r.start[length - 1] == i) {
+          item.each(from, item_strides[2], width, [&](int64_t e, float x) { sum[e] = x; });
+        } else {
+          item.each(from, item_strides[2], width, [&](int64_t e, float x) { sum[e] += x; });
+        }
       }
     }
   });

@@ -94,6 +94,23 @@ class Floats {
     }
   }
 
+  // use(i, element at first + i * stride) for the n elements of a row; the dtype is looked up once.
+  template <class Use>
+  void each(int64_t first, int64_t stride, int64_t n, const Use& use) const {
+    const auto loop = [&](const auto* data) {
+      if (stride == 1) {
+        for (int64_t i = 0; i < n; ++i) use(i, to_float(data[first + i]));
+      } else {
+        for (int64_t i = 0; i < n; ++i) use(i, to_float(data[first + i * stride]));
+      }
+    };
+    switch (type_) {
+      case FloatType::kFloat32: return loop(static_cast<const float*>(data_));
+      case FloatType::kBFloat16: return loop(static_cast<const BFloat16*>(data_));
+      default: return loop(static_cast<const Float16*>(data_));
+    }
+  }
+
  private:
   const void* data_;
   FloatType type_;
