@@ -101,6 +101,35 @@ def test_nan_stays_in_its_buckets(backend):
     assert out.returns[0, 2].tolist() == pytest.approx([0.3, 1.0])
 
 
+def test_not_a_number_spares_prefixes_of_the_target(backend):
+    tokens = torch.tensor([[[1], [2], [3]]])
+    item = torch.tensor([[[1.0, 0.0], [float("inf"), 1.0], [0.0, 1.0]]])
+    out = prefix_returns(tokens, item, torch.tensor([[1]]), torch.tensor([[1.0, 1.0]]))
+    assert out.returns[0].isnan().tolist() == out.similarity[0].isnan().tolist() == [[False], [True], [False]]
+    out = prefix_returns(tokens, item, torch.tensor([[1]]), torch.tensor([[float("nan"), 1.0]]))
+    assert out.similarity.isnan().all()
+    assert out.returns[0].isnan().tolist() == [[False], [True], [True]]
+
+
+def test_reference_in_float64():
+    sids, item, target, wanted, mask = make(5, 3, 12, 3, 7, 2, torch.float64)
+    weights = [0.3, 0.5, 1.0]
+    got = vstar_ops.reference.prefix_returns(
+        sids, item, target, wanted, mask, torch.tensor(weights, dtype=torch.float64)
+    )
+    arrays = (x.numpy() for x in (sids, item, target, wanted, mask))
+    for x, want in zip(got, oracles.prefix_returns(*arrays, weights)):
+        torch.testing.assert_close(x, torch.from_numpy(want), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_token_dtypes(backend, dtype):
+    sids, item, target, wanted, mask = make(6, 2, 20, 3, 5, 4)
+    want = prefix_returns(sids, item, target, wanted, mask)
+    got = prefix_returns(sids.to(dtype), item, target.to(dtype), wanted, mask)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
 def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads):
     sids, item, target, wanted, mask = make(3, 70, 40, 3, 24, 4)
     torch.set_num_threads(1)
@@ -126,12 +155,13 @@ def test_order_of_candidates_does_not_matter(backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"tokens": torch.zeros(2, 3)}, TypeError, "tokens must be int32 or int64, got float32"),
+        ({"tokens": torch.zeros(2, 3)}, TypeError, "tokens must be int32 or .*, got float32"),
         ({"embedding": torch.zeros(2, 4, 5)}, ValueError, r"embedding must have the shape \[B, G, E\]"),
         ({"target": torch.zeros(2, 4, dtype=torch.long)}, ValueError, r"target must have the shape \[B, L\]"),
         ({"target_embedding": torch.zeros(2, 4)}, ValueError, "target_embedding must have the shape"),
         ({"target_embedding": torch.zeros(2, 5).double()}, TypeError, "target_embedding must be float32"),
         ({"mask": torch.ones(2, 3)}, TypeError, "mask must be bool"),
+        ({"weights": 1.0}, TypeError, "weights must be L = 3 numbers, got float"),
         ({"weights": (1.0, 2.0)}, ValueError, "weights must be L = 3 numbers, got 2"),
         ({"weights": (1.0, 2.0, float("nan"))}, ValueError, "weights must be finite"),
         ({"weights": (1.0, 2.0, "3")}, TypeError, "weights must be a number, got str"),
@@ -154,9 +184,14 @@ def test_opcheck():
 
 def test_compile():
     sids, item, target, wanted, mask = make(0, 2, 6, 3, 5, 3)
-    compiled = torch.compile(lambda *a: prefix_returns(*a).returns * 2, fullgraph=True, backend="aot_eager")
-    want = prefix_returns(sids, item, target, wanted, mask).returns * 2
-    assert torch.equal(compiled(sids, item, target, wanted, mask), want)
+    for weights in (None, (0.1, 0.2, 0.3)):
+
+        def doubled(*case, weights=weights):
+            return prefix_returns(*case, weights=weights).returns * 2
+
+        compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+        case = (sids, item, target, wanted, mask)
+        assert torch.equal(compiled(*case), doubled(*case))
 
 
 def test_no_gradient(backend):

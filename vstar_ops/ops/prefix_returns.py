@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import FLOATS, INTS, check, define, finite
+from ._library import FLOATS, check, check_tokens, define, finite
 
 
 class PrefixReturns(NamedTuple):
@@ -57,9 +57,9 @@ def prefix_returns(
     Requests never mix. Prefixes are compared exactly, token by token.
 
     Args:
-        tokens: int32 or int64 ``[B, G, L]`` of any value: ``G`` candidates a request.
+        tokens: integers ``[B, G, L]`` of any value: ``G`` candidates a request.
         embedding: float32, bfloat16 or float16 ``[B, G, E]``, of the candidates' items.
-        target: int32 or int64 ``[B, L]``, the logged item :math:`y^*`.
+        target: integers ``[B, L]``, the logged item :math:`y^*`.
         target_embedding: float32, bfloat16 or float16 ``[B, E]``, of the target.
         mask: bool ``[B, G]``, False for padded candidates, which take no part.
         weights: :math:`w_\ell`, ``L`` numbers. Default: (0.3, 0.5, 1.0) for three levels, as in the paper;
@@ -70,7 +70,8 @@ def prefix_returns(
         0 for masked candidates, whose ``node`` is -1:
 
         - ``returns`` float32, :math:`r_\ell`.
-        - ``similarity`` float32, the cosine; 0 where either embedding is zero, NaN where one holds NaN.
+        - ``similarity`` float32, the cosine; 0 where either embedding is zero, NaN where one holds NaN or
+          infinity. The return is then NaN too, except for prefixes of the target.
         - ``node`` int32, the number of the distinct prefix, as :func:`sibling_advantage` counts them.
         - ``count`` int32, candidates in the bucket.
 
@@ -88,16 +89,20 @@ def prefix_returns(
                  [ 0.5000, -1.0000],
                  [-0.5000, -1.0000]]])
     """
-    tokens = check("tokens", tokens, (None, None, None), "[B, G, L]", INTS)
+    tokens = check_tokens("tokens", tokens, (None, None, None), "[B, G, L]")
     batch, group, length = tokens.shape
     device = tokens.device
     check("embedding", embedding, (batch, group, None), "[B, G, E]", FLOATS, device)
-    target = check("target", target, (batch, length), "[B, L]", INTS, device)
+    target = check_tokens("target", target, (batch, length), "[B, L]", device)
     width = embedding.shape[2]
     check("target_embedding", target_embedding, (batch, width), "[B, E]", FLOATS, device)
     if mask is not None:
         check("mask", mask, (batch, group), "[B, G]", (torch.bool,), device)
-    levels = _default_weights(length) if weights is None else [finite("weights", w) for w in weights]
+    if weights is None:
+        weights = _default_weights(length)
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be L = {length} numbers, got {type(weights).__name__}")
+    levels = [finite("weights", w) for w in weights]
     if len(levels) != length:
         raise ValueError(f"weights must be L = {length} numbers, got {len(levels)}")
     weight = torch.tensor(levels, dtype=torch.float64, device=device)

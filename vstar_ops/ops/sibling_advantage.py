@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import INTS, check, check_rewards, define, standardiser_options
+from ._library import check_rewards, check_tokens, define, standardiser_options
 
-_INTEGERS = (*INTS, torch.int16, torch.int8, torch.uint8)
 _BASELINES = ("sibling", "parent", "leave_one_out")
 
 
@@ -96,9 +95,7 @@ def sibling_advantage(
         >>> out.advantage[0, :, 0], out.valid[0, 2]
         (tensor([ 0.9996,  0.9996, -0.9996, -0.9996]), tensor([ True, False]))
     """
-    tokens = check("tokens", tokens, (None, None, None), "[B, G, L]", _INTEGERS)
-    if tokens.dtype not in INTS:
-        tokens = tokens.to(torch.int32)
+    tokens = check_tokens("tokens", tokens, (None, None, None), "[B, G, L]")
     check_rewards(rewards, tokens.shape[:2], mask, tokens.device)
     eps, ddof, std_floor = standardiser_options(eps, ddof, std_floor)
     if isinstance(min_siblings, bool) or not isinstance(min_siblings, int):

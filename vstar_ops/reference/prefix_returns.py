@@ -18,6 +18,7 @@ def prefix_returns(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The dispatcher's signature; see :func:`vstar_ops.prefix_returns`. O(B G^2 (L + E))."""
     batch, group, length = tokens.shape
+    result = torch.float64 if embedding.dtype == torch.float64 else torch.float32
     present = torch.ones(batch, group, dtype=torch.bool, device=tokens.device) if mask is None else mask
     item = torch.where(present[..., None], embedding.double(), 0)
     wanted = target_embedding.double()
@@ -25,7 +26,7 @@ def prefix_returns(
         tokens, torch.zeros_like(item[..., :1]).sum(2), mask, 1.0, 0, 0.0, 2, "sibling"
     )
 
-    returns = torch.zeros(batch, group, length, dtype=torch.float32, device=tokens.device)
+    returns = torch.zeros(batch, group, length, dtype=result, device=tokens.device)
     similarity = torch.zeros_like(returns)
     for depth in range(length):
         same = (node[:, :, None, depth] == node[:, None, :, depth]) & present[:, None] & present[:, :, None]
@@ -36,9 +37,9 @@ def prefix_returns(
             else item
         )
         norm = total.norm(dim=2) * wanted.norm(dim=1)[:, None]
-        cosine = torch.where(norm == 0, 0, (total * wanted[:, None]).sum(2) / norm).float()
+        cosine = torch.where(norm == 0, 0, (total * wanted[:, None]).sum(2) / norm).to(result)
         matches = (tokens[:, :, : depth + 1] == target[:, None, : depth + 1]).all(2)
         value = torch.where(matches, weights[depth], -weights[depth] * (1 - cosine.double()))
-        returns[:, :, depth] = torch.where(present, value, 0).float()
+        returns[:, :, depth] = torch.where(present, value, 0)
         similarity[:, :, depth] = torch.where(present, cosine, 0)
     return returns, similarity, node, count
