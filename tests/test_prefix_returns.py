@@ -174,6 +174,17 @@ def test_errors(change, error, message):
         prefix_returns(**(given | change))
 
 
+def test_the_op_checks_the_weights_it_reads(cpp):
+    sids, item, target, wanted, mask = make(0, 2, 6, 3, 5, 3)
+    for weights in (
+        torch.ones(3),
+        torch.ones(2, dtype=torch.float64),
+        torch.ones(6, dtype=torch.float64)[::2],
+    ):
+        with pytest.raises(RuntimeError, match="weights must be contiguous float64"):
+            torch.ops.vstar_ops.prefix_returns(sids, item, target, wanted, mask, weights)
+
+
 def test_opcheck():
     sids, item, target, wanted, mask = make(0, 2, 6, 3, 5, 3)
     weights = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64)

@@ -57,6 +57,9 @@ Result prefix_returns(
   const CandidateTokens candidates(tokens, mask);
   const Floats item(embedding), wanted(target_embedding);
   const Integers target_token(target);
+  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Double && weights.dim() == 1 && weights.size(0) == length &&
+                      (length < 2 || weights.stride(0) == 1),
+                  "weights must be contiguous float64 [L]");
   const double* weight = data<double>(weights);
   const int64_t item_strides[] = {embedding.stride(0), embedding.stride(1), embedding.stride(2)};
   const int64_t wanted_strides[] = {target_embedding.stride(0), target_embedding.stride(1)};
