@@ -254,6 +254,8 @@ def test_small_things(backend, batch):
         ({"skip_forced": True, "normalize": "vocab"}, ValueError, "skip_forced needs normalize='legal'"),
         ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed must have the shape \[B\]"),
         ({"seed": torch.zeros(24)}, TypeError, "seed must be int64, got float32"),
+        ({"seed": 1.5}, TypeError, r"seed must be an int or int64 seeds \[B\], got float"),
+        ({"seed": 2**63}, ValueError, "seed must fit in int64"),
     ],
 )
 def test_errors(change, error, message):

@@ -33,7 +33,6 @@ from .train.__main__ import SYNTHETIC
 from .train.data import Dataset, Split, load_minionerec
 from .train.decode import PAPER, TUNED
 from .train.loop import Config, Job, reinforce, supervised
-from .train.metrics import evaluate
 from .train.model import SIDTransformer
 from .train.objective import candidate_scores
 from .train.report import mean_interval
@@ -61,28 +60,14 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 REFERENCE, PLAIN = "V-STAR: joint, VED", "GRPO, beam search"
 
 # (b), (c): what may be chosen for the search, on the valid split.
+PRIOR = {"evaluate_leaves": False, "logp_weight": 1.0, "entropy_weight": 0.0}
 SEARCHES: dict[str, dict[str, Any]] = {
     "the paper's": PAPER,
     "tuned": TUNED,
-    "log pi, V = 0": {
-        "evaluate_leaves": False,
-        "value_weight": 0.0,
-        "logp_weight": 1.0,
-        "entropy_weight": 0.0,
-    },
-    "log pi + V": {"evaluate_leaves": False, "value_weight": 1.0, "logp_weight": 1.0, "entropy_weight": 0.0},
-    "log pi + 5 V": {
-        "evaluate_leaves": False,
-        "value_weight": 5.0,
-        "logp_weight": 1.0,
-        "entropy_weight": 0.0,
-    },
-    "log pi + 20 V": {
-        "evaluate_leaves": False,
-        "value_weight": 20.0,
-        "logp_weight": 1.0,
-        "entropy_weight": 0.0,
-    },
+    "log pi, V = 0": {**PRIOR, "value_weight": 0.0},
+    "log pi + V": {**PRIOR, "value_weight": 1.0},
+    "log pi + 5 V": {**PRIOR, "value_weight": 5.0},
+    "log pi + 20 V": {**PRIOR, "value_weight": 20.0},
 }
 COLUMNS = ("HR@10", "NDCG@10", "true_reward@10", "best_reward", "diversity", "forward_tokens")
 
@@ -130,19 +115,8 @@ class Study:
         self, model: SIDTransformer, split: str, candidates: int, decoder: str, options: dict[str, Any]
     ) -> Scores:
         """Metrics of a decoder on a split; on a fixed random part of valid."""
-        part = getattr(self.job.dataset, split)
-        if split == "valid" and self.rows < len(part):
-            part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[: self.rows]]
-        return evaluate(
-            model,
-            part,
-            self.job.trie,
-            candidates,
-            decoder=decoder,
-            options=options,
-            true_reward=self.job.dataset.reward,
-            title=split,
-        )
+        rows = self.rows if split == "valid" else None
+        return self.job.evaluate(model, split, rows, decoder, candidates, options)
 
     # ------------------------------------------------------------------ the parts
 

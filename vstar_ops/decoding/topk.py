@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import expand_topk
-from ..ops._library import check
-from ..reference import derive_seeds, gumbel
+from ..ops._library import check_seeds, whole
+from ..reference import gumbel
 from ..trie import Trie
 from .protocol import PrefixModel
 
@@ -58,24 +58,20 @@ def topk_sampling(
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     for name, number in (("candidates", candidates), ("top", top)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+        whole(name, number, 1)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
-    if isinstance(seed, Tensor):
-        seeds = check("seed", seed, (batch,), "[B]", (torch.int64,), device)
-    else:
-        seeds = derive_seeds(seed, batch, device)
+    seeds = check_seeds("seed", seed, batch, device)
     # Far apart for each candidate, whatever the requests' own seeds are; int64 wraps around.
     noise = (seeds[:, None] + torch.arange(1, candidates + 1, device=device) * 0x5851F42D4C957F2D).flatten()
     request = torch.arange(batch, device=device).repeat_interleave(candidates)
     node = torch.zeros(batch * candidates, dtype=torch.int64, device=device)
     logp = torch.zeros(batch * candidates, device=device)
+    # Each distinct prefix is one row of logits: the row of every candidate, and one candidate of every row.
     row, slot = request, torch.arange(batch, device=device)
+    first = slot * candidates
     forward_tokens = torch.ones(batch, dtype=torch.int64, device=device)
     for depth in range(trie.length):
-        # Each distinct prefix is one row of logits; `row` says which one a candidate has.
-        first = torch.zeros_like(slot).scatter_(0, row, torch.arange(len(row), device=device))
         out = expand_topk(logits[:, None], trie, node[first, None], top, temperature=temperature)
         perturbed = out.logp[row] + gumbel(noise[:, None], node[:, None], out.token[row].long())
         pick = perturbed.masked_fill(out.node[row] < 0, -torch.inf).argmax(1, keepdim=True)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import expand_topk
-from ..ops._library import check, finite
+from ..ops._library import check_seeds, finite, whole
 from ..ops.ved import Evaluation, Rows, SearchTrees, ved_candidates, ved_insert, ved_select
-from ..reference import derive_seeds
 from ..trie import Trie
 from .protocol import PrefixModel
 
@@ -107,10 +106,7 @@ def ved(
     """
     length = trie.length
     for name, number, low in (("candidates", candidates, 1), ("budget", budget, length), ("width", width, 1)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
-        if number < low:
-            raise ValueError(f"{name} must be at least {low}, got {number}")
+        whole(name, number, low)
     if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0):
         raise ValueError(f"rounds must be None or a whole number >= 0, got {rounds!r}")
     if skip_forced and normalize != "legal":
@@ -123,10 +119,7 @@ def ved(
 
     logits, state = model.prefill(context)
     batch, device = logits.shape[0], logits.device
-    if isinstance(seed, Tensor):
-        seeds = check("seed", seed, (batch,), "[B]", (torch.int64,), device)
-    else:
-        seeds = derive_seeds(seed, batch, device)
+    seeds = check_seeds("seed", seed, batch, device)
     levels = length if evaluate_leaves else length - 1
     trees = SearchTrees.empty(
         batch,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._backends import reference_wanted
+from ..reference import derive_seeds
 
 _library = torch.library.Library("vstar_ops", "DEF")
 _validate = os.environ.get("VSTAR_OPS_VALIDATE", "0") not in ("", "0")
@@ -99,6 +100,27 @@ def check_tokens(
     """Token ids of any integer type, as int32 or int64."""
     check(name, value, shape, axes, _INTEGERS, device)
     return value if value.dtype in INTS else value.to(torch.int32)
+
+
+def check_seeds(name: str, value: Any, batch: int, device: torch.device, optional: bool = False) -> Tensor:
+    """int64 seeds ``[B]``: given, or derived from one int."""
+    if isinstance(value, Tensor):
+        return check(name, value, (batch,), "[B]", (torch.int64,), device)
+    if isinstance(value, bool) or not isinstance(value, int):
+        expected = "None, an int" if optional else "an int"
+        raise TypeError(f"{name} must be {expected} or int64 seeds [B], got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in int64, got {value}")
+    return derive_seeds(value, batch, device)
+
+
+def whole(name: str, value: Any, low: int) -> int:
+    """Return ``value`` if it is an int of at least ``low``, else raise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value
 
 
 def check_floats(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..trie import Trie
-from ._library import FLOATS, INTS, check, check_floats, define, finite, validating
+from ._library import FLOATS, INTS, check, check_floats, check_seeds, define, finite, validating
 
 _SIZES = (int, torch.SymInt)
 
@@ -155,15 +155,7 @@ tensor([2], dtype=torch.int32))
     temperature = finite("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    seed: Tensor | None = None
-    if isinstance(gumbel, Tensor):
-        seed = check("gumbel", gumbel, (batch,), "[B]", (torch.int64,), device)
-    elif gumbel is not None:
-        if isinstance(gumbel, bool) or not isinstance(gumbel, int):
-            raise TypeError(f"gumbel must be None, an int or int64 seeds [B], got {type(gumbel).__name__}")
-        if not -(2**63) <= gumbel < 2**63:
-            raise ValueError(f"gumbel must fit in int64, got {gumbel}")
-        seed = reference.derive_seeds(gumbel, batch, device)
+    seed = None if gumbel is None else check_seeds("gumbel", gumbel, batch, device, optional=True)
     if validating() and node.numel():
         low, high = int(node.min()), int(node.max())
         if low < -1 or high >= trie.num_nodes:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check_rewards, check_tokens, define, standardiser_options
+from ._library import check_rewards, check_tokens, define, standardiser_options, whole
 
 _BASELINES = ("sibling", "parent", "leave_one_out")
 
@@ -98,10 +98,7 @@ def sibling_advantage(
     tokens = check_tokens("tokens", tokens, (None, None, None), "[B, G, L]")
     check_rewards(rewards, tokens.shape[:2], mask, tokens.device)
     eps, ddof, std_floor = standardiser_options(eps, ddof, std_floor)
-    if isinstance(min_siblings, bool) or not isinstance(min_siblings, int):
-        raise TypeError(f"min_siblings must be an int, got {type(min_siblings).__name__}")
-    if min_siblings < 2:
-        raise ValueError(f"min_siblings must be at least 2, got {min_siblings}")
+    whole("min_siblings", min_siblings, 2)
     if baseline not in _BASELINES:
         raise ValueError(f"baseline must be one of {_BASELINES}, got {baseline!r}")
     device = tokens.device

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check, define, finite
+from ._library import check, define, finite, whole
 
 _I32, _I64, _F32, _F64 = (torch.int32,), (torch.int64,), (torch.float32,), (torch.float64,)
 _TREE = "[B, T]"
@@ -277,7 +277,7 @@ def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, 
     exploration = finite("exploration", exploration)
     if exploration < 0:
         raise ValueError(f"exploration must be >= 0, got {exploration}")
-    paths, max_idle = _whole("paths", paths, 1), _whole("max_idle", max_idle, 0)
+    paths, max_idle = whole("paths", paths, 1), whole("max_idle", max_idle, 0)
     levels = trees.depth_sum.shape[1] - 1
     arrays = (getattr(trees, name) for name in _SELECT)
     return Rows(*_run_select(trees.node.device, *arrays, levels, exploration, paths, max_idle))
@@ -336,18 +336,10 @@ def ved_candidates(
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     trees.check()
-    length, k = _whole("length", length, 1), _whole("k", k, 1)
+    length, k = whole("length", length, 1), whole("k", k, 1)
     arrays = (getattr(trees, name) for name in _CANDIDATES)
     return Candidates(
         *_run_candidates(
             trees.node.device, *arrays, length, k, finite("logp_weight", logp_weight), bool(forced_first)
         )
     )
-
-
-def _whole(name: str, value: int, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-    return value

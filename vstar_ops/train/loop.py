@@ -23,7 +23,7 @@ from .. import group_advantage, sibling_advantage
 from ..trie import Trie
 from . import checkpoint
 from .data import Dataset, user_sequences
-from .decode import DECODERS, TUNED, decode
+from .decode import TUNED, decode
 from .metrics import evaluate
 from .model import SIDTransformer
 from .objective import candidate_logp, candidate_scores, grpo_term, kl_term, legal_logp, sibling_term
@@ -39,7 +39,6 @@ from .value import (
 )
 
 OBJECTIVES = ("grpo", "sibling", "joint")
-VARIANTS = tuple(f"{decoder}+{objective}" for decoder in DECODERS for objective in OBJECTIVES)
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,18 @@ class Job:
         return DenseReturn(ItemEmbeddings(self.trie, data.sequences, vectors))
 
     def evaluate(
-        self, model: SIDTransformer, split: str, rows: int | None = None, decoder: str = "beam"
+        self,
+        model: SIDTransformer,
+        split: str,
+        rows: int | None = None,
+        decoder: str = "beam",
+        candidates: int | None = None,
+        options: dict[str, Any] | None = None,
     ) -> dict[str, float]:
-        """Scores on a split, or on a fixed random part of it."""
+        """Scores on a split, or on a fixed random part of it; candidates and search as the config says, or
+        as given."""
+        if options is None:
+            options = self.config.ved if decoder == "ved" else {}
         part = getattr(self.dataset, split)
         if rows is not None and rows < len(part):
             part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:rows]]
@@ -120,9 +128,9 @@ class Job:
             model,
             part,
             self.trie,
-            self.config.candidates,
+            candidates or self.config.candidates,
             decoder=decoder,
-            options=self.config.ved if decoder == "ved" else {},
+            options=options,
             true_reward=self.dataset.reward,
             title=split,
         )

@@ -90,7 +90,7 @@ def candidate_scores(
         if depth > 0:
             token = candidates[..., depth - 1].long()
             if action_values:
-                present = nodes[..., depth] >= 0
+                present = node >= 0
                 above = slots[present]
                 q = model.value(state, above).detach()
                 q = q + model.child_value(state, above).gather(1, token[present][:, None])[:, 0]
