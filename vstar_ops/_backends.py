@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,28 @@ def _load_cpp() -> BackendStatus:
     return BackendStatus(True, f"C++ on CPU tensors, {torch.ops.vstar_ops.simd_level()} loops")
 
 
+def _find_triton() -> BackendStatus:
+    """Triton is imported at the first call of a kernel, not here: the import takes a second."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return BackendStatus(False, "Triton is not installed: `pip install triton`")
+    if tuple(int(x) for x in found.split(".")[:2]) < (3, 6):
+        return BackendStatus(False, f"Triton {found} is older than 3.6")
+    if interpreting():
+        return BackendStatus(
+            True, f"Triton {found}, interpreted on any device, slow (TRITON_INTERPRET is set)"
+        )
+    if torch.version.cuda is None:
+        return BackendStatus(False, f"torch {torch.__version__} is built without CUDA")
+    return BackendStatus(True, f"Triton {found} on CUDA tensors")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted in Python, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 def library_path() -> Path | None:
     """The compiled CPU module beside this file, if it was built."""
     return next(iter(sorted(Path(__file__).parent.glob("_C.*"))), None)
@@ -48,7 +71,7 @@ def _status() -> dict[str, BackendStatus]:
     return {
         "reference": BackendStatus(True, "pure torch, any device"),
         "cpp": _load_cpp(),
-        "triton": BackendStatus(False, "this version has no Triton kernels yet"),
+        "triton": _find_triton(),
         "cuda": BackendStatus(False, "this version has no CUDA kernels yet"),
     }
 
@@ -75,7 +98,8 @@ def use_backend(name: str) -> Iterator[None]:
     fastest available backend of each tensor's device.
 
     Args:
-        name: ``"reference"``, ``"cpp"``, or ``"auto"`` for the default.
+        name: ``"reference"``, ``"cpp"`` (CPU tensors), ``"triton"`` (CUDA tensors), or ``"auto"`` for the
+            default.
 
     Raises:
         ValueError: an unknown name.
@@ -90,13 +114,15 @@ def use_backend(name: str) -> Iterator[None]:
         _active = previous
 
 
-def reference_wanted(device: torch.device) -> bool:
-    """Whether an op called now with tensors on ``device`` must run the reference, not what is dispatched."""
+def wanted(device: torch.device) -> str | None:
+    """The backend that an op called now with tensors on ``device`` must run, None for what is dispatched."""
     if _active is None:
-        return False
+        return None
     if _active == "cpp" and device.type != "cpu":
         raise RuntimeError(f"the backend 'cpp' runs on CPU tensors, got a tensor on {device}")
-    return _active == "reference"
+    if _active == "triton" and device.type != "cuda" and not interpreting():
+        raise RuntimeError(f"the backend 'triton' runs on CUDA tensors, got a tensor on {device}")
+    return _active
 
 
 def _checked(argument: str, name: str) -> str | None:

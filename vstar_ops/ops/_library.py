@@ -1,13 +1,18 @@
 """How every op is registered: schema, shape function, reference; and the checks they share.
 
-An op's module calls :func:`define` once. Native backends add kernels for their device type by
-themselves when their library is loaded (``STABLE_TORCH_LIBRARY_IMPL`` in ``csrc/``).
+An op's module calls :func:`define` once. The C++ backend adds its kernels by itself when its library is
+loaded (``STABLE_TORCH_LIBRARY_IMPL`` in ``csrc/``); the Triton kernel of an op is the function of the same
+name in the module of the same name in ``kernels/``, imported at its first call.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import reference_wanted
+from .._backends import wanted
 from ..reference import derive_seeds
 
 _library = torch.library.Library("vstar_ops", "DEF")
@@ -31,21 +36,43 @@ _LOWEST = -sys.float_info.max
 def define(
     name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register ``vstar_ops::name`` with its pure-torch implementation for every device, and return it.
+    """Register ``vstar_ops::name``: pure torch for every device, Triton for CUDA; and return what calls it.
 
     The outputs are selections and statistics that carry no gradient, so the autograd keys fall through.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    triton = functools.partial(_run_triton, name, reference.__module__.rpartition(".")[2])
+    _library.impl(name, triton, "CUDA")
     torch.library.register_fake(f"vstar_ops::{name}", fake, lib=_library)
     dispatched = getattr(torch.ops.vstar_ops, name).default
-    plain = torch.no_grad()(reference)
+    backends = {
+        None: dispatched,
+        "cpp": dispatched,
+        "reference": torch.no_grad()(reference),
+        "triton": triton,
+    }
 
     def run(device: torch.device, *arguments: Any) -> Any:
-        return (plain if reference_wanted(device) else dispatched)(*arguments)
+        return backends[wanted(device)](*arguments)
 
     return run
+
+
+_log = logging.getLogger("vstar_ops")
+_called: set[str] = set()
+
+
+def _run_triton(name: str, module: str, *arguments: Any) -> Any:
+    """Call the Triton kernel ``kernels/<module>.py: <name>``; say once how long its first call took."""
+    start = time.perf_counter()
+    result = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)(*arguments)
+    if name not in _called:
+        _called.add(name)
+        seconds = time.perf_counter() - start
+        _log.info("%s: first call of the Triton kernel, compiled in %.2f s", name, seconds)
+    return result
 
 
 _library.define("simd_level() -> str")

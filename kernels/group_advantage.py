@@ -1,0 +1,69 @@
+"""``group_advantage``: a program a request, its rewards in chunks that stay in the first-level cache.
+
+Three sweeps (mean and equality, sum of squares, result) in float64. One launch, no workspace.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import next_power_of_2
+
+
+def group_advantage(rewards: Tensor, mask: Tensor | None, eps: float, ddof: int, std_floor: float) -> Tensor:
+    """The dispatcher's signature; see :func:`vstar_ops.group_advantage`."""
+    batch, group = rewards.shape
+    advantage = torch.empty(batch, group, device=rewards.device)
+    if advantage.numel():
+        block = min(1024, next_power_of_2(group))
+        present = rewards if mask is None else mask
+        _group_advantage[(batch,)](
+            rewards, present, advantage, group, *rewards.stride(), *present.stride(), eps, std_floor, ddof,
+            MASKED=mask is not None, BLOCK=block, num_warps=max(1, block // 256),
+        )  # fmt: skip
+    return advantage
+
+
+@triton.jit
+def _load(rewards, present, b, g, inside, r0, r1, m0, m1, MASKED: tl.constexpr):
+    """Rewards as float64 and whether they take part; those that do not are never looked at."""
+    if MASKED:
+        inside = inside & (tl.load(present + b * m0 + g * m1, inside, 0) != 0)
+    return tl.load(rewards + b * r0 + g * r1, inside, 0.0).to(tl.float64), inside
+
+
+@triton.jit
+def _group_advantage(
+    rewards, present, advantage, group, r0, r1, m0, m1, eps: tl.float64, std_floor: tl.float64, ddof,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    step = tl.arange(0, BLOCK).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.int32)
+    top = tl.full((BLOCK,), float("-inf"), tl.float64)
+    bottom = tl.full((BLOCK,), float("inf"), tl.float64)
+    for start in range(0, group, BLOCK):
+        g = start + step
+        x, there = _load(rewards, present, b, g, g < group, r0, r1, m0, m1, MASKED)
+        total += x
+        count += there.to(tl.int32)
+        top = tl.where(there & (x > top), x, top)
+        bottom = tl.where(there & (x < bottom), x, bottom)
+    n = tl.sum(count, 0)
+    signal = (n > ddof) & (tl.max(top, 0) != tl.min(bottom, 0))
+    mean = tl.sum(total, 0) / tl.maximum(n, 1).to(tl.float64)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, group, BLOCK):
+        g = start + step
+        x, there = _load(rewards, present, b, g, g < group, r0, r1, m0, m1, MASKED)
+        squares += tl.where(there, (x - mean) * (x - mean), 0.0)
+    std = tl.sqrt(tl.sum(squares, 0) / tl.maximum(n - ddof, 1).to(tl.float64))
+    scale = tl.maximum(std, std_floor) + eps
+    for start in range(0, group, BLOCK):
+        g = start + step
+        x, there = _load(rewards, present, b, g, g < group, r0, r1, m0, m1, MASKED)
+        result = tl.where(there & signal, (x - mean) / scale, 0.0)
+        tl.store(advantage + b * group + g, result.to(tl.float32), g < group)
