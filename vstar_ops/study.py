@@ -121,13 +121,16 @@ class Study:
     # ------------------------------------------------------------------ the parts
 
     def ablations(self) -> dict[str, Scores]:
-        """(a): the policies, decoded by beam search on the test split."""
+        """(a): the policies, decoded by beam search on the test split, and V-STAR's by its own search too."""
 
-        def measure(name: str) -> Scores:
+        def measure(name: str, decoder: str = "beam") -> Scores:
             model, job = self.trained(name)
-            return self.scores(model, "test", job.config.candidates, "beam", {})
+            options = job.config.ved if decoder == "ved" else {}
+            return self.scores(model, "test", job.config.candidates, decoder, options)
 
-        return {n: self.cell(f"a-{_slug(n)}", functools.partial(measure, n)) for n in ABLATIONS}
+        cells = {n: self.cell(f"a-{_slug(n)}", functools.partial(measure, n)) for n in ABLATIONS}
+        searched = f"{REFERENCE}; VED at test"
+        return cells | {searched: self.cell("a-ved-at-test", functools.partial(measure, REFERENCE, "ved"))}
 
     def chosen(self, model: SIDTransformer, candidates: int, budget: int) -> tuple[str, dict[str, Any]]:
         """The search of the highest best reward on the valid split."""

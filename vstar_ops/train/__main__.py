@@ -24,7 +24,7 @@ from .synthetic import synthetic
 from .value import load_embeddings
 
 # What differs from Config on the embedded catalogue, which is easier to fit and has a denser reward.
-SYNTHETIC: dict[str, float] = {"sft_epochs": 12, "rl_steps": 150, "rl_lr": 3e-4}
+SYNTHETIC: dict[str, float] = {"sft_epochs": 12, "rl_steps": 150, "rl_lr": 6e-4}
 
 
 def parser() -> argparse.ArgumentParser:
