@@ -17,11 +17,11 @@ longest row               block    segment   warps
 ========================  =======  ========  =====
 256 children or columns   256      16        1
 2,048                     2,048    128       4
-more                      8,192    128       8
+more                      4,096    128       8
 ========================  =======  ========  =====
 
 One workspace: 16 bytes of statistics and 12 of trie data a row, 4 bytes a segment, 20 a shared row's part, 8 a
-selected segment. More than 2,048 winners a request, or 2^32 children in one request's rows, run on the
+selected segment. More than 2,048 winners a request, or 2^31 children in one request's rows, run on the
 reference. Multiplications and additions are not fused: both launches must give a score the same bits.
 """
 
@@ -38,7 +38,7 @@ from triton import cdiv, next_power_of_2
 
 from ..reference import expand_topk as _reference
 
-_BLOCKS = ((256, 16, 1), (2048, 128, 4), (8192, 128, 8))  # children a block, a segment; warps
+_BLOCKS = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children a block, a segment; warps
 _SELECTIONS = ((64, 256, 2), (2048, 2048, 8))  # most winners, keys a block; warps
 _MOST_WINNERS = 2048
 _PROGRAMS = 512  # rows are shared until there are about as many; fixed, so that no result depends on the GPU
@@ -68,7 +68,7 @@ def expand_topk(
     """The dispatcher's signature; see :func:`vstar_ops.expand_topk`."""
     batch, width, columns = logits.shape
     winners = min(k, width * max_children)
-    if winners > _MOST_WINNERS or width * max_children >= 2**32:
+    if winners > _MOST_WINNERS or width * max_children >= 2**31:
         return _reference(
             logits, offset, token, node, k, cum_logp, value, bonus, child_value, seed, logp_weight,
             value_weight, entropy_weight, temperature, vocab, max_children,
@@ -249,7 +249,7 @@ def _own_terms(
     """A child's own terms of the score: action value and noise."""
     own = tl.zeros(column.shape, tl.float32)
     if (flags & _CHILD) != 0:
-        own += value_weight * _load_any(child_value, b * c0 + w * c1 + column * c2, inside, child_type)
+        own += value_weight * _load_any(child_value, b * c0 + w * c1 + column.to(tl.int64) * c2, inside, child_type)
     if (flags & _GUMBEL) != 0:
         own += _gumbel(tl.load(seed + b * seed_stride), node.to(tl.int32), column.to(tl.int32))
     return own
@@ -263,9 +263,9 @@ def _load_row(logits, s2, token, begin, count, first, consecutive, columns, c):
         # The alignment lets a thread read several logits at once.
         column = tl.multiple_of(first, 16) + c
     else:
-        column = tl.load(token + begin + c, c < count, -1).to(tl.int64)
+        column = tl.load(token + begin + c, c < count, -1)
     inside = (c < count) & (column >= 0) & (column < columns)
-    z = tl.load(logits + column * s2, inside, float("-inf")).to(tl.float32)
+    z = tl.load(logits + column.to(tl.int64) * s2, inside, float("-inf")).to(tl.float32)
     return column, inside, _clean(z)
 
 
@@ -286,7 +286,7 @@ def _rows(
 ):  # fmt: skip
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, w = row // width, row % width
-    step = tl.arange(0, BLOCK).to(tl.int64)
+    step = tl.arange(0, BLOCK)
     logits += b * s0 + w * s1
 
     here = tl.load(node + b * n0 + w * n1).to(tl.int64)
@@ -295,12 +295,12 @@ def _rows(
     begin = tl.load(offset + here, live, 0).to(tl.int64)
     end = tl.load(offset + here + 1, live, 0).to(tl.int64)
     sound = (begin >= 0) & (end <= num_edges) & (begin <= end)  # a damaged trie is not followed
-    count = tl.minimum(tl.where(sound, end - begin, 0), max_children)
-    first = tl.load(token + begin, count > 0, 0).to(tl.int64)
-    last = tl.load(token + begin + count - 1, count > 0, 0).to(tl.int64)
+    count = tl.minimum(tl.where(sound, end - begin, 0), max_children).to(tl.int32)
+    first = tl.load(token + begin, count > 0, 0)
+    last = tl.load(token + begin + count - 1, count > 0, 0)
     consecutive = (last - first + 1 == count) & (first >= 0) & (first % 16 == 0)
 
-    low = split.to(tl.int64) * chunk
+    low = split * chunk
     high = tl.minimum(low + chunk, count)
     stats_low, stats_high = low, high
     if OWN_TERMS:
@@ -318,13 +318,15 @@ def _rows(
     vocab_top, vocab_total = top, total
     if (vocab != 0) & (count != columns):
         vocab_top, vocab_total, unused = float("-inf"), 0.0, 0.0
-        column_low = split.to(tl.int64) * column_chunk
+        column_low = split * column_chunk
         column_high = tl.minimum(column_low + column_chunk, columns)
         if OWN_TERMS:
             column_low, column_high = column_low * 0, column_high * 0 + columns
         for start in range(column_low, column_high, BLOCK):
             z = _clean(
-                tl.load(logits + (start + step) * s2, start + step < columns, float("-inf")).to(tl.float32)
+                tl.load(logits + (start + step).to(tl.int64) * s2, start + step < columns, float("-inf")).to(
+                    tl.float32
+                )
             )
             top2, total2, moment2 = _block_stats(z, inverse)
             vocab_top, vocab_total, unused = _join(
@@ -380,12 +382,12 @@ def _key(score, position):
     """An integer that orders candidates: score descending, then position ascending; the larger is better."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    return tl.where(score > float("-inf"), (ordered << 32) | (0xFFFFFFFF - position), _LOWEST)
+    return tl.where(score > float("-inf"), (ordered << 32) | (0xFFFFFFFF - position.to(tl.int64)), _LOWEST)
 
 
 @triton.jit
 def _position(key):
-    return 0xFFFFFFFF - (key & 0xFFFFFFFF)
+    return (-1 - key).to(tl.int32)
 
 
 @triton.jit
@@ -398,8 +400,15 @@ def _key_score(key):
 def _keep_best(kept, keys, LIST: tl.constexpr):
     """The best of a descending list and more keys, as such a list."""
     if tl.max(keys, 0) > tl.min(kept, 0):
-        # The larger of a descending and an ascending list, entry by entry, are the best of both.
-        kept = tl.sort(tl.maximum(kept, tl.flip(tl.topk(keys, LIST))), descending=True)
+        # The larger of a descending and an ascending list, entry by entry, are the best of both, as a
+        # sequence that falls and then rises; log2(LIST) rounds of exchanges sort that.
+        slot = tl.arange(0, LIST)
+        kept = tl.maximum(kept, tl.gather(tl.topk(keys, LIST), LIST - 1 - slot, 0))
+        half = LIST // 2
+        while half > 0:
+            other = tl.gather(kept, slot ^ half, 0)
+            kept = tl.where((slot & half) == 0, tl.maximum(kept, other), tl.minimum(kept, other))
+            half = half // 2
     return kept
 
 
@@ -409,12 +418,13 @@ def _children(
     num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, inside,
 ):  # fmt: skip
     """Score, log-probability and edge of children ``c`` of the rows ``w`` of a request."""
+    w = w.to(tl.int64)
     begin = tl.load(edges + w * 3, inside, 0).to(tl.int64)
     inside &= c < tl.load(edges + w * 3 + 1, inside, 0)
     node = tl.load(edges + w * 3 + 2, inside, 0)
-    column = tl.load(token + begin + c, inside, -1).to(tl.int64)
+    column = tl.load(token + begin + c, inside, -1)
     inside &= (column >= 0) & (column < columns)
-    z = tl.where(inside, _clean(_load_any(logits, w * s1 + column * s2, inside, logits_type)), float("-inf"))
+    z = tl.where(inside, _clean(_load_any(logits, w * s1 + column.to(tl.int64) * s2, inside, logits_type)), float("-inf"))
     own = _own_terms(
         child_value, child_type, c0, c1, c2, seed, seed_stride, flags, value_weight, b, w, node, column, inside
     )
@@ -433,8 +443,8 @@ def _select(
     LIST: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    step = tl.arange(0, KEYS).to(tl.int64)
-    slot = tl.arange(0, LIST).to(tl.int64)
+    step = tl.arange(0, KEYS)
+    slot = tl.arange(0, LIST)
     logits = logits.to(tl.pointer_type(tl.int8), bitcast=True)
     logits += b * s0 * tl.where(logits_type == 0, 4, 2)
     stats += b * width * 4
@@ -446,7 +456,7 @@ def _select(
 
     if parts > 0:  # several programs a row: join what they found
         for start in range(0, width, KEYS):
-            w = start + step
+            w = (start + step).to(tl.int64)
             inside = w < width
             top = tl.full((KEYS,), float("-inf"), tl.float32)
             total = tl.zeros((KEYS,), tl.float32)
@@ -476,13 +486,13 @@ def _select(
         tl.debug_barrier()  # they are read by other threads of this program
 
     kept = tl.full((LIST,), _LOWEST, tl.int64)
-    total_segments = width.to(tl.int64) * segments
+    total_segments = width * segments
     for start in range(0, total_segments, KEYS):
         i = start + step
         inside = i < total_segments
         score = tl.load(best + i, inside, float("-inf"))
         if own_terms == 0:
-            w = i // segments
+            w = (i // segments).to(tl.int64)
             shift, log_sum = tl.load(stats + w * 4, inside, 0.0), tl.load(stats + w * 4 + 1, inside, 0.0)
             cum, constant = tl.load(stats + w * 4 + 2, inside, 0.0), tl.load(stats + w * 4 + 3, inside, 0.0)
             score, _ = _score(score, shift, log_sum, cum, constant, 0.0, logp_weight, inverse)
@@ -491,9 +501,9 @@ def _select(
     tl.debug_barrier()
 
     kept = tl.full((LIST,), _LOWEST, tl.int64)
-    for start in range(0, segment_count.to(tl.int64) * segment, KEYS):
+    for start in range(0, segment_count * segment, KEYS):
         i = start + step
-        inside = i < segment_count.to(tl.int64) * segment
+        inside = i < segment_count * segment
         key = tl.load(picked + i // segment, inside, _LOWEST)
         inside &= key != _LOWEST
         which = tl.where(inside, _position(key), 0)
@@ -519,9 +529,9 @@ def _select(
     tl.store(out_child + to, tl.where(exists, edge + 1, -1).to(tl.int32), written)
     tl.store(out_count + b, tl.sum(exists.to(tl.int32), 0))
     for start in range(LIST, k, KEYS):  # more are asked for than there are children
-        to, written = b * k + start + step, start + step < k
-        tl.store(out_score + to, tl.full((KEYS,), float("-inf"), tl.float32), written)
-        tl.store(out_logp + to, tl.full((KEYS,), float("-inf"), tl.float32), written)
-        tl.store(out_parent + to, tl.full((KEYS,), -1, tl.int32), written)
-        tl.store(out_token + to, tl.full((KEYS,), -1, tl.int32), written)
-        tl.store(out_child + to, tl.full((KEYS,), -1, tl.int32), written)
+        rest, missing = b * k + start + step, start + step < k
+        tl.store(out_score + rest, tl.full((KEYS,), float("-inf"), tl.float32), missing)
+        tl.store(out_logp + rest, tl.full((KEYS,), float("-inf"), tl.float32), missing)
+        tl.store(out_parent + rest, tl.full((KEYS,), -1, tl.int32), missing)
+        tl.store(out_token + rest, tl.full((KEYS,), -1, tl.int32), missing)
+        tl.store(out_child + rest, tl.full((KEYS,), -1, tl.int32), missing)
