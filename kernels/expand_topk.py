@@ -28,7 +28,7 @@ reference. Multiplications and additions are not fused: both launches must give 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import product
 
 import torch
 import triton
@@ -37,6 +37,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from ..reference import expand_topk as _reference
+from ._specialisation import FLOATS, INTS, Specialisation
 
 _BLOCKS = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children a block, a segment; warps
 _SELECTIONS = ((64, 256, 2), (2048, 2048, 8))  # most winners, keys a block; warps
@@ -152,9 +153,13 @@ def _load_any(pointer, at, inside, dtype):
     if dtype == 0:
         result = tl.load(pointer.to(tl.pointer_type(tl.float32), bitcast=True) + at, inside, 0.0)
     elif dtype == 1:
-        result = tl.load(pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True) + at, inside, 0.0).to(tl.float32)
+        result = tl.load(pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True) + at, inside, 0.0).to(
+            tl.float32
+        )
     else:
-        result = tl.load(pointer.to(tl.pointer_type(tl.float16), bitcast=True) + at, inside, 0.0).to(tl.float32)
+        result = tl.load(pointer.to(tl.pointer_type(tl.float16), bitcast=True) + at, inside, 0.0).to(
+            tl.float32
+        )
     return result
 
 
@@ -249,7 +254,9 @@ def _own_terms(
     """A child's own terms of the score: action value and noise."""
     own = tl.zeros(column.shape, tl.float32)
     if (flags & _CHILD) != 0:
-        own += value_weight * _load_any(child_value, b * c0 + w * c1 + column.to(tl.int64) * c2, inside, child_type)
+        own += value_weight * _load_any(
+            child_value, b * c0 + w * c1 + column.to(tl.int64) * c2, inside, child_type
+        )
     if (flags & _GUMBEL) != 0:
         own += _gumbel(tl.load(seed + b * seed_stride), node.to(tl.int32), column.to(tl.int32))
     return own
@@ -374,7 +381,9 @@ def _rows(
     reached = tl.maximum(low, low + tl.cdiv(tl.maximum(high - low, 0), BLOCK) * BLOCK)
     for start in range(reached, low + chunk, BLOCK):
         at = start // SEGMENT + tl.arange(0, BLOCK // SEGMENT)
-        tl.store(best + row * segments + at, tl.full((BLOCK // SEGMENT,), float("-inf"), tl.float32), at < segments)
+        tl.store(
+            best + row * segments + at, tl.full((BLOCK // SEGMENT,), float("-inf"), tl.float32), at < segments
+        )
 
 
 @triton.jit
@@ -424,9 +433,26 @@ def _children(
     node = tl.load(edges + w * 3 + 2, inside, 0)
     column = tl.load(token + begin + c, inside, -1)
     inside &= (column >= 0) & (column < columns)
-    z = tl.where(inside, _clean(_load_any(logits, w * s1 + column.to(tl.int64) * s2, inside, logits_type)), float("-inf"))
+    z = tl.where(
+        inside,
+        _clean(_load_any(logits, w * s1 + column.to(tl.int64) * s2, inside, logits_type)),
+        float("-inf"),
+    )
     own = _own_terms(
-        child_value, child_type, c0, c1, c2, seed, seed_stride, flags, value_weight, b, w, node, column, inside
+        child_value,
+        child_type,
+        c0,
+        c1,
+        c2,
+        seed,
+        seed_stride,
+        flags,
+        value_weight,
+        b,
+        w,
+        node,
+        column,
+        inside,
     )
     shift, log_sum = tl.load(stats + w * 4, inside, 0.0), tl.load(stats + w * 4 + 1, inside, 0.0)
     cum, constant = tl.load(stats + w * 4 + 2, inside, 0.0), tl.load(stats + w * 4 + 3, inside, 0.0)
@@ -535,3 +561,30 @@ def _select(
         tl.store(out_parent + rest, tl.full((KEYS,), -1, tl.int32), missing)
         tl.store(out_token + rest, tl.full((KEYS,), -1, tl.int32), missing)
         tl.store(out_child + rest, tl.full((KEYS,), -1, tl.int32), missing)
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """Everything that is compiled for logits whose last stride is 1 and whose others are multiples of 16."""
+    floats = ("cum_logp", "value", "bonus", "stats", "best", "part", "entropies", "out_score", "out_logp")
+    ints = ("offset", "token", "edges", "out_parent", "out_token", "out_child", "out_count")
+    numbers = ("logp_weight", "value_weight", "entropy_weight", "inverse")
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(ints, "*i32") | dict.fromkeys(numbers, "fp32")
+    types |= {"seed": "*i64", "picked": "*i64", "s0": "i32:16", "s1": "i32:16"}
+    for dtype, pointer in FLOATS.items():
+        given = {**types, "logits": pointer, "child_value": pointer}
+        for (block, segment, warps), own in product(_BLOCKS, (False, True)):
+            constants = {"OWN_TERMS": own, "BLOCK": block, "SEGMENT": segment, "s2": 1}
+            for width, node in INTS.items():
+                name = f"expand_topk rows {block}{', own terms' * own}, {dtype}, {width} nodes"
+                yield Specialisation(name, _rows, {**given, "node": node}, constants, warps, fused=False)
+        for most, keys, warps in _SELECTIONS:
+            for size in (1 << i for i in range(4, most.bit_length())):
+                constants = {"LIST": size, "KEYS": keys, "s2": 1}
+                yield Specialisation(
+                    f"expand_topk select {size} of {keys}, {dtype}",
+                    _select,
+                    given,
+                    constants,
+                    warps,
+                    fused=False,
+                )

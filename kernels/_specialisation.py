@@ -1,0 +1,37 @@
+"""What a kernel can be compiled for, so that all of it can be compiled ahead and its resources be recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+FLOATS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+INTS = {"int32": "*i32", "int64": "*i64"}
+
+
+class Specialisation(NamedTuple):
+    """A kernel and what it is compiled for.
+
+    Attributes:
+        name: what tells it apart.
+        kernel: the jit function.
+        types: of its run-time arguments, in Triton's notation; ``"i32"`` for those that are not named. A
+            multiple of 16 is ``"i32:16"``; pointers always are.
+        constants: its compile-time arguments.
+        warps: a program.
+        fused: whether multiplications and additions may be fused.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int
+    fused: bool = True
+
+    def signature(self) -> dict[str, str]:
+        """Argument by argument, in order."""
+        return {
+            name: "constexpr" if name in self.constants else self.types.get(name, "i32")
+            for name in self.kernel.arg_names
+        }
