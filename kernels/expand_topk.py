@@ -37,6 +37,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from ..reference import expand_topk as _reference
+from ._order import from_ordered, ordered
 from ._specialisation import FLOATS, INTS, Specialisation
 
 _BLOCKS = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children a block, a segment; warps
@@ -389,20 +390,13 @@ def _rows(
 @triton.jit
 def _key(score, position):
     """An integer that orders candidates: score descending, then position ascending; the larger is better."""
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    return tl.where(score > float("-inf"), (ordered << 32) | (0xFFFFFFFF - position.to(tl.int64)), _LOWEST)
+    key = (ordered(score).to(tl.int64) << 32) | (0xFFFFFFFF - position.to(tl.int64))
+    return tl.where(score > float("-inf"), key, _LOWEST)
 
 
 @triton.jit
 def _position(key):
     return (-1 - key).to(tl.int32)
-
-
-@triton.jit
-def _key_score(key):
-    ordered = (key >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -548,7 +542,9 @@ def _select(
         columns, num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, exists,
     )  # fmt: skip
     to, written = b * k + slot, slot < k
-    tl.store(out_score + to, tl.where(exists, _key_score(kept), float("-inf")), written)
+    tl.store(
+        out_score + to, tl.where(exists, from_ordered((kept >> 32).to(tl.int32)), float("-inf")), written
+    )
     tl.store(out_logp + to, tl.where(exists, logp, float("-inf")), written)
     tl.store(out_parent + to, tl.where(exists, w, -1).to(tl.int32), written)
     tl.store(out_token + to, tl.where(exists, column, -1).to(tl.int32), written)

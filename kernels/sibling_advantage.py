@@ -1,35 +1,37 @@
-"""``sibling_advantage``: a program a request, which compares its candidates in square tiles, level by level.
+"""``sibling_advantage``: every candidate of a request against every other, level by level, in float64.
 
-Candidates of one prefix are those with the same parent (the number of their prefix one level up, read back from
-the output) and the same token; the first of them leads. Pass 1 finds for each candidate how many share its
-prefix, their mean reward and whether it leads; pass 2 the statistics over the leaders below its parent, and
-its rank among all leaders, which numbers the prefixes; pass 3 the squares. Sums are float64, along a row of
-tiles in a fixed order. One launch. The work grows with the square of G, the bytes do not.
+A program takes a block of a request's candidates (the columns of a tile) and runs through all candidates of
+the request in chunks (the rows), so that sums over the rows stay within a thread. The number of the prefix
+above stands for all tokens above: two candidates share a prefix if they share that number and the token.
 
-========  ======  =====
-G         tile    warps
-========  ======  =====
-up to 16  16x16   1
-more      32x32   4
-========  ======  =====
+A level has two phases: (1) the bucket of each candidate: its size, its mean reward, and how many of its
+members come earlier (none: the candidate stands for the node); (2) the nodes against each other: rank,
+statistics, result. Up to ``FUSED`` candidates one program a request does all of it in one launch, with a
+barrier after each phase; larger groups take two launches a level, a program a block of candidates.
 
-One workspace: 12 bytes a candidate, its prefix's mean and whether it leads.
+The statistics are taken of the differences to the candidate's own mean, in one pass: equal means differ by
+exactly 0, and since that mean is one of the sample, its distance from the centre, squared, is at most n
+times the variance, so nothing cancels.
+
+Workspace: float64 ``[2, B, G]``, the earlier members and the mean of each candidate's bucket.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import next_power_of_2
 
-from ._specialisation import FLOATS, INTS, Specialisation
-
-_TILES = ((16, 1), (32, 4))  # side, warps
+FUSED = 128  # candidates that one program can hold
 _BASELINES = {"sibling": 0, "parent": 1, "leave_one_out": 2}
+_OTHERS = 16  # rows of a tile
+_RUNTIME = ["group", "length", "blocks", "first", "last", "ddof", "min_siblings", "baseline"]
+_STRIDES = ["t0", "t1", "t2", "r0", "r1", "m0", "m1"]
 
 
 def sibling_advantage(
@@ -43,200 +45,100 @@ def sibling_advantage(
     baseline: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The dispatcher's signature; see :func:`vstar_ops.sibling_advantage`."""
-    shape, device = tokens.shape, tokens.device
-    advantage = torch.empty(shape, device=device)
-    valid = torch.empty(shape, dtype=torch.bool, device=device)
-    node, count = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
-    if tokens.numel():
+    batch, group, length = tokens.shape
+    advantage = tokens.new_empty(batch, group, length, dtype=torch.float32)
+    valid = tokens.new_empty(batch, group, length, dtype=torch.bool)
+    node = tokens.new_empty(batch, group, length, dtype=torch.int32)
+    count = torch.empty_like(node)
+    if advantage.numel():
+        earlier, mean = tokens.new_empty(2, batch, group, dtype=torch.float64)
+        enough = min(min_siblings, group + 1)  # any more are as many, and this fits in int32
         _launch(
-            tokens, rewards, mask, node, count, advantage, valid, eps, std_floor, ddof, min_siblings,
-            _BASELINES[baseline], numbers_only=False,
+            tokens, rewards, mask, earlier, mean, advantage, valid, node, count,
+            eps, std_floor, ddof, enough, _BASELINES[baseline], statistics=True,
         )  # fmt: skip
     return advantage, valid, node, count
 
 
-def number_prefixes(tokens: Tensor, mask: Tensor | None, node: Tensor, count: Tensor) -> None:
-    """Fill ``node`` and ``count`` alone, without statistics."""
-    _launch(tokens, node, mask, node, count, node, node, 0.0, 0.0, 0, 0, 0, numbers_only=True)
+def number_prefixes(
+    tokens: Tensor, mask: Tensor | None, earlier: Tensor, order: Tensor, node: Tensor, count: Tensor
+) -> None:
+    """Only ``node`` and ``count``, and the ``order`` ``[B, G]`` of the candidates by all their tokens.
+
+    Masked candidates come first in that order; the candidates of any prefix are neighbours in it.
+    ``earlier`` is workspace ``[B, G]``.
+    """
+    if node.numel():
+        # Nothing reads the rewards, the advantage or their strides.
+        _launch(
+            tokens, earlier, mask, earlier, order, earlier, earlier, node, count,
+            0.0, 0.0, 0, 0, 0, statistics=False,
+        )  # fmt: skip
 
 
 def _launch(
-    tokens: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None,
-    node: Tensor,
-    count: Tensor,
-    advantage: Tensor,
-    valid: Tensor,
-    eps: float,
-    std_floor: float,
-    ddof: int,
-    min_siblings: int,
-    baseline: int,
-    numbers_only: bool,
-) -> None:
+    tokens, rewards, mask, earlier, mean, advantage, valid, node, count,
+    eps, std_floor, ddof, min_siblings, baseline, *, statistics,
+):  # fmt: skip
     batch, group, length = tokens.shape
-    side, warps = _TILES[0 if group <= _TILES[0][0] else 1]
-    workspace = torch.empty(12 * batch * group, dtype=torch.uint8, device=tokens.device)
-    mean, leads = workspace.split((8 * batch * group, 4 * batch * group))
-    present = tokens if mask is None else mask
-    _sibling_advantage[(batch,)](
-        tokens, rewards, present, mean.view(torch.float64), leads.view(torch.int32), node, count, advantage,
-        valid, group, length, *tokens.stride(), *rewards.stride()[:2], *present.stride()[:2], eps, std_floor,
-        ddof, min_siblings, baseline,
-        MASKED=mask is not None, NUMBERS_ONLY=numbers_only, SIDE=side, num_warps=warps,
-    )  # fmt: skip
+    own, warps, fused = _plan(group)
+    blocks = triton.cdiv(group, own)
+    present = rewards if mask is None else mask
+    launches = [(3, 0, length)] if fused else [(p, d, d + 1) for d in range(length) for p in (1, 2)]
+    for phases, first, last in launches:
+        _siblings[(batch * blocks,)](
+            tokens, rewards, present, earlier, mean, advantage, valid, node, count,
+            group, length, blocks, first, last, *tokens.stride(), *rewards.stride(), *present.stride(),
+            eps, std_floor, ddof, min_siblings, baseline,
+            PHASES=phases, STATISTICS=statistics, MASKED=mask is not None, OWN=own, OTHERS=_OTHERS,
+            num_warps=warps,
+        )  # fmt: skip
+
+
+def _plan(group: int) -> tuple[int, int, bool]:
+    """Candidates a program, its warps, and whether one launch does. Every thread has whole columns."""
+    own = min(FUSED, max(16, next_power_of_2(group)))
+    return own, max(1, own // 32), group <= FUSED
 
 
 @triton.jit
-def _candidates(
-    tokens, present, node, b, g, depth, group, length, t0, t1, t2, m0, m1, MASKED: tl.constexpr
+def _numbers_above(node, present, b, g, group, length, depth, m0, m1, MASKED: tl.constexpr):
+    """The prefix above: 0 for the root, -1 for a masked candidate; past the end the highest number."""
+    inside = g < group
+    above = tl.where(inside, 0, 2147483647)
+    if depth > 0:
+        above = tl.load(node + (b * group + g) * length + depth - 1, inside, 2147483647)
+    elif MASKED:
+        above = tl.where(tl.load(present + b * m0 + g * m1, inside, 1) != 0, above, -1)
+    return above
+
+
+@triton.jit
+def _bucket(
+    tokens, rewards, present, earlier, mean, node, count, b, g, group, length, depth,
+    t0, t1, t2, r0, r1, m0, m1, STATISTICS: tl.constexpr, MASKED: tl.constexpr, OWN: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of some candidates at a depth, their parents (-1: takes no part), and who takes part."""
-    there = g < group
-    if MASKED:
-        there &= tl.load(present + b * m0 + g * m1, there, 0) != 0
-    token = tl.load(tokens + b * t0 + g * t1 + depth * t2, there, 0).to(tl.int64)
-    parent = tl.load(node + (b * group + g) * length + depth - 1, there & (depth > 0), 0)
-    return token, tl.where(there, parent, -1), there
-
-
-@triton.jit(
-    do_not_specialize=[
-        "group",
-        "length",
-        "t0",
-        "t1",
-        "t2",
-        "r0",
-        "r1",
-        "m0",
-        "m1",
-        "ddof",
-        "min_siblings",
-        "baseline",
-    ]
-)
-def _sibling_advantage(
-    tokens, rewards, present, means, leads, node, count, advantage, valid, group, length, t0, t1, t2, r0, r1,
-    m0, m1, eps: tl.float64, std_floor: tl.float64, ddof, min_siblings, baseline,
-    MASKED: tl.constexpr, NUMBERS_ONLY: tl.constexpr, SIDE: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    step = tl.arange(0, SIDE).to(tl.int64)
-    means += b * group
-    leads += b * group
-    first = 0  # number of the level's first prefix
-    for depth in range(0, length):
-        leaders = 0
-        for start in range(0, group, SIDE):
-            i = start + step
-            token, parent, there = _candidates(
-                tokens, present, node, b, i, depth, group, length, t0, t1, t2, m0, m1, MASKED
-            )
-            total = tl.zeros((SIDE,), tl.float64)
-            number = tl.zeros((SIDE,), tl.int32)
-            earlier = tl.zeros((SIDE,), tl.int32)
-            for other in range(0, group, SIDE):
-                j = other + step
-                token2, parent2, there2 = _candidates(
-                    tokens, present, node, b, j, depth, group, length, t0, t1, t2, m0, m1, MASKED
-                )
-                same = (parent[:, None] == parent2[None, :]) & (token[:, None] == token2[None, :])
-                same &= there[:, None] & there2[None, :]
-                number += tl.sum(same.to(tl.int32), 1)
-                earlier += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
-                if not NUMBERS_ONLY:
-                    reward = tl.load(rewards + b * r0 + j * r1, there2, 0.0).to(tl.float64)
-                    total += tl.sum(tl.where(same, reward[None, :], 0.0), 1)
-            lead = there & (earlier == 0)
-            leaders += tl.sum(lead.to(tl.int32), 0)
-            tl.store(leads + i, lead.to(tl.int32), i < group)
-            tl.store(count + (b * group + i) * length + depth, number, i < group)
-            if not NUMBERS_ONLY:
-                tl.store(means + i, total / tl.maximum(number, 1).to(tl.float64), i < group)
-        tl.debug_barrier()  # what other threads have stored is read
-
-        for start in range(0, group, SIDE):
-            i = start + step
-            token, parent, there = _candidates(
-                tokens, present, node, b, i, depth, group, length, t0, t1, t2, m0, m1, MASKED
-            )
-            rank = tl.zeros((SIDE,), tl.int32)
-            number = tl.zeros((SIDE,), tl.int32)
-            members = tl.zeros((SIDE,), tl.int32)
-            total = tl.zeros((SIDE,), tl.float64)
-            weighted = tl.zeros((SIDE,), tl.float64)
-            top = tl.full((SIDE,), float("-inf"), tl.float64)
-            bottom = tl.full((SIDE,), float("inf"), tl.float64)
-            for other in range(0, group, SIDE):
-                j = other + step
-                token2, parent2, there2 = _candidates(
-                    tokens, present, node, b, j, depth, group, length, t0, t1, t2, m0, m1, MASKED
-                )
-                lead2 = tl.load(leads + j, j < group, 0) != 0
-                siblings = (parent[:, None] == parent2[None, :]) & lead2[None, :]
-                below = (parent2[None, :] < parent[:, None]) & lead2[None, :]
-                below |= siblings & (token2[None, :] < token[:, None])
-                rank += tl.sum(below.to(tl.int32), 1)
-                if not NUMBERS_ONLY:
-                    mean2 = tl.load(means + j, lead2, 0.0)
-                    count2 = tl.load(count + (b * group + j) * length + depth, lead2, 0)
-                    number += tl.sum(siblings.to(tl.int32), 1)
-                    members += tl.sum(tl.where(siblings, count2[None, :], 0), 1)
-                    total += tl.sum(tl.where(siblings, mean2[None, :], 0.0), 1)
-                    share = mean2 * count2.to(tl.float64)
-                    weighted += tl.sum(tl.where(siblings, share[None, :], 0.0), 1)
-                    here = tl.max(tl.where(siblings, mean2[None, :], float("-inf")), 1)
-                    top = tl.where(here > top, here, top)
-                    here = tl.min(tl.where(siblings, mean2[None, :], float("inf")), 1)
-                    bottom = tl.where(here < bottom, here, bottom)
-            at = (b * group + i) * length + depth
-            tl.store(node + at, tl.where(there, first + rank, -1), i < group)
-            if not NUMBERS_ONLY:
-                mean = total / tl.maximum(number, 1).to(tl.float64)
-                squares = tl.zeros((SIDE,), tl.float64)
-                for other in range(0, group, SIDE):
-                    j = other + step
-                    _, parent2, there2 = _candidates(
-                        tokens, present, node, b, j, depth, group, length, t0, t1, t2, m0, m1, MASKED
-                    )
-                    lead2 = tl.load(leads + j, j < group, 0) != 0
-                    siblings = (parent[:, None] == parent2[None, :]) & lead2[None, :]
-                    off = tl.load(means + j, lead2, 0.0)[None, :] - mean[:, None]
-                    squares += tl.sum(tl.where(siblings, off * off, 0.0), 1)
-                std = tl.sqrt(squares / tl.maximum(number - ddof, 1).to(tl.float64))
-                own = tl.load(means + i, there, 0.0)
-                base = mean
-                if baseline == 1:
-                    base = weighted / tl.maximum(members, 1).to(tl.float64)
-                if baseline == 2:
-                    others = tl.maximum(number - 1, 1).to(tl.float64)
-                    base = (mean * number.to(tl.float64) - own) / others
-                signal = there & (number >= min_siblings)
-                result = (own - base) / (tl.where(std < std_floor, std_floor, std) + eps)
-                result = tl.where(signal & (top != bottom), result, 0.0)
-                tl.store(advantage + at, result.to(tl.float32), i < group)
-                tl.store(valid + at, signal, i < group)
-        first += leaders
-        tl.debug_barrier()  # the next level reads the numbers, and overwrites means and leaders
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """Everything that is compiled."""
-    common = {"present": "*i1", "means": "*fp64", "leads": "*i32", "node": "*i32", "count": "*i32"}
-    common |= {"eps": "fp64", "std_floor": "fp64"}
-    for (side, warps), masked, (width, tokens) in product(_TILES, (False, True), INTS.items()):
-        types = {**common, "tokens": tokens}
-        if not masked:
-            types["present"] = tokens
-        constants = {"MASKED": masked, "NUMBERS_ONLY": False, "SIDE": side}
-        name = f"{side}x{side}, {width} tokens{', masked' * masked}"
-        for dtype, rewards in FLOATS.items():
-            given = {**types, "rewards": rewards, "advantage": "*fp32", "valid": "*i1"}
-            yield Specialisation(
-                f"sibling_advantage {name}, {dtype}", _sibling_advantage, given, constants, warps
-            )
-        given = {**types, "rewards": "*i32", "advantage": "*i32", "valid": "*i32"}
-        constants = {**constants, "NUMBERS_ONLY": True}
-        yield Specialisation(f"prefix_returns numbers {name}", _sibling_advantage, given, constants, warps)
+    """Phase 1, of the candidates g."""
+    above = _numbers_above(node, present, b, g, group, length, depth, m0, m1, MASKED)[None, :]
+    token = tl.load(tokens + b * t0 + g * t1 + depth.to(tl.int64) * t2, g < group, 0)[None, :]
+    members = tl.zeros((OWN,), tl.int32)
+    before = tl.zeros((OWN,), tl.int32)
+    total = tl.zeros((OWN,), tl.float64)
+    for start in range(0, group, OTHERS):
+        j = start + tl.arange(0, OTHERS).to(tl.int64)
+        above_j = _numbers_above(node, present, b, j, group, length, depth, m0, m1, MASKED)
+        token_j = tl.load(tokens + b * t0 + j * t1 + depth.to(tl.int64) * t2, j < group, 0)
+        same = (above_j[:, None] == above) & (token_j[:, None] == token)
+        members += tl.sum(same.to(tl.int32), 0)
+        before += tl.sum((same & (j[:, None] < g[None, :])).to(tl.int32), 0)
+        if STATISTICS:
+            reward_j = tl.load(rewards + b * r0 + j * r1, j < group, 0.0).to(tl.float64)
+            total += tl.sum(tl.where(same, reward_j[:, None], 0.0), 0)
+    here = b * group + g
+    there = tl.max(above, 0) >= 0  # one row
+    members = tl.where(there, members, 0)
+    tl.store(count + here * length + depth, members, g < group)
+    tl.store(earlier + here, before, g < group)
+    if STATISTICS:
+        tl.store(mean + here, total / tl.maximum(members, 1).to(tl.float64), g < group)
