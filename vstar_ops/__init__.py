@@ -4,6 +4,7 @@ trie of legal semantic IDs, value-guided tree search, and sibling advantages for
 """
 
 from ._backends import BackendStatus, backends, initialise, use_backend
+from ._triton import warmup
 from .ops import (
     ExpandTopK,
     PrefixReturns,
@@ -43,4 +44,5 @@ __all__ = [
     "ved_candidates",
     "ved_insert",
     "ved_select",
+    "warmup",
 ]

@@ -1,18 +1,14 @@
 """How every op is registered: schema, shape function, reference; and the checks they share.
 
 An op's module calls :func:`define` once. The C++ backend adds its kernels by itself when its library is
-loaded (``STABLE_TORCH_LIBRARY_IMPL`` in ``csrc/``); the Triton kernel of an op is the function of the same
-name in the module of the same name in ``kernels/``, imported at its first call.
+loaded (``STABLE_TORCH_LIBRARY_IMPL`` in ``csrc/``); for the Triton kernels see ``_triton.py``.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _triton
 from .._backends import wanted
 from ..reference import derive_seeds
 
@@ -43,7 +40,7 @@ def define(
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    triton = functools.partial(_run_triton, name, reference.__module__.rpartition(".")[2])
+    triton = functools.partial(_triton.run, name, reference.__module__.rpartition(".")[2])
     _library.impl(name, triton, "CUDA")
     torch.library.register_fake(f"vstar_ops::{name}", fake, lib=_library)
     dispatched = getattr(torch.ops.vstar_ops, name).default
@@ -58,21 +55,6 @@ def define(
         return backends[wanted(device)](*arguments)
 
     return run
-
-
-_log = logging.getLogger("vstar_ops")
-_called: set[str] = set()
-
-
-def _run_triton(name: str, module: str, *arguments: Any) -> Any:
-    """Call the Triton kernel ``kernels/<module>.py: <name>``; say once how long its first call took."""
-    start = time.perf_counter()
-    result = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)(*arguments)
-    if name not in _called:
-        _called.add(name)
-        seconds = time.perf_counter() - start
-        _log.info("%s: first call of the Triton kernel, compiled in %.2f s", name, seconds)
-    return result
 
 
 _library.define("simd_level() -> str")

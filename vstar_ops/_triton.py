@@ -1,0 +1,139 @@
+"""The Triton backend: how a kernel is found and called, compiled ahead, and what it takes of a GPU.
+
+The kernel of an op is the function of the same name in ``kernels/<the op's module>.py``, imported at its first
+call: the import of Triton takes a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ._backends import backends, interpreting
+
+MODULES = ("expand_topk", "group_advantage", "prefix_returns", "sibling_advantage", "ved")
+ARCHITECTURES = (80, 90, 100)
+
+_log = logging.getLogger("vstar_ops")
+_called: set[str] = set()
+
+
+def run(name: str, module: str, *arguments: Any) -> Any:
+    """Call the Triton kernel ``kernels/<module>.py: <name>``; say once how long its first call took."""
+    start = time.perf_counter()
+    result = getattr(_kernels(module), name)(*arguments)
+    if name not in _called:
+        _called.add(name)
+        seconds = time.perf_counter() - start
+        _log.info("%s: first call of the Triton kernel, compiled in %.2f s", name, seconds)
+    return result
+
+
+def _kernels(module: str) -> Any:
+    return importlib.import_module(f"vstar_ops.kernels.{module}")
+
+
+def specialisations(modules: Iterable[str] = MODULES) -> Iterator[Any]:
+    """All that the library compiles, for contiguous inputs whose rows are multiples of 16 long."""
+    for module in modules:
+        yield from _kernels(module).specialisations()
+
+
+def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
+    """Compile Triton kernels ahead of their first call.
+
+    A kernel is otherwise compiled when it is first called with new dtypes or a new class of sizes, which takes
+    from half a second to ten. Triton keeps what was compiled on disk, so a second process loads it in
+    milliseconds.
+
+    Args:
+        modules: some of ``"expand_topk"``, ``"group_advantage"``, ``"prefix_returns"``,
+            ``"sibling_advantage"``, ``"ved"``; all if there are none.
+        device: the GPU to compile for.
+
+    Returns:
+        Seconds that it took.
+
+    Raises:
+        ValueError: an unknown module.
+        RuntimeError: Triton kernels cannot run here, with the reason.
+
+    Example:
+        >>> vstar_ops.warmup("sibling_advantage")  # doctest: +SKIP
+        12.3
+    """
+    for module in modules:
+        if module not in MODULES:
+            raise ValueError(f"modules must be some of {MODULES}, got {module!r}")
+    status = backends()["triton"]
+    if not status.available or interpreting():
+        raise RuntimeError(f"there is nothing to compile for: {status.detail}")
+    start = time.perf_counter()
+    with torch.cuda.device(device):
+        for item in specialisations(modules or MODULES):
+            arguments = {
+                name: _stand_in(kind) for name, kind in item.signature().items() if kind != "constexpr"
+            }
+            item.kernel.warmup(
+                **arguments, **item.constants, grid=(1,), num_warps=item.warps, enable_fp_fusion=item.fused
+            )
+    return time.perf_counter() - start
+
+
+_POINTERS = {
+    "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp64": torch.float64,
+    "*i1": torch.bool, "*i32": torch.int32, "*i64": torch.int64,
+}  # fmt: skip
+
+
+def _stand_in(kind: str) -> Any:
+    """An argument of a type, for a call that compiles and does not run."""
+    if kind in _POINTERS:
+        return _POINTERS[kind]
+    return 1.5 if kind.startswith("fp") else 16 if kind.endswith(":16") else 17
+
+
+class Resources(NamedTuple):
+    """What a thread or a block of a compiled kernel takes."""
+
+    registers: int
+    shared: int  # bytes a block
+    spilled: int  # bytes a thread
+
+
+def resources(item: Any, architecture: int) -> Resources:
+    """Compile for ``sm_<architecture>``, which needs no GPU, and look at the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = item.signature()
+    aligned = [
+        (i,) for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind.endswith(":16")
+    ]
+    source = ASTSource(
+        item.kernel,
+        {name: kind.removesuffix(":16") for name, kind in signature.items()},
+        dict(item.constants),
+        {index: [["tt.divisibility", 16]] for index in aligned},
+    )
+    options = {"num_warps": item.warps, "enable_fp_fusion": item.fused}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reports no resources of {item.name}: {report!r}")
+    registers, stack, local = map(int, found.groups())
+    return Resources(registers, compiled.metadata.shared, stack + local)
