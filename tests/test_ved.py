@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ import vstar_ops
 import vstar_ops.ops.ved as ved_ops
 from vstar_ops import SearchTrees, Trie
 from vstar_ops.decoding import ved
-from vstar_ops.ops.ved import Evaluation, ved_candidates, ved_insert, ved_select
+from vstar_ops.ops.ved import Evaluation, Rows, ved_candidates, ved_insert, ved_select
 from vstar_ops.reference.ved_search import ved_search
+
+INTERPRETING = vstar_ops._backends.interpreting()  # a search then takes seconds, not milliseconds
+large = pytest.mark.skipif(INTERPRETING, reason="takes minutes; test_steps_change_the_same_bits does not")
 
 
 class TableModel:
@@ -111,7 +116,8 @@ def compare(case: int) -> None:
 
 @pytest.mark.parametrize("block", range(4))
 def test_same_decisions_as_the_sequential_search(block, backend):
-    for case in range(100 if backend == "cpp" else 20):
+    cases = {"cpp": 100, "triton": 1 if INTERPRETING else 20}
+    for case in range(cases.get(backend, 20)):
         compare(1000 * block + case)
 
 
@@ -137,12 +143,77 @@ def test_ten_thousand_searches(cpp):
         assert not ((evaluated[:, 1:] == evaluated[:, :-1]) & (evaluated[:, 1:] >= 0)).any()
 
 
+def random_evaluation(rng, trees, rows, fresh):
+    """What a model may say about rows: children nowhere else in the tree, values with ties and NaN."""
+    batch, count = rows.node.shape
+    children, leaves = trees.child_node.shape[2], trees.leaf_node.shape[2]
+
+    def floats(*shape):
+        return torch.from_numpy(rng.standard_normal((batch, count, *shape))).float()
+
+    def ints(high):
+        return torch.from_numpy(rng.integers(0, high + 1, (batch, count))).int()
+
+    value = floats().round()
+    value[torch.from_numpy(rng.random((batch, count)) < 0.1)] = math.nan
+    name = fresh + torch.arange(batch * count * children, dtype=torch.int32).view(batch, count, children)
+    leaf = name[..., :1] + 100_000 * torch.arange(leaves, dtype=torch.int32)
+    slot = torch.arange(batch * count).view(batch, count)
+    return Evaluation(
+        slot, value, floats().abs(), ints(children), name, floats(children), leaf, floats(leaves),
+        floats(leaves).round(), ints(leaves),
+    )  # fmt: skip
+
+
+def test_steps_change_the_same_bits(backend):
+    """Each op on its own against the reference, round after round, on trees that no model has made."""
+    for case in range(6 if INTERPRETING else 60):
+        rng = np.random.default_rng(case)
+        batch, capacity, levels = (
+            int(rng.integers(1, 4)),
+            int(rng.choice([1, 5, 33, 70])),
+            int(rng.integers(1, 4)),
+        )
+        trees = SearchTrees.empty(
+            batch, capacity, levels, children=int(rng.integers(1, 6)), leaves=int(rng.integers(1, 5)),
+            budget=torch.from_numpy(rng.integers(0, capacity + 3, batch)),
+        )  # fmt: skip
+        root = torch.full((batch, 1), -1, dtype=torch.int32)
+        rows, fresh = Rows(root, torch.zeros_like(root), torch.zeros(batch, 1)), 1
+        logp_weight, paths = float(rng.choice([0.0, 0.5])), int(rng.choice([1, 3]))
+        for _round in range(5):
+            evaluation = random_evaluation(rng, trees, rows, fresh)
+            fresh += evaluation.child_node.numel()
+            walk = {
+                "exploration": float(rng.choice([0.0, 1.0, 3.0])), "paths": paths,
+                "max_idle": int(rng.choice([0, 3, 50])),
+            }  # fmt: skip
+            rank = {"logp_weight": logp_weight, "forced_first": bool(rng.integers(2))}
+            length, k = int(rng.integers(1, levels + 1)), int(rng.integers(1, 9))
+            results = []
+            for name in ("reference", backend):
+                copy = SearchTrees(**{f.name: getattr(trees, f.name).clone() for f in fields(trees)})
+                with contextlib.nullcontext() if name == backend else vstar_ops.use_backend(name):
+                    ved_insert(copy, rows, evaluation, logp_weight=logp_weight)
+                    chosen = ved_select(copy, **walk)
+                    results.append((copy, chosen, ved_candidates(copy, length, k, **rank)))
+            (want_trees, want_rows, want_leaves), (trees, rows, leaves) = results
+            for got, want in zip((*rows, *leaves), (*want_rows, *want_leaves)):
+                torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            for field in fields(trees):
+                # A pointer past children that are in the tree may be moved at any time.
+                if field.name != "next_child":
+                    got, want = getattr(trees, field.name), getattr(want_trees, field.name)
+                    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 def industrial_size(seed=0, batch=24):
     rng = np.random.default_rng(seed)
     trie = random_trie(rng, 3, 3000, 20)
     return TableModel(trie, seed), torch.from_numpy(rng.integers(0, 10**6, batch)), trie
 
 
+@large
 @pytest.mark.parametrize("options", [{}, {"evaluate_leaves": False}, {"logp_weight": 1.0, "paths": 3}])
 def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads, options):
     model, context, trie = industrial_size()
@@ -167,6 +238,7 @@ def test_backends_agree():
     assert torch.equal(got.trees.node, want.trees.node)
 
 
+@large
 def test_seeds_decide_what_is_drawn(backend):
     model, context, trie = industrial_size(2)
     one, two = (ved(model, context, trie, seed=s, entropy_weight=0.0) for s in (1, 2))
@@ -176,6 +248,7 @@ def test_seeds_decide_what_is_drawn(backend):
     assert torch.equal(one.trees.node, again.trees.node)
 
 
+@large
 def test_a_fixed_number_of_rounds(backend):
     model, context, trie = industrial_size(3)
     free, fixed = (ved(model, context, trie, rounds=rounds) for rounds in (None, 40))
