@@ -114,31 +114,154 @@ def _numbers_above(node, present, b, g, group, length, depth, m0, m1, MASKED: tl
 
 
 @triton.jit
-def _bucket(
+def _buckets(
     tokens, rewards, present, earlier, mean, node, count, b, g, group, length, depth,
     t0, t1, t2, r0, r1, m0, m1, STATISTICS: tl.constexpr, MASKED: tl.constexpr, OWN: tl.constexpr,
     OTHERS: tl.constexpr,
 ):  # fmt: skip
-    """Phase 1, of the candidates g."""
-    above = _numbers_above(node, present, b, g, group, length, depth, m0, m1, MASKED)[None, :]
-    token = tl.load(tokens + b * t0 + g * t1 + depth.to(tl.int64) * t2, g < group, 0)[None, :]
+    """Phase 1 for the candidates g: ``count``, ``earlier``, ``mean``."""
+    column = b * t0 + tl.cast(depth, tl.int64) * t2
+    above = _numbers_above(node, present, b, g, group, length, depth, m0, m1, MASKED)
+    token = tl.load(tokens + column + g * t1, g < group, 0)
     members = tl.zeros((OWN,), tl.int32)
     before = tl.zeros((OWN,), tl.int32)
     total = tl.zeros((OWN,), tl.float64)
     for start in range(0, group, OTHERS):
         j = start + tl.arange(0, OTHERS).to(tl.int64)
         above_j = _numbers_above(node, present, b, j, group, length, depth, m0, m1, MASKED)
-        token_j = tl.load(tokens + b * t0 + j * t1 + depth.to(tl.int64) * t2, j < group, 0)
-        same = (above_j[:, None] == above) & (token_j[:, None] == token)
+        token_j = tl.load(tokens + column + j * t1, j < group, 0)
+        same = (above_j[:, None] == above[None, :]) & (token_j[:, None] == token[None, :])
         members += tl.sum(same.to(tl.int32), 0)
         before += tl.sum((same & (j[:, None] < g[None, :])).to(tl.int32), 0)
         if STATISTICS:
             reward_j = tl.load(rewards + b * r0 + j * r1, j < group, 0.0).to(tl.float64)
             total += tl.sum(tl.where(same, reward_j[:, None], 0.0), 0)
     here = b * group + g
-    there = tl.max(above, 0) >= 0  # one row
-    members = tl.where(there, members, 0)
+    members = tl.where(above < 0, 0, members)
     tl.store(count + here * length + depth, members, g < group)
     tl.store(earlier + here, before, g < group)
     if STATISTICS:
         tl.store(mean + here, total / tl.maximum(members, 1).to(tl.float64), g < group)
+
+
+@triton.jit
+def _nodes(
+    tokens, rewards, present, earlier, mean, advantage, valid, node, b, g, group, length, depth,
+    t0, t1, t2, r0, r1, m0, m1, eps: tl.float64, std_floor: tl.float64, ddof, min_siblings, baseline,
+    STATISTICS: tl.constexpr, MASKED: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    """Phase 2 for the candidates g: ``node``, ``advantage`` and ``valid``, or at the last level the order."""
+    column = b * t0 + tl.cast(depth, tl.int64) * t2
+    here = b * group + g
+    above = _numbers_above(node, present, b, g, group, length, depth, m0, m1, MASKED)
+    token = tl.load(tokens + column + g * t1, g < group, 0)
+    rank = tl.zeros((OWN,), tl.int32)
+    smaller = tl.zeros((OWN,), tl.int32)  # candidates with a smaller prefix; rank counts such nodes
+    highest = tl.full((OTHERS,), -1, tl.int32)
+    siblings = tl.zeros((OWN,), tl.int32)
+    family = tl.zeros((OWN,), tl.int32)
+    family_total = tl.zeros((OWN,), tl.float64)
+    shift = tl.zeros((OWN,), tl.float64)
+    squares = tl.zeros((OWN,), tl.float64)
+    if STATISTICS:
+        own_mean = tl.load(mean + here, g < group, 0.0)
+    for start in range(0, group, OTHERS):
+        j = start + tl.arange(0, OTHERS).to(tl.int64)
+        above_j = _numbers_above(node, present, b, j, group, length, depth, m0, m1, MASKED)
+        token_j = tl.load(tokens + column + j * t1, j < group, 0)
+        stands = (tl.load(earlier + b * group + j, j < group, 1) == 0) & (above_j >= 0)
+        highest = tl.maximum(highest, tl.where(j < group, above_j, -1))
+        same_parent = above_j[:, None] == above[None, :]
+        less = (above_j[:, None] < above[None, :]) | (same_parent & (token_j[:, None] < token[None, :]))
+        rank += tl.sum((less & stands[:, None]).to(tl.int32), 0)
+        if STATISTICS:
+            reward_j = tl.load(rewards + b * r0 + j * r1, j < group, 0.0).to(tl.float64)
+            family += tl.sum(same_parent.to(tl.int32), 0)
+            family_total += tl.sum(tl.where(same_parent, reward_j[:, None], 0.0), 0)
+            child = same_parent & stands[:, None]
+            mean_j = tl.load(mean + b * group + j, j < group, 0.0)
+            difference = tl.where(child, mean_j[:, None] - own_mean[None, :], 0.0)
+            siblings += tl.sum(child.to(tl.int32), 0)
+            shift += tl.sum(difference, 0)
+            squares += tl.sum(difference * difference, 0)
+        else:
+            smaller += tl.sum(less.to(tl.int32), 0)
+    first = tl.where(depth > 0, tl.max(highest, 0) + 1, 0)
+    slot = here * length + depth
+    tl.store(node + slot, tl.where(above < 0, -1, first + rank), g < group)
+    if STATISTICS:
+        n = tl.maximum(siblings, 1).to(tl.float64)
+        free = tl.maximum(siblings - ddof, 1).to(tl.float64)
+        std = tl.sqrt(tl.maximum(squares - shift * shift / n, 0.0) / free)
+        over = -shift / tl.where(baseline == 2, tl.maximum(n - 1.0, 1.0), n)
+        parent = family_total / tl.maximum(family, 1).to(tl.float64)
+        over = tl.where(baseline == 1, own_mean - parent, over)
+        usable = (above >= 0) & (siblings >= min_siblings)
+        result = tl.where(usable & (squares != 0.0), over / (tl.maximum(std, std_floor) + eps), 0.0)
+        tl.store(advantage + slot, result.to(tl.float32), g < group)
+        tl.store(valid + slot, usable, g < group)
+    elif depth == length - 1:
+        place = smaller + tl.load(earlier + here, g < group, 0).to(tl.int32)
+        tl.store(mean + b * group + place, g.to(tl.int32), g < group)
+
+
+@triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
+def _siblings(
+    tokens, rewards, present, earlier, mean, advantage, valid, node, count,
+    group, length, blocks, first, last, t0, t1, t2, r0, r1, m0, m1,
+    eps: tl.float64, std_floor: tl.float64, ddof, min_siblings, baseline,
+    PHASES: tl.constexpr, STATISTICS: tl.constexpr, MASKED: tl.constexpr, OWN: tl.constexpr,
+    OTHERS: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    g = (tl.program_id(0) % blocks).to(tl.int64) * OWN + tl.arange(0, OWN)
+    for depth in range(first, last):
+        if PHASES & 1:
+            _buckets(
+                tokens, rewards, present, earlier, mean, node, count, b, g, group, length, depth,
+                t0, t1, t2, r0, r1, m0, m1, STATISTICS, MASKED, OWN, OTHERS,
+            )  # fmt: skip
+        if PHASES == 3:
+            tl.debug_barrier()
+        if PHASES & 2:
+            _nodes(
+                tokens, rewards, present, earlier, mean, advantage, valid, node, b, g, group, length, depth,
+                t0, t1, t2, r0, r1, m0, m1, eps, std_floor, ddof, min_siblings, baseline,
+                STATISTICS, MASKED, OWN, OTHERS,
+            )  # fmt: skip
+        if PHASES == 3:
+            tl.debug_barrier()
+
+
+def specialisations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, object], int]]:
+    """Name, function, types of the arguments, constants and warps of everything that is ever compiled."""
+    for group in (16, 32, 64, FUSED, FUSED + 1):
+        own, warps, fused = _plan(group)
+        for phases in (3,) if fused else (1, 2):
+            for masked in (False, True):
+                for token in ("i32", "i64"):
+                    for reward in ("fp32", "bf16", "fp16", None):  # None: no statistics, the order only
+                        yield _specialisation(own, warps, phases, masked, token, reward)
+
+
+def _specialisation(own, warps, phases, masked, token, reward):
+    scratch = "*fp64" if reward else "*i32"
+    reward_type = f"*{reward}" if reward else scratch
+    signature = dict.fromkeys((*_RUNTIME, *_STRIDES), "i32") | {
+        "tokens": f"*{token}",
+        "rewards": reward_type,
+        "present": "*i1" if masked else reward_type,
+        "earlier": scratch,
+        "mean": scratch,
+        "advantage": "*fp32" if reward else scratch,
+        "valid": "*i1" if reward else scratch,
+        "node": "*i32",
+        "count": "*i32",
+        "eps": "fp64",
+        "std_floor": "fp64",
+    }
+    constants = {
+        "PHASES": phases, "STATISTICS": reward is not None, "MASKED": masked, "OWN": own, "OTHERS": _OTHERS
+    }  # fmt: skip
+    name = f"{reward or 'order'} {token}{' masked' if masked else ''} OWN={own} PHASES={phases}"
+    return name, _siblings, signature, constants, warps
