@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from vstar_ops._files import replace_text
+from vstar_ops._files import replacing
 from vstar_ops._triton import ARCHITECTURES, MODULES, resources, specialisations
 
 TABLE = Path(__file__).parent / "results" / "resources.md"
@@ -67,7 +67,8 @@ def main() -> None:
             print(text)
             print(f"{TABLE.name} differs: run `python -m benchmarks.resources`", file=sys.stderr)
         sys.exit(differs or bool(spills))
-    replace_text(TABLE, text)
+    with replacing(TABLE) as path:
+        path.write_text(text)
     print(text)
     for spill in spills:
         print(f"spills: {spill}", file=sys.stderr)

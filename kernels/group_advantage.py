@@ -5,11 +5,16 @@ Three sweeps (mean and equality, sum of squares, result) in float64. One launch,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
+
+from ._specialisation import FLOATS, Specialisation
 
 
 def group_advantage(rewards: Tensor, mask: Tensor | None, eps: float, ddof: int, std_floor: float) -> Tensor:
@@ -17,13 +22,19 @@ def group_advantage(rewards: Tensor, mask: Tensor | None, eps: float, ddof: int,
     batch, group = rewards.shape
     advantage = torch.empty(batch, group, device=rewards.device)
     if advantage.numel():
-        block = min(1024, next_power_of_2(group))
+        block, warps = _block(group)
         present = rewards if mask is None else mask
         _group_advantage[(batch,)](
             rewards, present, advantage, group, *rewards.stride(), *present.stride(), eps, std_floor, ddof,
-            MASKED=mask is not None, BLOCK=block, num_warps=max(1, block // 256),
+            MASKED=mask is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return advantage
+
+
+def _block(group: int) -> tuple[int, int]:
+    """Rewards a chunk, and warps."""
+    size = min(1024, max(32, next_power_of_2(group)))
+    return size, max(1, size // 256)
 
 
 @triton.jit
@@ -34,7 +45,7 @@ def _load(rewards, present, b, g, inside, r0, r1, m0, m1, MASKED: tl.constexpr):
     return tl.load(rewards + b * r0 + g * r1, inside, 0.0).to(tl.float64), inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "r0", "r1", "m0", "m1", "ddof"])
 def _group_advantage(
     rewards, present, advantage, group, r0, r1, m0, m1, eps: tl.float64, std_floor: tl.float64, ddof,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -67,3 +78,15 @@ def _group_advantage(
         x, there = _load(rewards, present, b, g, g < group, r0, r1, m0, m1, MASKED)
         result = tl.where(there & signal, (x - mean) / scale, 0.0)
         tl.store(advantage + b * group + g, result.to(tl.float32), g < group)
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """Everything that is compiled."""
+    for masked, (dtype, rewards), group in product(
+        (False, True), FLOATS.items(), (32, 64, 128, 256, 512, 1024)
+    ):
+        block, warps = _block(group)
+        types = {"rewards": rewards, "present": "*i1" if masked else rewards, "advantage": "*fp32"}
+        types |= {"eps": "fp64", "std_floor": "fp64"}
+        name = f"group_advantage {block}, {dtype}{', masked' * masked}"
+        yield Specialisation(name, _group_advantage, types, {"MASKED": masked, "BLOCK": block}, warps)

@@ -34,7 +34,8 @@ def prefix_returns(
     returns, similarity = (torch.empty(tokens.shape, device=tokens.device) for _ in range(2))
     node, count = (torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device) for _ in range(2))
     if tokens.numel():
-        number_prefixes(tokens, mask, node, count)
+        workspace = torch.empty(2, batch, group, dtype=torch.int32, device=tokens.device)
+        number_prefixes(tokens, mask, workspace[0], workspace[1], node, count)
         _prefix_returns[(batch * group, length)](
             tokens, embedding, target, target_embedding, weights, node, returns, similarity, group, length,
             embedding.shape[2], *tokens.stride(), *embedding.stride(), *target.stride(),
@@ -65,16 +66,14 @@ def _prefix_returns(
         earlier += tl.sum((tl.load(node + j * length, j < g, -2) == own).to(tl.int32), 0)
 
     if (own >= 0) & (earlier == 0):
-        square, dot, target_square = (
-            tl.zeros((), tl.float64),
-            tl.zeros((), tl.float64),
-            tl.zeros((), tl.float64),
-        )
+        square = tl.zeros((), tl.float64)
+        dot = tl.zeros((), tl.float64)
+        target_square = tl.zeros((), tl.float64)
         for column in range(0, width, COLUMNS):
             e = column + tl.arange(0, COLUMNS).to(tl.int64)
             total = tl.zeros((COLUMNS,), tl.float64)
-            for start in range(0, group, ROWS):
-                j = start + tl.arange(0, ROWS).to(tl.int64)
+            for first in range(0, group, ROWS):
+                j = first + tl.arange(0, ROWS).to(tl.int64)
                 same = tl.load(node + j * length, j < group, -2) == own
                 at = embedding + b * e0 + j[:, None] * e1 + e[None, :] * e2
                 item = tl.load(at, same[:, None] & (e < width)[None, :], 0.0)

@@ -9,8 +9,8 @@ capacity, rounded up   warps
 =====================  =====
 64                     1
 256                    2
-1,024                  4
-4,096                  8
+1,024                  8
+4,096                  16
 =====================  =====
 
 Trees of more than 4,096 nodes are searched by the reference. The one workspace holds the keys of
@@ -31,7 +31,7 @@ from ..reference import ved_select as _select_reference
 from ._order import ordered
 from ._specialisation import Specialisation
 
-_NODES = ((64, 1), (256, 2), (1024, 4), (4096, 8))  # most nodes, warps
+_NODES = ((64, 1), (256, 2), (1024, 8), (4096, 16))  # most nodes, warps
 _COPY, _KEYS = 64, 1024  # entries of a row copied together; keys looked at together
 _LOWEST = tl.constexpr(-(2**63))
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)

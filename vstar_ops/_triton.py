@@ -7,6 +7,7 @@ call: the import of Triton takes a second.
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import re
 import subprocess
@@ -43,8 +44,9 @@ def _kernels(module: str) -> Any:
 
 def specialisations(modules: Iterable[str] = MODULES) -> Iterator[Any]:
     """All that the library compiles, for contiguous inputs whose rows are multiples of 16 long."""
+    make = _kernels("_specialisation").Specialisation
     for module in modules:
-        yield from _kernels(module).specialisations()
+        yield from itertools.starmap(make, _kernels(module).specialisations())
 
 
 def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
