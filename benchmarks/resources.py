@@ -48,9 +48,9 @@ def table(modules: Iterable[str] = MODULES) -> tuple[str, list[str]]:
 def document(body: str) -> str:
     """The file that is checked in."""
     return (
-        f"# Resources of the Triton kernels\n\nTriton {version('triton')}. Registers a thread, bytes of shared "
-        "memory a block; a kernel that spills says so. Printed by `python -m benchmarks.resources`, which "
-        f"compiles for contiguous inputs and needs no GPU.\n\n{body}"
+        f"# Resources of the Triton kernels\n\nTriton {version('triton')}. Registers a thread, bytes of "
+        "shared memory a block; a kernel that spills says so. Printed by `python -m benchmarks.resources`, "
+        f"which compiles for contiguous inputs and needs no GPU.\n\n{body}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a kernel can be compiled for, so that all of it can be compiled ahead and its resources be recorded."""
+"""What a kernel can be compiled for, to be compiled ahead and have its resources recorded."""
 
 from __future__ import annotations
 

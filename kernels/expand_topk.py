@@ -1,8 +1,9 @@
 """``expand_topk`` in two launches: statistics of the rows, then a selection in each request.
 
-``_rows``: a program a row (prefix). It reads the legal logits in blocks and keeps maximum, sum of exponentials
-and entropy as it goes; under ``"vocab"`` it also reads all columns, unless all of them are legal. Children whose
-tokens are consecutive, as those of a trie's upper levels are, are read in place; others through the token list.
+``_rows``: a program a row (prefix). It reads the legal logits in blocks and keeps maximum, sum of
+exponentials and entropy as it goes; under ``"vocab"`` it also reads all columns, unless all of them are
+legal. Children whose tokens are consecutive, as those of a trie's upper levels are, are read in place;
+others through the token list.
 Of every ``segment`` consecutive children it keeps the largest logit. Few long rows are shared by several
 programs, whose statistics the second launch joins; with terms of each child's own (noise, action values) a
 segment keeps its best *score*, so every program of a row then reads the row's logits twice.
@@ -20,8 +21,8 @@ longest row               block    segment   warps
 more                      4,096    128       8
 ========================  =======  ========  =====
 
-One workspace: 16 bytes of statistics and 12 of trie data a row, 4 bytes a segment, 20 a shared row's part, 8 a
-selected segment. More than 2,048 winners a request, or 2^31 children in one request's rows, run on the
+One workspace: 16 bytes of statistics and 12 of trie data a row, 4 bytes a segment, 20 a shared row's part,
+8 a selected segment. More than 2,048 winners a request, or 2^31 children in one request's rows, run on the
 reference. Multiplications and additions are not fused: both launches must give a score the same bits.
 """
 
@@ -115,7 +116,8 @@ def expand_topk(
         _rows[(rows, splits)](
             *common, offset, node, *node.stride(), offset.numel() - 1, int(vocab), segments, splits,
             _chunk(max_children, splits, block), _chunk(columns, splits, block), stats, edges, best, part,
-            entropy, OWN_TERMS=own_terms, BLOCK=block, SEGMENT=segment, num_warps=warps, enable_fp_fusion=False,
+            entropy,
+            OWN_TERMS=own_terms, BLOCK=block, SEGMENT=segment, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     _select[(batch,)](
         *common, _TYPES[logits.dtype], segments, segment, segment_count, parts, int(own_terms), stats, edges,
@@ -417,8 +419,8 @@ def _keep_best(kept, keys, LIST: tl.constexpr):
 
 @triton.jit
 def _children(
-    logits, s1, s2, logits_type, token, child_value, child_type, c0, c1, c2, seed, seed_stride, flags, columns,
-    num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, inside,
+    logits, s1, s2, logits_type, token, child_value, child_type, c0, c1, c2, seed, seed_stride, flags,
+    columns, num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, inside,
 ):  # fmt: skip
     """Score, log-probability and edge of children ``c`` of the rows ``w`` of a request."""
     w = w.to(tl.int64)

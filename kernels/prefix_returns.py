@@ -1,8 +1,8 @@
 """``prefix_returns``: the numbering of ``sibling_advantage``, then a program a candidate and level.
 
-A program whose candidate is not the first of its bucket ends at once. The others add up the embeddings of their
-bucket in float64, in candidate order within fixed tiles, 64 numbers at a time, and write the result to all of
-its members. Two launches; every embedding is read once a level. The one workspace is the numbering's.
+A program whose candidate is not the first of its bucket ends at once. The others add up the embeddings of
+their bucket in float64, in candidate order within fixed tiles, 64 numbers at a time, and write the result to
+all of its members. Two launches; every embedding is read once a level. The one workspace is the numbering's.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ Trees of more than 4,096 nodes are searched by the reference. The one workspace 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import next_power_of_2
 
 from ..reference import ved_select as _select_reference
 from ._order import ordered
@@ -82,7 +82,7 @@ def _others(block: int) -> int:
     return max(4, min(32, 2048 // block))
 
 
-def ved_insert(*arguments: Tensor | float) -> None:
+def ved_insert(*arguments: Any) -> None:
     """The dispatcher's signature; see :func:`vstar_ops.ved_insert`."""
     *arrays, logp_weight, entropy_weight = arguments
     node, child_node, leaf_node, depth_sum, row_node = (arrays[i] for i in (0, 9, 11, 18, 21))

@@ -1,7 +1,7 @@
 """The Triton backend: how a kernel is found and called, compiled ahead, and what it takes of a GPU.
 
-The kernel of an op is the function of the same name in ``kernels/<the op's module>.py``, imported at its first
-call: the import of Triton takes a second.
+The kernel of an op is the function of the same name in ``kernels/<the op's module>.py``, imported at its
+first call: the import of Triton takes a second.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def specialisations(modules: Iterable[str] = MODULES) -> Iterator[Any]:
 def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
     """Compile Triton kernels ahead of their first call.
 
-    A kernel is otherwise compiled when it is first called with new dtypes or a new class of sizes, which takes
-    from half a second to ten. Triton keeps what was compiled on disk, so a second process loads it in
+    A kernel is otherwise compiled when it is first called with new dtypes or a new class of sizes, which
+    takes from half a second to ten. Triton keeps what was compiled on disk, so a second process loads it in
     milliseconds.
 
     Args:
