@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+# Multiplications and additions are not fused, whatever Triton's default: a number has the same bits in every
+# kernel and version.
+OPTIONS = {"enable_fp_fusion": False}
 FLOATS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-INTS = {"int32": "*i32", "int64": "*i64"}
 
 
 class Specialisation(NamedTuple):
@@ -19,7 +21,6 @@ class Specialisation(NamedTuple):
             multiple of 16 is ``"i32:16"``; pointers always are.
         constants: its compile-time arguments.
         warps: a program.
-        fused: whether multiplications and additions may be fused.
     """
 
     name: str
@@ -27,7 +28,11 @@ class Specialisation(NamedTuple):
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     warps: int
-    fused: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it is launched with."""
+        return {"num_warps": self.warps, **OPTIONS}
 
     def signature(self) -> dict[str, str]:
         """Argument by argument, in order."""

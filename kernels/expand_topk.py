@@ -38,14 +38,14 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from ..reference import expand_topk as _reference
+from ._array import array, load_float, load_int
 from ._order import from_ordered, ordered
-from ._specialisation import FLOATS, INTS, Specialisation
+from ._specialisation import FLOATS, OPTIONS, Specialisation
 
 _BLOCKS = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children a block, a segment; warps
 _SELECTIONS = ((64, 256, 2), (2048, 2048, 8))  # most winners, keys a block; warps
 _MOST_WINNERS = 2048
 _PROGRAMS = 512  # rows are shared until there are about as many; fixed, so that no result depends on the GPU
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CUM, _VALUE, _BONUS, _CHILD, _GUMBEL = (tl.constexpr(1 << i) for i in range(5))
 _LOWEST = tl.constexpr(-(2**63))  # the key of what is no candidate
 
@@ -106,23 +106,24 @@ def expand_topk(
     flags = sum(flag.value for flag, x in given if x is not None)
     terms = [score if x is None else x for x in (cum_logp, value, bonus)]
     beams = [stride for x in terms for stride in x.stride()]
-    actions, seeds = logits if child_value is None else child_value, picked if seed is None else seed
+    actions = (0, 0, 0) if child_value is None else child_value.stride()
+    seeds = picked if seed is None else seed
     weights = logp_weight, value_weight, entropy_weight, 1.0 / temperature
     common = (
-        logits, *logits.stride(), token, actions, _TYPES[actions.dtype], *actions.stride(), seeds,
-        seeds.stride(0), *terms, *beams, flags, width, columns, token.numel(), max_children, *weights,
+        *logits.stride(), token, *array(child_value), *actions, seeds, seeds.stride(0), *terms, *beams, flags,
+        width, columns, token.numel(), max_children, *weights,
     )  # fmt: skip
     if rows:
         _rows[(rows, splits)](
-            *common, offset, node, *node.stride(), offset.numel() - 1, int(vocab), segments, splits,
-            _chunk(max_children, splits, block), _chunk(columns, splits, block), stats, edges, best, part,
-            entropy,
-            OWN_TERMS=own_terms, BLOCK=block, SEGMENT=segment, num_warps=warps, enable_fp_fusion=False,
+            logits, *common, offset, *array(node), *node.stride(), offset.numel() - 1, int(vocab), segments,
+            splits, _chunk(max_children, splits, block), _chunk(columns, splits, block), stats, edges, best,
+            part, entropy,
+            OWN_TERMS=own_terms, BLOCK=block, SEGMENT=segment, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     _select[(batch,)](
-        *common, _TYPES[logits.dtype], segments, segment, segment_count, parts, int(own_terms), stats, edges,
+        *array(logits), *common, segments, segment, segment_count, parts, int(own_terms), stats, edges,
         best, part, picked, *outputs, k, LIST=list_size, KEYS=keys, num_warps=select_warps,
-        enable_fp_fusion=False,
+        **OPTIONS,
     )  # fmt: skip
     return outputs
 
@@ -147,23 +148,6 @@ def _clean(z):
     """NaN reads as -inf, +inf as the largest finite float32."""
     z = tl.where(z != z, float("-inf"), z)
     return tl.where(z > 3.4028234663852886e38, 3.4028234663852886e38, z)
-
-
-@triton.jit
-def _load_any(pointer, at, inside, dtype):
-    """Floats of the type ``dtype`` (a number of ``_TYPES``) as float32; the pointer's own type is ignored."""
-    result = tl.zeros(at.shape, tl.float32)
-    if dtype == 0:
-        result = tl.load(pointer.to(tl.pointer_type(tl.float32), bitcast=True) + at, inside, 0.0)
-    elif dtype == 1:
-        result = tl.load(pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True) + at, inside, 0.0).to(
-            tl.float32
-        )
-    else:
-        result = tl.load(pointer.to(tl.pointer_type(tl.float16), bitcast=True) + at, inside, 0.0).to(
-            tl.float32
-        )
-    return result
 
 
 @triton.jit
@@ -257,8 +241,8 @@ def _own_terms(
     """A child's own terms of the score: action value and noise."""
     own = tl.zeros(column.shape, tl.float32)
     if (flags & _CHILD) != 0:
-        own += value_weight * _load_any(
-            child_value, b * c0 + w * c1 + column.to(tl.int64) * c2, inside, child_type
+        own += value_weight * load_float(
+            child_value, child_type, b * c0 + w * c1 + column.to(tl.int64) * c2, inside
         )
     if (flags & _GUMBEL) != 0:
         own += _gumbel(tl.load(seed + b * seed_stride), node.to(tl.int32), column.to(tl.int32))
@@ -281,17 +265,21 @@ def _load_row(logits, s2, token, begin, count, first, consecutive, columns, c):
 
 # Only the logits' strides are worth a kernel of their own where they are 1 or a multiple of 16.
 _PLAIN = (
-    "child_type", "c0", "c1", "c2", "seed_stride", "a0", "a1", "v0", "v1", "o0", "o1", "flags", "width",
-    "columns", "num_edges", "max_children", "segments",
+    "child_value", "child_type", "c0", "c1", "c2", "seed_stride", "a0", "a1", "v0", "v1", "o0", "o1", "flags",
+    "width", "columns", "num_edges", "max_children", "segments",
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*_PLAIN, "n0", "n1", "num_nodes", "vocab", "splits", "chunk", "column_chunk"])
+@triton.jit(
+    do_not_specialize=[
+        *_PLAIN, "node", "node_type", "n0", "n1", "num_nodes", "vocab", "splits", "chunk", "column_chunk"
+    ]
+)  # fmt: skip
 def _rows(
-    logits, s0, s1, s2, token, child_value, child_type, c0, c1, c2, seed, seed_stride, cum_logp, value, bonus,
-    a0, a1, v0, v1, o0, o1, flags, width, columns, num_edges, max_children, logp_weight, value_weight,
-    entropy_weight, inverse, offset, node, n0, n1, num_nodes, vocab, segments, splits, chunk, column_chunk,
-    stats, edges, best, part, entropies,
+    logits, s0, s1, s2, token, child_value: tl.int64, child_type, c0, c1, c2, seed, seed_stride, cum_logp,
+    value, bonus, a0, a1, v0, v1, o0, o1, flags, width, columns, num_edges, max_children, logp_weight,
+    value_weight, entropy_weight, inverse, offset, node: tl.int64, node_type, n0, n1, num_nodes, vocab,
+    segments, splits, chunk, column_chunk, stats, edges, best, part, entropies,
     OWN_TERMS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -299,7 +287,7 @@ def _rows(
     step = tl.arange(0, BLOCK)
     logits += b * s0 + w * s1
 
-    here = tl.load(node + b * n0 + w * n1).to(tl.int64)
+    here = load_int(node, node_type, b * n0 + w * n1, True, -1)
     live = (here >= 0) & (here < num_nodes)
     here = tl.where(live, here, 0)
     begin = tl.load(offset + here, live, 0).to(tl.int64)
@@ -419,7 +407,7 @@ def _keep_best(kept, keys, LIST: tl.constexpr):
 
 @triton.jit
 def _children(
-    logits, s1, s2, logits_type, token, child_value, child_type, c0, c1, c2, seed, seed_stride, flags,
+    logits, logits_type, s0, s1, s2, token, child_value, child_type, c0, c1, c2, seed, seed_stride, flags,
     columns, num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, inside,
 ):  # fmt: skip
     """Score, log-probability and edge of children ``c`` of the rows ``w`` of a request."""
@@ -431,44 +419,36 @@ def _children(
     inside &= (column >= 0) & (column < columns)
     z = tl.where(
         inside,
-        _clean(_load_any(logits, w * s1 + column.to(tl.int64) * s2, inside, logits_type)),
+        _clean(load_float(logits, logits_type, b * s0 + w * s1 + column.to(tl.int64) * s2, inside)),
         float("-inf"),
     )
     own = _own_terms(
-        child_value,
-        child_type,
-        c0,
-        c1,
-        c2,
-        seed,
-        seed_stride,
-        flags,
-        value_weight,
-        b,
-        w,
-        node,
-        column,
-        inside,
-    )
+        child_value, child_type, c0, c1, c2, seed, seed_stride, flags, value_weight, b, w, node, column,
+        inside
+    )  # fmt: skip
     shift, log_sum = tl.load(stats + w * 4, inside, 0.0), tl.load(stats + w * 4 + 1, inside, 0.0)
     cum, constant = tl.load(stats + w * 4 + 2, inside, 0.0), tl.load(stats + w * 4 + 3, inside, 0.0)
     score, logp = _score(z, shift, log_sum, cum, constant, own, logp_weight, inverse)
     return score, logp, begin + c, column
 
 
-@triton.jit(do_not_specialize=[*_PLAIN, "logits_type", "segment", "segment_count", "parts", "own_terms", "k"])
+@triton.jit(
+    do_not_specialize=[
+        *_PLAIN, "logits", "logits_type", "s0", "s1", "s2", "segment", "segment_count", "parts", "own_terms",
+        "k",
+    ]
+)  # fmt: skip
 def _select(
-    logits, s0, s1, s2, token, child_value, child_type, c0, c1, c2, seed, seed_stride, cum_logp, value, bonus,
-    a0, a1, v0, v1, o0, o1, flags, width, columns, num_edges, max_children, logp_weight, value_weight,
-    entropy_weight, inverse, logits_type, segments, segment, segment_count, parts, own_terms, stats, edges,
-    best, part, picked, out_score, out_logp, out_parent, out_token, out_child, out_count, entropies, k,
+    logits: tl.int64, logits_type, s0, s1, s2, token, child_value: tl.int64, child_type, c0, c1, c2, seed,
+    seed_stride, cum_logp, value, bonus, a0, a1, v0, v1, o0, o1, flags, width, columns, num_edges,
+    max_children, logp_weight, value_weight, entropy_weight, inverse, segments, segment, segment_count, parts,
+    own_terms, stats, edges, best, part, picked, out_score, out_logp, out_parent, out_token, out_child,
+    out_count, entropies, k,
     LIST: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     step = tl.arange(0, KEYS)
     slot = tl.arange(0, LIST)
-    logits = logits.to(tl.pointer_type(tl.int8), bitcast=True)
-    logits += b * s0 * tl.where(logits_type == 0, 4, 2)
     stats += b * width * 4
     edges += b * width * 3
     best += b * width * segments
@@ -531,8 +511,8 @@ def _select(
         which = tl.where(inside, _position(key), 0)
         w, c = which // segments, (which % segments) * segment + i % segment
         score, _, _, _ = _children(
-            logits, s1, s2, logits_type, token, child_value, child_type, c0, c1, c2, seed, seed_stride, flags,
-            columns, num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, inside,
+            logits, logits_type, s0, s1, s2, token, child_value, child_type, c0, c1, c2, seed, seed_stride,
+            flags, columns, num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, inside,
         )  # fmt: skip
         kept = _keep_best(kept, _key(score, w * max_children + c), LIST)
 
@@ -540,7 +520,7 @@ def _select(
     position = tl.where(exists, _position(kept), 0)
     w, c = position // max_children, position % max_children
     _, logp, edge, column = _children(
-        logits, s1, s2, logits_type, token, child_value, child_type, c0, c1, c2, seed, seed_stride, flags,
+        logits, logits_type, s0, s1, s2, token, child_value, child_type, c0, c1, c2, seed, seed_stride, flags,
         columns, num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, exists,
     )  # fmt: skip
     to, written = b * k + slot, slot < k
@@ -567,22 +547,14 @@ def specialisations() -> Iterator[Specialisation]:
     ints = ("offset", "token", "edges", "out_parent", "out_token", "out_child", "out_count")
     numbers = ("logp_weight", "value_weight", "entropy_weight", "inverse")
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(ints, "*i32") | dict.fromkeys(numbers, "fp32")
-    types |= {"seed": "*i64", "picked": "*i64", "s0": "i32:16", "s1": "i32:16"}
-    for dtype, pointer in FLOATS.items():
-        given = {**types, "logits": pointer, "child_value": pointer}
-        for (block, segment, warps), own in product(_BLOCKS, (False, True)):
-            constants = {"OWN_TERMS": own, "BLOCK": block, "SEGMENT": segment, "s2": 1}
-            for width, node in INTS.items():
-                name = f"expand_topk rows {block}{', own terms' * own}, {dtype}, {width} nodes"
-                yield Specialisation(name, _rows, {**given, "node": node}, constants, warps, fused=False)
-        for most, keys, warps in _SELECTIONS:
-            for size in (1 << i for i in range(4, most.bit_length())):
-                constants = {"LIST": size, "KEYS": keys, "s2": 1}
-                yield Specialisation(
-                    f"expand_topk select {size} of {keys}, {dtype}",
-                    _select,
-                    given,
-                    constants,
-                    warps,
-                    fused=False,
-                )
+    types |= dict.fromkeys(("node", "child_value"), "i64") | {"seed": "*i64", "picked": "*i64"}
+    rows = {**types, "s0": "i32:16", "s1": "i32:16"}
+    for (dtype, logits), (block, segment, warps), own in product(FLOATS.items(), _BLOCKS, (False, True)):
+        constants = {"OWN_TERMS": own, "BLOCK": block, "SEGMENT": segment, "s2": 1}
+        name = f"expand_topk rows {block}{', own terms' * own}, {dtype}"
+        yield Specialisation(name, _rows, {**rows, "logits": logits}, constants, warps)
+    for most, keys, warps in _SELECTIONS:
+        for size in (1 << i for i in range(4, most.bit_length())):
+            name = f"expand_topk select {size} of {keys}"
+            constants = {"LIST": size, "KEYS": keys}
+            yield Specialisation(name, _select, {**types, "logits": "i64"}, constants, warps)

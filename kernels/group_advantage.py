@@ -6,7 +6,6 @@ Three sweeps (mean and equality, sum of squares, result) in float64. One launch,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 import triton
@@ -14,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ._specialisation import FLOATS, Specialisation
+from ._array import array, load_float, load_int
+from ._specialisation import OPTIONS, Specialisation
 
 
 def group_advantage(rewards: Tensor, mask: Tensor | None, eps: float, ddof: int, std_floor: float) -> Tensor:
@@ -23,10 +23,10 @@ def group_advantage(rewards: Tensor, mask: Tensor | None, eps: float, ddof: int,
     advantage = torch.empty(batch, group, device=rewards.device)
     if advantage.numel():
         block, warps = _block(group)
-        present = rewards if mask is None else mask
+        present = (0, 0) if mask is None else mask.stride()
         _group_advantage[(batch,)](
-            rewards, present, advantage, group, *rewards.stride(), *present.stride(), eps, std_floor, ddof,
-            MASKED=mask is not None, BLOCK=block, num_warps=warps,
+            *array(rewards), *array(mask), advantage, group, *rewards.stride(), *present, eps, std_floor,
+            ddof, BLOCK=block, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return advantage
 
@@ -38,17 +38,20 @@ def _block(group: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _load(rewards, present, b, g, inside, r0, r1, m0, m1, MASKED: tl.constexpr):
+def _load(rewards, rewards_type, present, present_type, b, g, inside, r0, r1, m0, m1):
     """Rewards as float64 and whether they take part; those that do not are never looked at."""
-    if MASKED:
-        inside = inside & (tl.load(present + b * m0 + g * m1, inside, 0) != 0)
-    return tl.load(rewards + b * r0 + g * r1, inside, 0.0).to(tl.float64), inside
+    inside = inside & (load_int(present, present_type, b * m0 + g * m1, inside, 1) != 0)
+    return load_float(rewards, rewards_type, b * r0 + g * r1, inside).to(tl.float64), inside
 
 
-@triton.jit(do_not_specialize=["group", "r0", "r1", "m0", "m1", "ddof"])
+@triton.jit(
+    do_not_specialize=[
+        "rewards", "rewards_type", "present", "present_type", "group", "r0", "r1", "m0", "m1", "ddof"
+    ]
+)  # fmt: skip
 def _group_advantage(
-    rewards, present, advantage, group, r0, r1, m0, m1, eps: tl.float64, std_floor: tl.float64, ddof,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    rewards: tl.int64, rewards_type, present: tl.int64, present_type, advantage, group, r0, r1, m0, m1,
+    eps: tl.float64, std_floor: tl.float64, ddof, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     step = tl.arange(0, BLOCK).to(tl.int64)
@@ -58,7 +61,7 @@ def _group_advantage(
     bottom = tl.full((BLOCK,), float("inf"), tl.float64)
     for start in range(0, group, BLOCK):
         g = start + step
-        x, there = _load(rewards, present, b, g, g < group, r0, r1, m0, m1, MASKED)
+        x, there = _load(rewards, rewards_type, present, present_type, b, g, g < group, r0, r1, m0, m1)
         total += x
         count += there.to(tl.int32)
         top = tl.where(there & (x > top), x, top)
@@ -69,24 +72,20 @@ def _group_advantage(
     squares = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, group, BLOCK):
         g = start + step
-        x, there = _load(rewards, present, b, g, g < group, r0, r1, m0, m1, MASKED)
+        x, there = _load(rewards, rewards_type, present, present_type, b, g, g < group, r0, r1, m0, m1)
         squares += tl.where(there, (x - mean) * (x - mean), 0.0)
     std = tl.sqrt(tl.sum(squares, 0) / tl.maximum(n - ddof, 1).to(tl.float64))
     scale = tl.maximum(std, std_floor) + eps
     for start in range(0, group, BLOCK):
         g = start + step
-        x, there = _load(rewards, present, b, g, g < group, r0, r1, m0, m1, MASKED)
+        x, there = _load(rewards, rewards_type, present, present_type, b, g, g < group, r0, r1, m0, m1)
         result = tl.where(there & signal, (x - mean) / scale, 0.0)
         tl.store(advantage + b * group + g, result.to(tl.float32), g < group)
 
 
 def specialisations() -> Iterator[Specialisation]:
     """Everything that is compiled."""
-    for masked, (dtype, rewards), group in product(
-        (False, True), FLOATS.items(), (32, 64, 128, 256, 512, 1024)
-    ):
+    types = {"rewards": "i64", "present": "i64", "advantage": "*fp32", "eps": "fp64", "std_floor": "fp64"}
+    for group in (32, 64, 128, 256, 512, 1024):
         block, warps = _block(group)
-        types = {"rewards": rewards, "present": "*i1" if masked else rewards, "advantage": "*fp32"}
-        types |= {"eps": "fp64", "std_floor": "fp64"}
-        name = f"group_advantage {block}, {dtype}{', masked' * masked}"
-        yield Specialisation(name, _group_advantage, types, {"MASKED": masked, "BLOCK": block}, warps)
+        yield Specialisation(f"group_advantage {block}", _group_advantage, types, {"BLOCK": block}, warps)

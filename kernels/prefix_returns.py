@@ -8,14 +8,14 @@ all of its members. Two launches; every embedding is read once a level. The one 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._specialisation import FLOATS, INTS, Specialisation
+from ._array import array, load_int
+from ._specialisation import FLOATS, OPTIONS, Specialisation
 from .sibling_advantage import number_prefixes
 
 _ROWS, _COLUMNS, _MEMBERS = 16, 64, 128  # of a tile of embeddings; candidates looked at together
@@ -37,22 +37,23 @@ def prefix_returns(
         workspace = torch.empty(2, batch, group, dtype=torch.int32, device=tokens.device)
         number_prefixes(tokens, mask, workspace[0], workspace[1], node, count)
         _prefix_returns[(batch * group, length)](
-            tokens, embedding, target, target_embedding, weights, node, returns, similarity, group, length,
-            embedding.shape[2], *tokens.stride(), *embedding.stride(), *target.stride(),
+            *array(tokens), embedding, *array(target), target_embedding, weights, node, returns, similarity,
+            group, length, embedding.shape[2], *tokens.stride(), *embedding.stride(), *target.stride(),
             *target_embedding.stride(), weights.stride(0),
-            ROWS=_ROWS, COLUMNS=_COLUMNS, MEMBERS=_MEMBERS, num_warps=1,
+            ROWS=_ROWS, COLUMNS=_COLUMNS, MEMBERS=_MEMBERS, num_warps=1, **OPTIONS,
         )  # fmt: skip
     return returns, similarity, node, count
 
 
 @triton.jit(
     do_not_specialize=[
-        "group", "length", "width", "t0", "t1", "t2", "e0", "e1", "y0", "y1", "z0", "z1", "weight_stride"
+        "tokens", "tokens_type", "target", "target_type", "group", "length", "width", "t0", "t1", "t2", "e0",
+        "e1", "y0", "y1", "z0", "z1", "weight_stride",
     ]
 )  # fmt: skip
 def _prefix_returns(
-    tokens, embedding, target, target_embedding, weights, node, returns, similarity, group, length, width,
-    t0, t1, t2, e0, e1, e2, y0, y1, z0, z1, weight_stride,
+    tokens: tl.int64, tokens_type, embedding, target: tl.int64, target_type, target_embedding, weights, node,
+    returns, similarity, group, length, width, t0, t1, t2, e0, e1, e2, y0, y1, z0, z1, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     row, depth = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -87,8 +88,8 @@ def _prefix_returns(
 
         missed = 0
         for level in range(0, depth + 1):
-            token = tl.load(tokens + b * t0 + g * t1 + level * t2).to(tl.int64)
-            missed += (token != tl.load(target + b * y0 + level * y1).to(tl.int64)).to(tl.int32)
+            token = load_int(tokens, tokens_type, b * t0 + g * t1 + level * t2, True, 0)
+            missed += (token != load_int(target, target_type, b * y0 + level * y1, True, 0)).to(tl.int32)
         weight = tl.load(weights + depth * weight_stride)
         result = tl.where(missed == 0, weight, -weight * (1.0 - cosine.to(tl.float64))).to(tl.float32)
         _store(returns, similarity, node, b, depth, own, result, cosine, group, length, MEMBERS)
@@ -113,6 +114,7 @@ def specialisations() -> Iterator[Specialisation]:
     """Everything that is compiled for embeddings whose last stride is 1."""
     constants = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "MEMBERS": _MEMBERS, "e2": 1}
     types = {"weights": "*fp64", "node": "*i32", "returns": "*fp32", "similarity": "*fp32"}
-    for (width, tokens), (dtype, floats) in product(INTS.items(), FLOATS.items()):
-        given = {**types, "tokens": tokens, "target": tokens, "embedding": floats, "target_embedding": floats}
-        yield Specialisation(f"prefix_returns {width} tokens, {dtype}", _prefix_returns, given, constants, 1)
+    types |= {"tokens": "i64", "target": "i64"}
+    for dtype, floats in FLOATS.items():
+        given = {**types, "embedding": floats, "target_embedding": floats}
+        yield Specialisation(f"prefix_returns {dtype}", _prefix_returns, given, constants, 1)

@@ -19,7 +19,7 @@ Workspace: float64 ``[2, B, G]``, the earlier members and the mean of each candi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import product
 
 import torch
 import triton
@@ -27,11 +27,12 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
+from ._array import array, load_float, load_int
+from ._specialisation import OPTIONS, Specialisation
+
 FUSED = 128  # candidates that one program can hold
 _BASELINES = {"sibling": 0, "parent": 1, "leave_one_out": 2}
 _OTHERS = 16  # rows of a tile
-_RUNTIME = ["group", "length", "blocks", "first", "last", "ddof", "min_siblings", "baseline"]
-_STRIDES = ["t0", "t1", "t2", "r0", "r1", "m0", "m1"]
 
 
 def sibling_advantage(
@@ -69,9 +70,9 @@ def number_prefixes(
     ``earlier`` is workspace ``[B, G]``.
     """
     if node.numel():
-        # Nothing reads the rewards, the advantage or their strides.
+        # Nothing reads the rewards, nothing writes the advantage.
         _launch(
-            tokens, earlier, mask, earlier, order, earlier, earlier, node, count,
+            tokens, None, mask, earlier, order, earlier, earlier, node, count,
             0.0, 0.0, 0, 0, 0, statistics=False,
         )  # fmt: skip
 
@@ -83,15 +84,14 @@ def _launch(
     batch, group, length = tokens.shape
     own, warps, fused = _plan(group)
     blocks = triton.cdiv(group, own)
-    present = rewards if mask is None else mask
+    given, present = ((0, 0) if x is None else x.stride() for x in (rewards, mask))
     launches = [(3, 0, length)] if fused else [(p, d, d + 1) for d in range(length) for p in (1, 2)]
     for phases, first, last in launches:
         _siblings[(batch * blocks,)](
-            tokens, rewards, present, earlier, mean, advantage, valid, node, count,
-            group, length, blocks, first, last, *tokens.stride(), *rewards.stride(), *present.stride(),
+            *array(tokens), *array(rewards), *array(mask), earlier, mean, advantage, valid, node, count,
+            group, length, blocks, first, last, *tokens.stride(), *given, *present,
             eps, std_floor, ddof, min_siblings, baseline,
-            PHASES=phases, STATISTICS=statistics, MASKED=mask is not None, OWN=own, OTHERS=_OTHERS,
-            num_warps=warps,
+            PHASES=phases, STATISTICS=statistics, OWN=own, OTHERS=_OTHERS, num_warps=warps, **OPTIONS,
         )  # fmt: skip
 
 
@@ -102,39 +102,39 @@ def _plan(group: int) -> tuple[int, int, bool]:
 
 
 @triton.jit
-def _numbers_above(node, present, b, g, group, length, depth, m0, m1, MASKED: tl.constexpr):
+def _numbers_above(node, present, present_type, b, g, group, length, depth, m0, m1):
     """The prefix above: 0 for the root, -1 for a masked candidate; past the end the highest number."""
     inside = g < group
     above = tl.where(inside, 0, 2147483647)
     if depth > 0:
         above = tl.load(node + (b * group + g) * length + depth - 1, inside, 2147483647)
-    elif MASKED:
-        above = tl.where(tl.load(present + b * m0 + g * m1, inside, 1) != 0, above, -1)
+    else:
+        above = tl.where(load_int(present, present_type, b * m0 + g * m1, inside, 1) != 0, above, -1)
     return above
 
 
 @triton.jit
 def _buckets(
-    tokens, rewards, present, earlier, mean, node, count, b, g, group, length, depth,
-    t0, t1, t2, r0, r1, m0, m1, STATISTICS: tl.constexpr, MASKED: tl.constexpr, OWN: tl.constexpr,
-    OTHERS: tl.constexpr,
+    tokens, tokens_type, rewards, rewards_type, present, present_type, earlier, mean, node, count, b, g,
+    group, length, depth, t0, t1, t2, r0, r1, m0, m1,
+    STATISTICS: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """Phase 1 for the candidates g: ``count``, ``earlier``, ``mean``."""
     column = b * t0 + tl.cast(depth, tl.int64) * t2
-    above = _numbers_above(node, present, b, g, group, length, depth, m0, m1, MASKED)
-    token = tl.load(tokens + column + g * t1, g < group, 0)
+    above = _numbers_above(node, present, present_type, b, g, group, length, depth, m0, m1)
+    token = load_int(tokens, tokens_type, column + g * t1, g < group, 0)
     members = tl.zeros((OWN,), tl.int32)
     before = tl.zeros((OWN,), tl.int32)
     total = tl.zeros((OWN,), tl.float64)
     for start in range(0, group, OTHERS):
         j = start + tl.arange(0, OTHERS).to(tl.int64)
-        above_j = _numbers_above(node, present, b, j, group, length, depth, m0, m1, MASKED)
-        token_j = tl.load(tokens + column + j * t1, j < group, 0)
+        above_j = _numbers_above(node, present, present_type, b, j, group, length, depth, m0, m1)
+        token_j = load_int(tokens, tokens_type, column + j * t1, j < group, 0)
         same = (above_j[:, None] == above[None, :]) & (token_j[:, None] == token[None, :])
         members += tl.sum(same.to(tl.int32), 0)
         before += tl.sum((same & (j[:, None] < g[None, :])).to(tl.int32), 0)
         if STATISTICS:
-            reward_j = tl.load(rewards + b * r0 + j * r1, j < group, 0.0).to(tl.float64)
+            reward_j = load_float(rewards, rewards_type, b * r0 + j * r1, j < group).to(tl.float64)
             total += tl.sum(tl.where(same, reward_j[:, None], 0.0), 0)
     here = b * group + g
     members = tl.where(above < 0, 0, members)
@@ -146,15 +146,15 @@ def _buckets(
 
 @triton.jit
 def _nodes(
-    tokens, rewards, present, earlier, mean, advantage, valid, node, b, g, group, length, depth,
-    t0, t1, t2, r0, r1, m0, m1, eps: tl.float64, std_floor: tl.float64, ddof, min_siblings, baseline,
-    STATISTICS: tl.constexpr, MASKED: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
+    tokens, tokens_type, rewards, rewards_type, present, present_type, earlier, mean, advantage, valid, node,
+    b, g, group, length, depth, t0, t1, t2, r0, r1, m0, m1, eps, std_floor, ddof, min_siblings, baseline,
+    STATISTICS: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """Phase 2 for the candidates g: ``node``, ``advantage`` and ``valid``, or at the last level the order."""
     column = b * t0 + tl.cast(depth, tl.int64) * t2
     here = b * group + g
-    above = _numbers_above(node, present, b, g, group, length, depth, m0, m1, MASKED)
-    token = tl.load(tokens + column + g * t1, g < group, 0)
+    above = _numbers_above(node, present, present_type, b, g, group, length, depth, m0, m1)
+    token = load_int(tokens, tokens_type, column + g * t1, g < group, 0)
     rank = tl.zeros((OWN,), tl.int32)
     smaller = tl.zeros((OWN,), tl.int32)  # candidates with a smaller prefix; rank counts such nodes
     highest = tl.full((OTHERS,), -1, tl.int32)
@@ -167,15 +167,15 @@ def _nodes(
         own_mean = tl.load(mean + here, g < group, 0.0)
     for start in range(0, group, OTHERS):
         j = start + tl.arange(0, OTHERS).to(tl.int64)
-        above_j = _numbers_above(node, present, b, j, group, length, depth, m0, m1, MASKED)
-        token_j = tl.load(tokens + column + j * t1, j < group, 0)
+        above_j = _numbers_above(node, present, present_type, b, j, group, length, depth, m0, m1)
+        token_j = load_int(tokens, tokens_type, column + j * t1, j < group, 0)
         stands = (tl.load(earlier + b * group + j, j < group, 1) == 0) & (above_j >= 0)
         highest = tl.maximum(highest, tl.where(j < group, above_j, -1))
         same_parent = above_j[:, None] == above[None, :]
         less = (above_j[:, None] < above[None, :]) | (same_parent & (token_j[:, None] < token[None, :]))
         rank += tl.sum((less & stands[:, None]).to(tl.int32), 0)
         if STATISTICS:
-            reward_j = tl.load(rewards + b * r0 + j * r1, j < group, 0.0).to(tl.float64)
+            reward_j = load_float(rewards, rewards_type, b * r0 + j * r1, j < group).to(tl.float64)
             family += tl.sum(same_parent.to(tl.int32), 0)
             family_total += tl.sum(tl.where(same_parent, reward_j[:, None], 0.0), 0)
             child = same_parent & stands[:, None]
@@ -205,63 +205,50 @@ def _nodes(
         tl.store(mean + b * group + place, g.to(tl.int32), g < group)
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, *_STRIDES])
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "tokens_type", "rewards", "rewards_type", "present", "present_type", "group", "length",
+        "blocks", "first", "last", "t0", "t1", "t2", "r0", "r1", "m0", "m1", "ddof", "min_siblings",
+        "baseline",
+    ]
+)  # fmt: skip
 def _siblings(
-    tokens, rewards, present, earlier, mean, advantage, valid, node, count,
-    group, length, blocks, first, last, t0, t1, t2, r0, r1, m0, m1,
+    tokens: tl.int64, tokens_type, rewards: tl.int64, rewards_type, present: tl.int64, present_type, earlier,
+    mean, advantage, valid, node, count, group, length, blocks, first, last, t0, t1, t2, r0, r1, m0, m1,
     eps: tl.float64, std_floor: tl.float64, ddof, min_siblings, baseline,
-    PHASES: tl.constexpr, STATISTICS: tl.constexpr, MASKED: tl.constexpr, OWN: tl.constexpr,
-    OTHERS: tl.constexpr,
+    PHASES: tl.constexpr, STATISTICS: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks).to(tl.int64)
     g = (tl.program_id(0) % blocks).to(tl.int64) * OWN + tl.arange(0, OWN)
     for depth in range(first, last):
         if PHASES & 1:
             _buckets(
-                tokens, rewards, present, earlier, mean, node, count, b, g, group, length, depth,
-                t0, t1, t2, r0, r1, m0, m1, STATISTICS, MASKED, OWN, OTHERS,
+                tokens, tokens_type, rewards, rewards_type, present, present_type, earlier, mean, node, count,
+                b, g, group, length, depth, t0, t1, t2, r0, r1, m0, m1, STATISTICS, OWN, OTHERS,
             )  # fmt: skip
         if PHASES == 3:
             tl.debug_barrier()
         if PHASES & 2:
             _nodes(
-                tokens, rewards, present, earlier, mean, advantage, valid, node, b, g, group, length, depth,
-                t0, t1, t2, r0, r1, m0, m1, eps, std_floor, ddof, min_siblings, baseline,
-                STATISTICS, MASKED, OWN, OTHERS,
+                tokens, tokens_type, rewards, rewards_type, present, present_type, earlier, mean, advantage,
+                valid, node, b, g, group, length, depth, t0, t1, t2, r0, r1, m0, m1, eps, std_floor, ddof,
+                min_siblings, baseline, STATISTICS, OWN, OTHERS,
             )  # fmt: skip
         if PHASES == 3:
             tl.debug_barrier()
 
 
-def specialisations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, object], int]]:
-    """Name, function, types of the arguments, constants and warps of everything that is ever compiled."""
+def specialisations() -> Iterator[Specialisation]:
+    """Everything that is compiled."""
+    inputs = dict.fromkeys(("tokens", "rewards", "present"), "i64")
     for group in (16, 32, 64, FUSED, FUSED + 1):
         own, warps, fused = _plan(group)
-        for phases in (3,) if fused else (1, 2):
-            for masked in (False, True):
-                for token in ("i32", "i64"):
-                    for reward in ("fp32", "bf16", "fp16", None):  # None: no statistics, the order only
-                        yield _specialisation(own, warps, phases, masked, token, reward)
-
-
-def _specialisation(own, warps, phases, masked, token, reward):
-    scratch = "*fp64" if reward else "*i32"
-    reward_type = f"*{reward}" if reward else scratch
-    signature = dict.fromkeys((*_RUNTIME, *_STRIDES), "i32") | {
-        "tokens": f"*{token}",
-        "rewards": reward_type,
-        "present": "*i1" if masked else reward_type,
-        "earlier": scratch,
-        "mean": scratch,
-        "advantage": "*fp32" if reward else scratch,
-        "valid": "*i1" if reward else scratch,
-        "node": "*i32",
-        "count": "*i32",
-        "eps": "fp64",
-        "std_floor": "fp64",
-    }
-    constants = {
-        "PHASES": phases, "STATISTICS": reward is not None, "MASKED": masked, "OWN": own, "OTHERS": _OTHERS
-    }  # fmt: skip
-    name = f"{reward or 'order'} {token}{' masked' if masked else ''} OWN={own} PHASES={phases}"
-    return name, _siblings, signature, constants, warps
+        for phases, statistics in product((3,) if fused else (1, 2), (True, False)):
+            scratch = "*fp64" if statistics else "*i32"
+            types = dict.fromkeys(("earlier", "mean", "advantage", "valid"), scratch) | inputs
+            types |= {"node": "*i32", "count": "*i32", "eps": "fp64", "std_floor": "fp64"}
+            types |= {"advantage": "*fp32", "valid": "*i1"} if statistics else {}
+            constants = {"PHASES": phases, "STATISTICS": statistics, "OWN": own, "OTHERS": _OTHERS}
+            what = "" if statistics else ", numbers only"
+            name = f"sibling_advantage {own}{'' if fused else f', phase {phases}'}{what}"
+            yield Specialisation(name, _siblings, types, constants, warps)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..reference import ved_select as _select_reference
 from ._order import ordered
-from ._specialisation import Specialisation
+from ._specialisation import OPTIONS, Specialisation
 
 _NODES = ((64, 1), (256, 2), (1024, 8), (4096, 16))  # most nodes, warps
 _COPY, _KEYS = 64, 1024  # entries of a row copied together; keys looked at together
@@ -72,7 +72,7 @@ def ved_select(
             node, parent, priority, visits, next_child, num_children, child_node, child_logp, size, budget,
             depth, depth_sum, depth_count, row_parent, row_node, row_logp, capacity, child_node.shape[2],
             levels, exploration, paths, max_idle,
-            NODES=block, OTHERS=_others(block), num_warps=warps,
+            NODES=block, OTHERS=_others(block), num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return row_parent, row_node, row_logp
 
@@ -90,7 +90,7 @@ def ved_insert(*arguments: Any) -> None:
     if batch and row_node.shape[1]:
         _ved_insert[(batch,)](
             *arrays, capacity, row_node.shape[1], child_node.shape[2], leaf_node.shape[2], depth_sum.shape[1],
-            logp_weight, entropy_weight, COPY=_COPY, num_warps=1,
+            logp_weight, entropy_weight, COPY=_COPY, num_warps=1, **OPTIONS,
         )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def ved_candidates(
         _ved_candidates[(batch,)](
             node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, keys, out_node,
             out_logp, out_score, count, capacity, slots, length, k, logp_weight, int(forced_first),
-            KEYS=_KEYS, num_warps=4,
+            KEYS=_KEYS, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return out_node, out_logp, out_score, count
 

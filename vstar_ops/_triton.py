@@ -84,9 +84,7 @@ def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
             arguments = {
                 name: _stand_in(kind) for name, kind in item.signature().items() if kind != "constexpr"
             }
-            item.kernel.warmup(
-                **arguments, **item.constants, grid=(1,), num_warps=item.warps, enable_fp_fusion=item.fused
-            )
+            item.kernel.warmup(**arguments, **item.constants, grid=(1,), **item.options)
     return time.perf_counter() - start
 
 
@@ -127,7 +125,7 @@ def resources(item: Any, architecture: int) -> Resources:
         dict(item.constants),
         {index: [["tt.divisibility", 16]] for index in aligned},
     )
-    options = {"num_warps": item.warps, "enable_fp_fusion": item.fused}
+    options = item.options
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -1,0 +1,49 @@
+"""Arrays whose element type a kernel looks up: one compiled kernel serves all dtypes.
+
+For reads that are gathers anyway. Where a row is streamed, a typed pointer lets the compiler read 16 bytes at
+once, and the kernel is compiled for each dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TYPES = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.int64: 4, torch.bool: 5,
+}  # fmt: skip
+
+
+def array(x: Tensor | None) -> tuple[int, int]:
+    """Address and type of a tensor, what :func:`load_float` and :func:`load_int` take; type -1 for None."""
+    return (0, -1) if x is None else (x.data_ptr(), _TYPES[x.dtype])
+
+
+@triton.jit
+def load_float(address, dtype, at, inside):
+    """float32, bfloat16 or float16 at positions ``at`` as float32; 0 where not inside."""
+    address = address.to(tl.int64)
+    result = tl.zeros(at.shape, tl.float32)
+    if dtype == 0:
+        result = tl.load(address.to(tl.pointer_type(tl.float32)) + at, inside, 0.0)
+    elif dtype == 1:
+        result = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + at, inside, 0.0).to(tl.float32)
+    elif dtype == 2:
+        result = tl.load(address.to(tl.pointer_type(tl.float16)) + at, inside, 0.0).to(tl.float32)
+    return result
+
+
+@triton.jit
+def load_int(address, dtype, at, inside, other: tl.constexpr):
+    """int32, int64 or bool at positions ``at`` as int64; ``other`` where not inside, everywhere for None."""
+    address = address.to(tl.int64)
+    result = tl.full(at.shape, other, tl.int64)
+    if dtype == 3:
+        result = tl.load(address.to(tl.pointer_type(tl.int32)) + at, inside, other).to(tl.int64)
+    elif dtype == 4:
+        result = tl.load(address.to(tl.pointer_type(tl.int64)) + at, inside, other)
+    elif dtype == 5:
+        result = tl.load(address.to(tl.pointer_type(tl.int8)) + at, inside, other).to(tl.int64)
+    return result
