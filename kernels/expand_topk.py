@@ -43,7 +43,7 @@ from ._order import from_ordered, ordered
 from ._specialisation import FLOATS, OPTIONS, Specialisation
 
 _BLOCKS = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children a block, a segment; warps
-_SELECTIONS = ((64, 256, 2), (2048, 2048, 8))  # most winners, keys a block; warps
+_FEW, _MANY = (256, 2), (512, 8)  # keys a block of the selection, warps; more keys where as many win
 _MOST_WINNERS = 2048
 _PROGRAMS = 512  # rows are shared until there are about as many; fixed, so that no result depends on the GPU
 _CUM, _VALUE, _BONUS, _CHILD, _GUMBEL = (tl.constexpr(1 << i) for i in range(5))
@@ -135,8 +135,10 @@ def _tile(longest: int) -> tuple[int, int, int]:
 def _selection(winners: int, segments: int) -> tuple[int, int, int]:
     """Length of the list of the best, keys a block, warps."""
     size = max(16, next_power_of_2(winners))
-    small = size <= _SELECTIONS[0][0] and segments <= 4 * _SELECTIONS[0][1]
-    return size, *_SELECTIONS[0 if small else 1][1:]
+    if size <= 64 and segments <= 4 * _FEW[0]:
+        return size, *_FEW
+    size = max(64, size)
+    return size, max(size, _MANY[0]), _MANY[1]
 
 
 def _chunk(total: int, splits: int, block: int) -> int:
@@ -407,29 +409,23 @@ def _keep_best(kept, keys, LIST: tl.constexpr):
 
 @triton.jit
 def _children(
-    logits, logits_type, s0, s1, s2, token, child_value, child_type, c0, c1, c2, seed, seed_stride, flags,
-    columns, num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, inside,
+    logits, logits_type, s0, s1, s2, token, columns, edges, b, w, c, inside
 ):  # fmt: skip
-    """Score, log-probability and edge of children ``c`` of the rows ``w`` of a request."""
-    w = w.to(tl.int64)
+    """Edge, column and logit (-inf: there is none) of children ``c`` of the rows ``w`` of a request."""
     begin = tl.load(edges + w * 3, inside, 0).to(tl.int64)
     inside &= c < tl.load(edges + w * 3 + 1, inside, 0)
-    node = tl.load(edges + w * 3 + 2, inside, 0)
     column = tl.load(token + begin + c, inside, -1)
     inside &= (column >= 0) & (column < columns)
-    z = tl.where(
-        inside,
-        _clean(load_float(logits, logits_type, b * s0 + w * s1 + column.to(tl.int64) * s2, inside)),
-        float("-inf"),
-    )
-    own = _own_terms(
-        child_value, child_type, c0, c1, c2, seed, seed_stride, flags, value_weight, b, w, node, column,
-        inside
-    )  # fmt: skip
-    shift, log_sum = tl.load(stats + w * 4, inside, 0.0), tl.load(stats + w * 4 + 1, inside, 0.0)
-    cum, constant = tl.load(stats + w * 4 + 2, inside, 0.0), tl.load(stats + w * 4 + 3, inside, 0.0)
-    score, logp = _score(z, shift, log_sum, cum, constant, own, logp_weight, inverse)
-    return score, logp, begin + c, column
+    z = _clean(load_float(logits, logits_type, b * s0 + w * s1 + column.to(tl.int64) * s2, inside))
+    return begin + c, column, tl.where(inside, z, float("-inf"))
+
+
+@triton.jit
+def _row_stats(stats, w, inside):
+    """What ``_rows`` or the joining of its parts has stored: shift, log_sum, cum, constant."""
+    at = stats + w * 4
+    shift, log_sum = tl.load(at, inside, 0.0), tl.load(at + 1, inside, 0.0)
+    return shift, log_sum, tl.load(at + 2, inside, 0.0), tl.load(at + 3, inside, 0.0)
 
 
 @triton.jit(
@@ -487,42 +483,53 @@ def _select(
             tl.store(stats + w * 4 + 3, constant, inside)
         tl.debug_barrier()  # they are read by other threads of this program
 
+    # First the segments, then the children of the best ones. One loop, so that the sorting network, which is
+    # most of the kernel, is compiled once.
     kept = tl.full((LIST,), _LOWEST, tl.int64)
-    total_segments = width * segments
-    for start in range(0, total_segments, KEYS):
-        i = start + step
-        inside = i < total_segments
-        score = tl.load(best + i, inside, float("-inf"))
-        if own_terms == 0:
-            w = (i // segments).to(tl.int64)
-            shift, log_sum = tl.load(stats + w * 4, inside, 0.0), tl.load(stats + w * 4 + 1, inside, 0.0)
-            cum, constant = tl.load(stats + w * 4 + 2, inside, 0.0), tl.load(stats + w * 4 + 3, inside, 0.0)
-            score, _ = _score(score, shift, log_sum, cum, constant, 0.0, logp_weight, inverse)
-        kept = _keep_best(kept, _key(score, i), LIST)
-    tl.store(picked + slot, kept)
-    tl.debug_barrier()
-
-    kept = tl.full((LIST,), _LOWEST, tl.int64)
-    for start in range(0, segment_count * segment, KEYS):
-        i = start + step
-        inside = i < segment_count * segment
-        key = tl.load(picked + i // segment, inside, _LOWEST)
-        inside &= key != _LOWEST
-        which = tl.where(inside, _position(key), 0)
-        w, c = which // segments, (which % segments) * segment + i % segment
-        score, _, _, _ = _children(
-            logits, logits_type, s0, s1, s2, token, child_value, child_type, c0, c1, c2, seed, seed_stride,
-            flags, columns, num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, inside,
-        )  # fmt: skip
-        kept = _keep_best(kept, _key(score, w * max_children + c), LIST)
+    total_segments, total_children = width * segments, segment_count * segment
+    first_rounds = tl.cdiv(total_segments, KEYS)
+    for turn in range(0, first_rounds + tl.cdiv(total_children, KEYS)):
+        if turn == first_rounds:
+            tl.store(picked + slot, kept)
+            tl.debug_barrier()  # they are read by other threads of this program
+            kept = tl.full((LIST,), _LOWEST, tl.int64)
+        if turn < first_rounds:
+            i = turn * KEYS + step
+            inside = i < total_segments
+            score = tl.load(best + i, inside, float("-inf"))
+            if own_terms == 0:
+                w = (i // segments).to(tl.int64)
+                shift, log_sum, cum, constant = _row_stats(stats, w, inside)
+                score, _ = _score(score, shift, log_sum, cum, constant, 0.0, logp_weight, inverse)
+            keys = _key(score, i)
+        else:
+            i = (turn - first_rounds) * KEYS + step
+            key = tl.load(picked + i // segment, i < total_children, _LOWEST)
+            inside = key != _LOWEST
+            which = tl.where(inside, _position(key), 0)
+            c = (which % segments) * segment + i % segment
+            w = (which // segments).to(tl.int64)
+            _, column, z = _children(
+                logits, logits_type, s0, s1, s2, token, columns, edges, b, w, c, inside
+            )  # fmt: skip
+            inside &= z > float("-inf")
+            node = tl.load(edges + w * 3 + 2, inside, 0)
+            own = _own_terms(
+                child_value, child_type, c0, c1, c2, seed, seed_stride, flags, value_weight, b, w, node,
+                column, inside,
+            )  # fmt: skip
+            shift, log_sum, cum, constant = _row_stats(stats, w, inside)
+            score, _ = _score(z, shift, log_sum, cum, constant, own, logp_weight, inverse)
+            keys = _key(score, w.to(tl.int32) * max_children + c)
+        kept = _keep_best(kept, keys, LIST)
 
     exists = (kept != _LOWEST) & (slot < k)
     position = tl.where(exists, _position(kept), 0)
-    w, c = position // max_children, position % max_children
-    _, logp, edge, column = _children(
-        logits, logits_type, s0, s1, s2, token, child_value, child_type, c0, c1, c2, seed, seed_stride, flags,
-        columns, num_edges, logp_weight, value_weight, inverse, stats, edges, b, w, c, exists,
-    )  # fmt: skip
+    c = position % max_children
+    w = (position // max_children).to(tl.int64)
+    edge, column, z = _children(logits, logits_type, s0, s1, s2, token, columns, edges, b, w, c, exists)
+    shift, log_sum, cum, constant = _row_stats(stats, w, exists)
+    _, logp = _score(z, shift, log_sum, cum, constant, 0.0, logp_weight, inverse)
     to, written = b * k + slot, slot < k
     tl.store(
         out_score + to, tl.where(exists, from_ordered((kept >> 32).to(tl.int32)), float("-inf")), written
@@ -553,8 +560,9 @@ def specialisations() -> Iterator[Specialisation]:
         constants = {"OWN_TERMS": own, "BLOCK": block, "SEGMENT": segment, "s2": 1}
         name = f"expand_topk rows {block}{', own terms' * own}, {dtype}"
         yield Specialisation(name, _rows, {**rows, "logits": logits}, constants, warps)
-    for most, keys, warps in _SELECTIONS:
-        for size in (1 << i for i in range(4, most.bit_length())):
+    for winners, segments in product((1 << i for i in range(4, _MOST_WINNERS.bit_length())), (1, 2**20)):
+        size, keys, warps = _selection(winners, segments)
+        if size == winners and (size <= 64 or segments == 1):  # each once
             name = f"expand_topk select {size} of {keys}"
             constants = {"LIST": size, "KEYS": keys}
             yield Specialisation(name, _select, {**types, "logits": "i64"}, constants, warps)

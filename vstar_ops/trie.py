@@ -257,8 +257,11 @@ class Trie:
     def depth(self, node: Any) -> Tensor:
         """int32 ``[...]``: the number of tokens of each node's prefix; ``-1`` for the dead node."""
         index = self._indices("node", node)
-        bounds = torch.tensor(self.level_offset[1:-1], dtype=torch.int64, device=self.device)
-        level = torch.bucketize(index, bounds, right=True)
+        level = torch.zeros_like(index)
+        for first in self.level_offset[
+            1:-1
+        ]:  # few, and a tensor of them would have to be copied from the host
+            level += index >= first
         return torch.where((index >= 0) & (index < self.num_nodes), level, -1).to(torch.int32)
 
     def sequences(self, node: Any) -> Tensor:

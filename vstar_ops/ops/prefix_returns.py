@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -105,8 +106,17 @@ def prefix_returns(
     levels = [finite("weights", w) for w in weights]
     if len(levels) != length:
         raise ValueError(f"weights must be L = {length} numbers, got {len(levels)}")
-    weight = torch.tensor(levels, dtype=torch.float64, device=device)
+    # On a GPU a copy from the host would wait for all work before it, and cannot be captured in a graph.
+    make = _kept_weights if device.type == "cuda" and type(tokens) is Tensor else _make_weights
+    weight = make(tuple(levels), device)
     return PrefixReturns(*_run(device, tokens, embedding, target, target_embedding, mask, weight))
+
+
+def _make_weights(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(levels, dtype=torch.float64, device=device)
+
+
+_kept_weights = functools.lru_cache(maxsize=64)(_make_weights)
 
 
 def _default_weights(length: int) -> list[float]:

@@ -98,7 +98,8 @@ class SearchTrees:
                 torch.int32, copy=True
             )
         else:
-            budget = torch.full((batch,), capacity if budget is None else budget, dtype=torch.int32)
+            size = capacity if budget is None else budget
+            budget = torch.full((batch,), size, dtype=torch.int32, device=device)
 
         def ints(*shape: int, fill: int = 0) -> Tensor:
             return torch.full((batch, *shape), fill, dtype=torch.int32, device=device)
