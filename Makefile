@@ -1,16 +1,19 @@
 # make demo   trains a small recommender and improves it by RL     make test   runs the tests
 # make bench  measures every op against torch                      make lint   ruff and mypy
 # Each sets itself up first. ARGS is handed on: make test ARGS="-k trie -x".
+# make gpu    on a machine with a GPU, with the torch that is there: builds in place, tests, measures
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 
+GPU_TESTS = $(wildcard $(patsubst vstar_ops/ops/%,tests/test_%,$(wildcard vstar_ops/ops/[a-z]*.py)))
+
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.vstar_ops-ready
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench lint gpu clean
 
 setup: $(READY)
 	@cat $(READY)
@@ -28,6 +31,16 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Nothing is downloaded or installed: $(PYTHON) has a CUDA torch, Triton, pytest and hypothesis. The measurement
+# follows whatever the tests say, and writes benchmarks/results/<gpu>-<date>.json and .md.
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m vstar_ops.collect_env
+	@failed=0; \
+	$(PYTHON) -m pytest -q -k "triton or cuda" tests/test_gpu.py $(GPU_TESTS) || failed=1; \
+	$(PYTHON) -m benchmarks.gpu $(ARGS) || failed=1; \
+	exit $$failed
 
 # torch comes first and alone; --no-build-isolation then builds against that very torch, where pip
 # would otherwise fetch another. The last step records which backends are on, for `setup` to print.

@@ -58,12 +58,12 @@ def sibling_advantage(tokens: Tensor, rewards: Tensor, packed: bool = False) -> 
     """
     batch, group, length = tokens.shape
     reward = rewards.flatten().double()
-    prefix, parents = torch.arange(batch).repeat_interleave(group), batch
+    prefix, parents = torch.arange(batch, device=tokens.device).repeat_interleave(group), batch
     columns = int(tokens.max()) + 1 if packed else 0
     advantage, valid = [], []
 
     def totals(index: Tensor, values: Tensor, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.float64).index_add_(0, index, values)
+        return torch.zeros(size, dtype=torch.float64, device=tokens.device).index_add_(0, index, values)
 
     for depth in range(length):
         token = tokens[:, :, depth].flatten()
@@ -93,8 +93,8 @@ def prefix_returns(
     """
     batch, group, length = tokens.shape
     columns = int(tokens.max()) + 1
-    prefix, flat = torch.arange(batch).repeat_interleave(group), embedding.flatten(0, 1)
-    matches = torch.ones(batch, group, dtype=torch.bool)
+    prefix = torch.arange(batch, device=tokens.device).repeat_interleave(group)
+    flat, matches = embedding.flatten(0, 1), torch.ones(batch, group, dtype=torch.bool, device=tokens.device)
     returns, similarity = [], []
     for depth in range(length):
         unique, prefix = (prefix * columns + tokens[:, :, depth].flatten()).unique(return_inverse=True)

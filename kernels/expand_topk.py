@@ -43,7 +43,7 @@ from ._order import from_ordered, ordered
 from ._specialisation import FLOATS, OPTIONS, Specialisation
 
 _BLOCKS = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children a block, a segment; warps
-_FEW, _MANY = (256, 2), (512, 8)  # keys a block of the selection, warps; more keys where as many win
+_FEW, _MANY, _MORE = (256, 2), (512, 8), (1024, 8)  # keys a block of the selection, warps
 _MOST_WINNERS = 2048
 _PROGRAMS = 512  # rows are shared until there are about as many; fixed, so that no result depends on the GPU
 _CUM, _VALUE, _BONUS, _CHILD, _GUMBEL = (tl.constexpr(1 << i) for i in range(5))
@@ -137,8 +137,8 @@ def _selection(winners: int, segments: int) -> tuple[int, int, int]:
     size = max(16, next_power_of_2(winners))
     if size <= 64 and segments <= 4 * _FEW[0]:
         return size, *_FEW
-    size = max(64, size)
-    return size, max(size, _MANY[0]), _MANY[1]
+    keys, warps = _MANY if size < _MANY[0] else _MORE
+    return max(64, size), max(size, keys), warps
 
 
 def _chunk(total: int, splits: int, block: int) -> int:

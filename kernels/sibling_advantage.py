@@ -32,7 +32,6 @@ from ._specialisation import OPTIONS, Specialisation
 
 FUSED = 128  # candidates that one program can hold
 _BASELINES = {"sibling": 0, "parent": 1, "leave_one_out": 2}
-_OTHERS = 16  # rows of a tile
 
 
 def sibling_advantage(
@@ -82,7 +81,7 @@ def _launch(
     eps, std_floor, ddof, min_siblings, baseline, *, statistics,
 ):  # fmt: skip
     batch, group, length = tokens.shape
-    own, warps, fused = _plan(group)
+    own, others, warps, fused = _plan(group)
     blocks = triton.cdiv(group, own)
     given, present = ((0, 0) if x is None else x.stride() for x in (rewards, mask))
     launches = [(3, 0, length)] if fused else [(p, d, d + 1) for d in range(length) for p in (1, 2)]
@@ -91,14 +90,14 @@ def _launch(
             *array(tokens), *array(rewards), *array(mask), earlier, mean, advantage, valid, node, count,
             group, length, blocks, first, last, *tokens.stride(), *given, *present,
             eps, std_floor, ddof, min_siblings, baseline,
-            PHASES=phases, STATISTICS=statistics, OWN=own, OTHERS=_OTHERS, num_warps=warps, **OPTIONS,
+            PHASES=phases, STATISTICS=statistics, OWN=own, OTHERS=others, num_warps=warps, **OPTIONS,
         )  # fmt: skip
 
 
-def _plan(group: int) -> tuple[int, int, bool]:
-    """Candidates a program, its warps, and whether one launch does. Every thread has whole columns."""
-    own = min(FUSED, max(16, next_power_of_2(group)))
-    return own, max(1, own // 32), group <= FUSED
+def _plan(group: int) -> tuple[int, int, int, bool]:
+    """Columns and rows of a tile, warps, and whether one launch does. Every thread has whole columns."""
+    own, fused = min(FUSED, max(16, next_power_of_2(group))), group <= FUSED
+    return own, 16 if fused else 4, max(1, own // 32), fused
 
 
 @triton.jit
@@ -242,13 +241,13 @@ def specialisations() -> Iterator[Specialisation]:
     """Everything that is compiled."""
     inputs = dict.fromkeys(("tokens", "rewards", "present"), "i64")
     for group in (16, 32, 64, FUSED, FUSED + 1):
-        own, warps, fused = _plan(group)
+        own, others, warps, fused = _plan(group)
         for phases, statistics in product((3,) if fused else (1, 2), (True, False)):
             scratch = "*fp64" if statistics else "*i32"
             types = dict.fromkeys(("earlier", "mean", "advantage", "valid"), scratch) | inputs
             types |= {"node": "*i32", "count": "*i32", "eps": "fp64", "std_floor": "fp64"}
-            types |= {"advantage": "*fp32", "valid": "*i1"} if statistics else {}
-            constants = {"PHASES": phases, "STATISTICS": statistics, "OWN": own, "OTHERS": _OTHERS}
+            types |= {"advantage": "*fp32", "valid": "*u1"} if statistics else {}
+            constants = {"PHASES": phases, "STATISTICS": statistics, "OWN": own, "OTHERS": others}
             what = "" if statistics else ", numbers only"
             name = f"sibling_advantage {own}{'' if fused else f', phase {phases}'}{what}"
             yield Specialisation(name, _siblings, types, constants, warps)

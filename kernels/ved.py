@@ -13,7 +13,7 @@ capacity, rounded up   warps
 4,096                  16
 =====================  =====
 
-Trees of more than 4,096 nodes are searched by the reference. The one workspace holds the keys of
+Trees of more than 2,048 nodes are searched by the reference. The one workspace holds the keys of
 ``ved_candidates``, 16 bytes a node and listed leaf.
 """
 
@@ -31,7 +31,7 @@ from ..reference import ved_select as _select_reference
 from ._order import ordered
 from ._specialisation import OPTIONS, Specialisation
 
-_NODES = ((64, 1), (256, 2), (1024, 8), (4096, 16))  # most nodes, warps
+_NODES = ((64, 1), (256, 8), (1024, 16), (2048, 16))  # most nodes, warps
 _COPY, _KEYS = 64, 1024  # entries of a row copied together; keys looked at together
 _LOWEST = tl.constexpr(-(2**63))
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
@@ -79,7 +79,7 @@ def ved_select(
 
 def _others(block: int) -> int:
     """How many nodes are looked for among the others at once: as many as the registers hold."""
-    return max(4, min(32, 2048 // block))
+    return max(1, min(16, 1024 // block))
 
 
 def ved_insert(*arguments: Any) -> None:

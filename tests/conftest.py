@@ -41,6 +41,26 @@ if vstar_ops._backends.interpreting():
 
     tl.topk = sorted_topk
 
+    @pytest.fixture(scope="session", autouse=True)
+    def launches_are_recorded() -> Iterator[None]:
+        """Whatever the tests launch is among the specialisations that are compiled ahead and measured."""
+        from triton.runtime.interpreter import InterpretedFunction
+
+        launched, run = set(), InterpretedFunction.run
+
+        def key(name: str, warps: int, constants: dict[str, Any]) -> tuple[Any, ...]:
+            return name, warps, *sorted((k, v) for k, v in constants.items() if k.isupper())
+
+        def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+            launched.add(key(self.fn.__name__, kwargs["num_warps"], kwargs))
+            return run(self, *args, **kwargs)
+
+        InterpretedFunction.run = recorded
+        yield
+        InterpretedFunction.run = run
+        known = {key(x.kernel.fn.__name__, x.warps, x.constants) for x in vstar_ops._triton.specialisations()}
+        assert launched <= known, f"not among the specialisations: {launched - known}"
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -49,6 +69,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     The tests make CPU tensors. Where Triton kernels run on a GPU, their arguments are copied there and the
     results back, so that every test of an op is also one of its kernels.
     """
+    if request.param == "triton":
+        request.getfixturevalue("poisoned")
     if request.param == "triton" and ON_GPU:
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
@@ -57,6 +79,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return
     with vstar_ops.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New tensors hold NaN, or the largest integer: an output that no kernel has written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def through_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,21 +81,22 @@ def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
     start = time.perf_counter()
     with torch.cuda.device(device):
         for item in specialisations(modules or MODULES):
-            arguments = {
-                name: _stand_in(kind) for name, kind in item.signature().items() if kind != "constexpr"
-            }
-            item.kernel.warmup(**arguments, **item.constants, grid=(1,), **item.options)
+            item.kernel.warmup(*stand_ins(item), grid=(1,), **item.options)
     return time.perf_counter() - start
 
 
 _POINTERS = {
     "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp64": torch.float64,
-    "*i1": torch.bool, "*i32": torch.int32, "*i64": torch.int64,
+    "*u1": torch.bool, "*i32": torch.int32, "*i64": torch.int64,
 }  # fmt: skip
 
 
+def stand_ins(item: Any) -> list[Any]:
+    """Arguments of a call that compiles a specialisation and does not run."""
+    return [item.constants.get(name, _stand_in(kind)) for name, kind in item.signature().items()]
+
+
 def _stand_in(kind: str) -> Any:
-    """An argument of a type, for a call that compiles and does not run."""
     if kind in _POINTERS:
         return _POINTERS[kind]
     return 1.5 if kind.startswith("fp") else 16 if kind.endswith(":16") else 17
