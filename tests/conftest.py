@@ -99,14 +99,21 @@ def through_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 result = run(torch.device("cuda"), *there)
             for here, other in zip(arguments, there):
                 if isinstance(here, torch.Tensor) and not torch.equal(here, other.cpu()):
-                    here.copy_(other)
+                    here.detach().copy_(other)
             if isinstance(result, torch.Tensor):
                 return result.cpu()
             return result and tuple(x.cpu() for x in result)
 
         return call
 
-    for name in ("expand_topk", "sibling_advantage", "group_advantage", "prefix_returns", "ved"):
+    for name in (
+        "expand_topk",
+        "sibling_advantage",
+        "group_advantage",
+        "prefix_returns",
+        "token_logp",
+        "ved",
+    ):
         module = sys.modules[f"vstar_ops.ops.{name}"]
         for run in [x for x in vars(module) if x.startswith("_run")]:
             monkeypatch.setattr(module, run, moved(getattr(module, run)))

@@ -19,6 +19,23 @@ VSTAR_INLINE float to_float(Float16 x) {
   return bit_cast<float>(bit_cast<uint32_t>(value) | (uint32_t(x.bits & 0x8000u) << 16));
 }
 
+// Store the nearest representable number, ties to even.
+VSTAR_INLINE void put(float x, float* to) { *to = x; }
+VSTAR_INLINE void put(float x, BFloat16* to) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  to->bits = uint16_t((x == x ? rounded : bits | 0x00400000u) >> 16);
+}
+VSTAR_INLINE void put(float x, Float16* to) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Added to 1/2, what is below the normal halves is rounded to their spacing.
+  const uint32_t small = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
+  uint32_t half = magnitude < 0x38800000u ? small : normal;
+  half = magnitude >= 0x47800000u ? (magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u) : half;
+  to->bits = uint16_t(half | (bits >> 31) << 15);
+}
+
 // How logits are read: NaN as -inf, +inf as the largest finite float.
 VSTAR_INLINE float clean(float z) {
   if (!(z == z)) return -__builtin_inff();

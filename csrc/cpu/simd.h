@@ -32,6 +32,11 @@ VSTAR_INLINE float best_score(const Row& row, float logp_weight) {
   return row.constant + (logp_weight != 0 ? logp_weight * (row.cum_logp - row.log_mass) : 0.0f);
 }
 
+// The gradient of a row of logits: p_v (slope + curve log p_v), log p_v = (z_v - top) * inverse_temperature - log_mass.
+struct RowGradient {
+  float top, log_mass, slope, curve;
+};
+
 // Arrays named d, extra and score are written, and may be read, up to 15 elements past their end; rows follow
 // each other without gaps, so they are processed in order.
 struct TypedLoops {
@@ -39,6 +44,11 @@ struct TypedLoops {
   void (*legal_softmaxes)(Row* rows, int64_t count, int64_t stride, float inverse_temperature, float* d);
   // The sums over a whole row of n logits, without `weighted`.
   SoftmaxSums (*vocab_softmax)(const void* row, int64_t stride, int64_t n, float inverse_temperature);
+  // The sums over n logits, entropy's too.
+  SoftmaxSums (*block_softmax)(const void* row, int64_t stride, int64_t n, float inverse_temperature);
+  // Write n numbers of the logits' type; 0 for logits at -inf.
+  void (*softmax_gradient)(
+      const void* row, int64_t stride, int64_t n, float inverse_temperature, const RowGradient& gradient, void* out);
   // out[i] = scale * row[token[i]]
   void (*gather_scaled)(const void* row, int64_t stride, const int32_t* token, int64_t n, float scale, float* out);
 };

@@ -19,11 +19,12 @@ template <class T> int32_t dtype_of();
 template <> inline int32_t dtype_of<float>() { return aoti_torch_dtype_float32(); }
 template <> inline int32_t dtype_of<int32_t>() { return aoti_torch_dtype_int32(); }
 template <> inline int32_t dtype_of<bool>() { return aoti_torch_dtype_bool(); }
+template <> inline int32_t dtype_of<BFloat16>() { return aoti_torch_dtype_bfloat16(); }
+template <> inline int32_t dtype_of<Float16>() { return aoti_torch_dtype_float16(); }
 
 // A new contiguous CPU tensor. Sized directly through the shim: the dispatcher's `empty` costs about
 // a microsecond each, and small calls allocate seven.
-template <class T>
-inline Tensor new_tensor(std::initializer_list<int64_t> sizes) {
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[4];
   int64_t stride = 1;
   for (int64_t i = int64_t(sizes.size()) - 1; i >= 0; --i) {
@@ -32,9 +33,12 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes) {
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.begin(), strides, dtype_of<T>(), aoti_torch_device_type_cpu(), 0, &handle));
+      int64_t(sizes.size()), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
+
+template <class T>
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes) { return new_tensor(sizes, dtype_of<T>()); }
 
 template <class T>
 inline T* data(const Tensor& tensor) {

@@ -5,6 +5,7 @@ from .expand_topk import ExpandTopK, expand_topk
 from .group_advantage import group_advantage
 from .prefix_returns import PrefixReturns, prefix_returns
 from .sibling_advantage import SiblingAdvantage, sibling_advantage
+from .token_logp import TokenLogp, token_logp
 from .ved import SearchTrees, ved_candidates, ved_insert, ved_select
 
 __all__ = [
@@ -12,10 +13,12 @@ __all__ = [
     "PrefixReturns",
     "SearchTrees",
     "SiblingAdvantage",
+    "TokenLogp",
     "expand_topk",
     "group_advantage",
     "prefix_returns",
     "sibling_advantage",
+    "token_logp",
     "validation",
     "ved_candidates",
     "ved_insert",

@@ -11,14 +11,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _triton
 from .._backends import wanted
 from ..reference import derive_seeds
+from ..trie import Trie
 
 _library = torch.library.Library("vstar_ops", "DEF")
 _validate = os.environ.get("VSTAR_OPS_VALIDATE", "0") not in ("", "0")
@@ -30,31 +32,74 @@ _NUMBERS = (int, float)
 _LOWEST = -sys.float_info.max
 
 
+class Op:
+    """An op that was registered: calls it on the backend wanted for a device.
+
+    Attributes:
+        backends: what runs it, by name; under None what the dispatcher finds.
+    """
+
+    def __init__(self, backends: dict[str | None, Callable[..., Any]]) -> None:
+        self.backends = backends
+
+    def __call__(self, device: torch.device, *arguments: Any) -> Any:
+        return self.backends[wanted(device)](*arguments)
+
+
+class Gradient(NamedTuple):
+    """How an op is differentiated.
+
+    Attributes:
+        op: computes the gradient, on the backend that computed the result, wherever the backward pass runs.
+            None where ``backward`` needs no op.
+        save: ``setup_context(ctx, inputs, output)`` of an autograd function.
+        backward: its backward, ``(ctx, op, *gradients)``: a gradient or None for each input.
+    """
+
+    op: Op | None
+    save: Callable[..., None]
+    backward: Callable[..., tuple[Any, ...]]
+
+    def formula(self, backend: str | None) -> Callable[..., tuple[Any, ...]]:
+        """The backward of a backend."""
+        op = self.op and self.op.backends[backend]
+        return once_differentiable(lambda ctx, *gradients: self.backward(ctx, op, *gradients))
+
+
 def define(
-    name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradient: Gradient | None = None,
+) -> Op:
     """Register ``vstar_ops::name``: pure torch for every device, Triton for CUDA; and return what calls it.
 
-    The outputs are selections and statistics that carry no gradient, so the autograd keys fall through.
+    Without ``gradient`` the outputs are selections and statistics, and the autograd keys fall through.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
-    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     triton = functools.partial(_triton.run, name, reference.__module__.rpartition(".")[2])
     _library.impl(name, triton, "CUDA")
     torch.library.register_fake(f"vstar_ops::{name}", fake, lib=_library)
     dispatched = getattr(torch.ops.vstar_ops, name).default
-    backends = {
-        None: dispatched,
-        "cpp": dispatched,
-        "reference": torch.no_grad()(reference),
-        "triton": triton,
-    }
+    backends: dict[str | None, Callable[..., Any]] = {None: dispatched, "cpp": dispatched}
+    if gradient is None:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        return Op({**backends, "reference": torch.no_grad()(reference), "triton": triton})
+    torch.library.register_autograd(
+        f"vstar_ops::{name}", gradient.formula(None), setup_context=gradient.save, lib=_library
+    )
+    chosen: dict[str, Callable[..., Any]] = {"reference": reference, "triton": triton}
+    return Op(backends | {b: _differentiable(f, gradient, b) for b, f in chosen.items()})
 
-    def run(device: torch.device, *arguments: Any) -> Any:
-        return backends[wanted(device)](*arguments)
 
-    return run
+def _differentiable(forward: Callable[..., Any], gradient: Gradient, backend: str) -> Callable[..., Any]:
+    """``forward`` with its gradient, for a backend that is called directly and not by the dispatcher."""
+    parts = {"forward": forward, "setup_context": gradient.save, "backward": gradient.formula(backend)}
+    made = {name: staticmethod(part) for name, part in parts.items()}
+    function: Any = type(f"{backend.capitalize()}Function", (torch.autograd.Function,), made)
+    return function.apply
 
 
 _library.define("simd_level() -> str")
@@ -149,6 +194,34 @@ def finite(name: str, value: Any) -> float:
     if not _LOWEST <= value <= -_LOWEST:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a finite number above 0, else raise."""
+    value = finite(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+    return value
+
+
+def check_trie(trie: Any, columns: int, device: torch.device) -> None:
+    """A trie on the device whose tokens are columns of logits."""
+    if not isinstance(trie, Trie):
+        raise TypeError(f"trie must be a vstar_ops.Trie, got {type(trie).__name__}")
+    if trie.max_token >= columns:
+        raise ValueError(
+            f"logits must have a column for every token of the trie (V > {trie.max_token}), got V = {columns}"
+        )
+    if trie.offset.device != device:
+        raise ValueError(f"trie must be on {device} like logits, got {trie.device}; use trie.to(...)")
+
+
+def check_nodes(node: Tensor, trie: Trie) -> None:
+    """Values of nodes, which costs a look at them."""
+    if node.numel():
+        low, high = int(node.min()), int(node.max())
+        if low < -1 or high >= trie.num_nodes:
+            raise ValueError(f"node must lie in [-1, {trie.num_nodes}), got values in [{low}, {high}]")
 
 
 def standardiser_options(eps: Any, ddof: Any, std_floor: Any) -> tuple[float, int, float]:

@@ -9,7 +9,19 @@ from torch import Tensor
 
 from .. import reference
 from ..trie import Trie
-from ._library import FLOATS, INTS, check, check_floats, check_seeds, define, finite, validating
+from ._library import (
+    FLOATS,
+    INTS,
+    check,
+    check_floats,
+    check_nodes,
+    check_seeds,
+    check_trie,
+    define,
+    finite,
+    positive,
+    validating,
+)
 
 _SIZES = (int, torch.SymInt)
 
@@ -131,14 +143,7 @@ tensor([2], dtype=torch.int32))
     logits = check("logits", logits, (None, None, None), "[B, W, V]", FLOATS)
     device = logits.device
     batch, width, columns = logits.shape
-    if not isinstance(trie, Trie):
-        raise TypeError(f"trie must be a vstar_ops.Trie, got {type(trie).__name__}")
-    if trie.max_token >= columns:
-        raise ValueError(
-            f"logits must have a column for every token of the trie (V > {trie.max_token}), got V = {columns}"
-        )
-    if trie.offset.device != device:
-        raise ValueError(f"trie must be on {device} like logits, got {trie.device}; use trie.to(...)")
+    check_trie(trie, columns, device)
     node = check("node", node, (batch, width), "[B, W]", INTS, device)
     if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _SIZES)):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
@@ -152,14 +157,10 @@ tensor([2], dtype=torch.int32))
         check("child_value", child_value, (batch, width, columns), "[B, W, V]", FLOATS, device)
     if normalize not in ("legal", "vocab"):
         raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
-    temperature = finite("temperature", temperature)
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    temperature = positive("temperature", temperature)
     seed = None if gumbel is None else check_seeds("gumbel", gumbel, batch, device, optional=True)
-    if validating() and node.numel():
-        low, high = int(node.min()), int(node.max())
-        if low < -1 or high >= trie.num_nodes:
-            raise ValueError(f"node must lie in [-1, {trie.num_nodes}), got values in [{low}, {high}]")
+    if validating():
+        check_nodes(node, trie)
     return ExpandTopK(
         *_run(
             device,

@@ -9,6 +9,7 @@ from .group_advantage import group_advantage
 from .gumbel import derive_seeds, gumbel, philox
 from .prefix_returns import prefix_returns
 from .sibling_advantage import sibling_advantage
+from .token_logp import token_logp, token_logp_backward
 from .ved import ved_candidates, ved_insert, ved_select
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "philox",
     "prefix_returns",
     "sibling_advantage",
+    "token_logp",
+    "token_logp_backward",
     "ved_candidates",
     "ved_insert",
     "ved_select",
