@@ -267,6 +267,33 @@ def prefix_returns(
     return returns, similarity
 
 
+def token_logp(
+    z: Sequence[float],
+    domain: Sequence[int],
+    targets: Sequence[int],
+    grad_logp: Sequence[float],
+    grad_entropy: float,
+    tau: float,
+) -> tuple[list[float], float, dict[int, float]]:
+    """One row of logits: log-probabilities of the targets, entropy, and the gradient by column.
+
+    The gradient comes from the Jacobian of the softmax, d log p_u / d z_v = ([u = v] - p_v) / tau.
+    """
+    table = {v: clean(float(z[v])) for v in domain}
+    logp = dict(zip(table, log_softmax(list(table.values()), list(table.values()), tau)))
+    alive = [v for v in logp if logp[v] > NEG_INF]
+    p = {v: math.exp(logp[v]) for v in alive}
+    entropy = -math.fsum(p[v] * logp[v] for v in alive)
+    chosen = [0.0 if y < 0 else logp.get(y, NEG_INF) for y in targets]
+    # d loss / d log p_u: the targets' own, and of H = -sum p log p, which is -p_u (log p_u + 1).
+    pull = {u: -grad_entropy * p[u] * (logp[u] + 1) for u in alive}
+    for y, g in zip(targets, grad_logp):
+        if y in pull and float32(logp[y]) > NEG_INF:
+            pull[y] += g
+    total = math.fsum(pull.values())
+    return chosen, entropy, {v: (pull[v] - p[v] * total) / tau for v in alive}
+
+
 # ---------------------------------------------------------------- beam search
 
 
