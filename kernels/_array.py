@@ -47,3 +47,15 @@ def load_int(address, dtype, at, inside, other: tl.constexpr):
     elif dtype == 5:
         result = tl.load(address.to(tl.pointer_type(tl.int8)) + at, inside, other).to(tl.int64)
     return result
+
+
+@triton.jit
+def store_float(address, dtype, at, value, inside):
+    """Write float32 numbers as float32, bfloat16 or float16."""
+    address = address.to(tl.int64)
+    if dtype == 0:
+        tl.store(address.to(tl.pointer_type(tl.float32)) + at, value, inside)
+    elif dtype == 1:
+        tl.store(address.to(tl.pointer_type(tl.bfloat16)) + at, value.to(tl.bfloat16), inside)
+    elif dtype == 2:
+        tl.store(address.to(tl.pointer_type(tl.float16)) + at, value.to(tl.float16), inside)
