@@ -294,6 +294,97 @@ def token_logp(
     return chosen, entropy, {v: (pull[v] - p[v] * total) / tau for v in alive}
 
 
+def sibling_grpo_loss(
+    logp: np.ndarray,
+    tokens: np.ndarray,
+    rewards: np.ndarray,
+    *,
+    old_logp: np.ndarray | None = None,
+    ref_logp: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    w_global: float = 1.0,
+    w_sib: float = 1.0,
+    beta: float = 1e-3,
+    clip: tuple[float, float] | None = None,
+    kl: str = "k3",
+    weighting: str = "node",
+    depth_weights: Sequence[float] | None = None,
+    loss_type: str = "grpo",
+) -> dict[str, float]:
+    """Loss and terms, request by request, sequence by sequence, and for the sibling term node by node."""
+    batch, group, length = logp.shape
+    there = np.ones(logp.shape, bool)
+    if mask is not None:
+        there = mask if mask.ndim == 3 else np.repeat(mask[:, :, None], length, 2)
+    candidates = there.any(2)
+    whole = group_advantage(rewards, candidates, 1e-4, 1, 0.0)
+    apart, valid, _, count = sibling_advantage(tokens, rewards, candidates, 1e-4, 0, 0.0, 2, "sibling")
+
+    def ratio(at: tuple[int, int, int]) -> float:
+        return 1.0 if old_logp is None else math.exp(float(logp[at]) - float(old_logp[at]))
+
+    def bounded(rho: float, a: float) -> tuple[float, bool]:
+        if clip is None:
+            return rho * a, False
+        inside = min(max(rho, 1 - clip[0]), 1 + clip[1])
+        return min(rho * a, inside * a), inside * a < rho * a
+
+    sequences: list[list[float]] = []  # a sequence's tokens in the global term
+    divergences: list[list[float]] = []
+    ratios, cuts, sibling_cuts, requests = [], [], [], []
+    for b in range(batch):
+        nodes: dict[tuple[int, ...], list[float]] = {}  # a node's candidates
+        for g in range(group):
+            at = [(b, g, d) for d in range(length) if there[b, g, d]]
+            if not at:
+                continue
+            pairs = [bounded(ratio(i), whole[b, g]) for i in at]
+            sequences.append([value for value, _ in pairs])
+            cuts += [cut for _, cut in pairs]
+            ratios += [ratio(i) for i in at]
+            estimates = []
+            for i in at:
+                d = 0.0 if ref_logp is None else float(ref_logp[i]) - float(logp[i])
+                estimates.append({"k1": -d, "k2": d * d / 2, "k3": math.expm1(d) - d}[kl])
+            divergences.append(estimates)
+            for i in (i for i in at if valid[i]):
+                value, cut = bounded(ratio(i), apart[i])
+                sibling_cuts.append(cut)
+                share = count[i] if weighting == "node" else 1
+                weight = 1.0 if depth_weights is None else depth_weights[i[2]]
+                prefix = tuple(int(t) for t in tokens[b, g, : i[2] + 1])
+                nodes.setdefault(prefix, []).append(weight * value / share)
+        requests.append((math.fsum(x for node in nodes.values() for x in node), int(candidates[b].sum())))
+
+    def over_tokens(values: list[list[float]]) -> float:
+        if not values:
+            return 0.0
+        if loss_type == "grpo":
+            return math.fsum(math.fsum(row) / len(row) for row in values) / len(values)
+        total = math.fsum(x for row in values for x in row)
+        return total / (sum(map(len, values)) if loss_type == "bnpo" else batch * group * length)
+
+    if loss_type == "grpo":
+        sibling = math.fsum(total / max(number, 1) for total, number in requests) / max(batch, 1)
+    else:
+        number = sum(n for _, n in requests) if loss_type == "bnpo" else batch * group
+        sibling = math.fsum(total for total, _ in requests) / max(number, 1)
+    terms = {"global_term": over_tokens(sequences), "sibling_term": sibling, "kl": over_tokens(divergences)}
+    loss = beta * terms["kl"] - w_global * terms["global_term"] - w_sib * sibling
+
+    def mean(values: Sequence[float]) -> float:
+        return float(sum(values)) / max(len(values), 1)
+
+    return {
+        "loss": loss,
+        **terms,
+        "ratio": mean(ratios),
+        "global_clip_fraction": mean(cuts),
+        "sibling_clip_fraction": mean(sibling_cuts),
+        "valid_fraction": len(sibling_cuts) / max(len(ratios), 1),
+    }
+
+
 # ---------------------------------------------------------------- beam search
 
 

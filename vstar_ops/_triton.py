@@ -20,7 +20,15 @@ import torch
 
 from ._backends import backends, interpreting
 
-MODULES = ("expand_topk", "group_advantage", "prefix_returns", "sibling_advantage", "token_logp", "ved")
+MODULES = (
+    "expand_topk",
+    "group_advantage",
+    "prefix_returns",
+    "sibling_advantage",
+    "sibling_grpo_loss",
+    "token_logp",
+    "ved",
+)
 ARCHITECTURES = (80, 90, 100)
 
 _log = logging.getLogger("vstar_ops")
@@ -58,7 +66,8 @@ def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
 
     Args:
         modules: some of ``"expand_topk"``, ``"group_advantage"``, ``"prefix_returns"``,
-            ``"sibling_advantage"``, ``"token_logp"``, ``"ved"``; all if there are none.
+            ``"sibling_advantage"``, ``"sibling_grpo_loss"``, ``"token_logp"``, ``"ved"``; all if there are
+            none.
         device: the GPU to compile for.
 
     Returns:

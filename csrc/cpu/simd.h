@@ -57,6 +57,8 @@ struct SimdLoops {
   TypedLoops typed[3];  // by FloatType
   // extra[i] += Gumbel noise of (seed, node, token[i])
   void (*add_noise)(float* extra, const int32_t* token, int64_t n, uint64_t seed, uint32_t node);
+  // out[i] = exp(a[i] - b[i]), of any numbers
+  void (*exp_differences)(const float* a, const float* b, int64_t n, float* out);
   // Scores, -inf for children that can never win or do not reach the threshold. `extra`, which starts at the
   // first row's first child, may be null.
   void (*score_rows)(

@@ -5,6 +5,7 @@ from .expand_topk import ExpandTopK, expand_topk
 from .group_advantage import group_advantage
 from .prefix_returns import PrefixReturns, prefix_returns
 from .sibling_advantage import SiblingAdvantage, sibling_advantage
+from .sibling_grpo_loss import SiblingGRPOLoss, sibling_grpo_loss, sibling_grpo_loss_from_logits
 from .token_logp import TokenLogp, token_logp
 from .ved import SearchTrees, ved_candidates, ved_insert, ved_select
 
@@ -13,11 +14,14 @@ __all__ = [
     "PrefixReturns",
     "SearchTrees",
     "SiblingAdvantage",
+    "SiblingGRPOLoss",
     "TokenLogp",
     "expand_topk",
     "group_advantage",
     "prefix_returns",
     "sibling_advantage",
+    "sibling_grpo_loss",
+    "sibling_grpo_loss_from_logits",
     "token_logp",
     "validation",
     "ved_candidates",

@@ -9,6 +9,7 @@ from .group_advantage import group_advantage
 from .gumbel import derive_seeds, gumbel, philox
 from .prefix_returns import prefix_returns
 from .sibling_advantage import sibling_advantage
+from .sibling_grpo_loss import sibling_grpo_loss
 from .token_logp import token_logp, token_logp_backward
 from .ved import ved_candidates, ved_insert, ved_select
 
@@ -20,6 +21,7 @@ __all__ = [
     "philox",
     "prefix_returns",
     "sibling_advantage",
+    "sibling_grpo_loss",
     "token_logp",
     "token_logp_backward",
     "ved_candidates",

@@ -1,0 +1,405 @@
+"""``sibling_grpo_loss`` against its oracle, finite differences and the formulas of the training loop."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vstar_ops
+from vstar_ops import (
+    Trie,
+    group_advantage,
+    sibling_advantage,
+    sibling_grpo_loss,
+    sibling_grpo_loss_from_logits,
+    token_logp,
+)
+from vstar_ops.train import objective
+
+OP = sys.modules["vstar_ops.ops.sibling_grpo_loss"]
+FIELDS = vstar_ops.SiblingGRPOLoss._fields
+
+
+def some_case(seed: int, batch: int, group: int, length: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, group, length)
+    return {
+        "logp": -torch.rand(shape, generator=generator) * 3,
+        "tokens": torch.randint(0, 3, shape, generator=generator),
+        "rewards": torch.randint(0, 3, shape[:2], generator=generator).float(),
+        "old_logp": -torch.rand(shape, generator=generator) * 3,
+        "ref_logp": -torch.rand(shape, generator=generator) * 3,
+    }
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(0, 3),
+    group=st.integers(0, 5),
+    length=st.integers(0, 4),
+    masked=st.sampled_from(["no", "candidates", "tokens"]),
+    present=st.sets(st.sampled_from(["old_logp", "ref_logp"])),
+    clip=st.sampled_from([None, (0.2, 0.3), (math.inf, 0.1), (0.0, 0.0)]),
+    kl=st.sampled_from(["k1", "k2", "k3"]),
+    weighting=st.sampled_from(["node", "candidate"]),
+    weighted=st.booleans(),
+    loss_type=st.sampled_from(["grpo", "bnpo", "dr_grpo"]),
+    strided=st.booleans(),
+)
+def test_oracle(
+    backend, seed, batch, group, length, masked, present, clip, kl, weighting, weighted, loss_type, strided
+):
+    case = some_case(seed, batch, group, length)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name in {"old_logp", "ref_logp"} - present:
+        del case[name]
+    if masked != "no":
+        shape = case["logp"].shape if masked == "tokens" else case["rewards"].shape
+        case["mask"] = torch.rand(shape, generator=generator) < 0.7
+        there = case["mask"] if masked == "tokens" else case["mask"][:, :, None].expand(case["logp"].shape)
+        for name in ("logp", "old_logp", "ref_logp"):
+            if name in case:  # padding may hold anything
+                case[name] = case[name].masked_fill(~there, float("nan"))
+        case["rewards"] = case["rewards"].masked_fill(~there.any(2), float("nan"))
+    if strided:
+        for name in set(case) - {"mask"}:
+            case[name] = torch.stack([case[name], case[name]], -1)[..., 1]
+    options = {"clip": clip, "kl": kl, "weighting": weighting, "loss_type": loss_type}
+    options |= {"beta": 0.3, "w_global": 0.7, "w_sib": 1.3}
+    if weighted:
+        options["depth_weights"] = [0.5 + d for d in range(length)]
+    got = sibling_grpo_loss(**case, **options)
+    want = oracles.sibling_grpo_loss(
+        **{name: x.nan_to_num().numpy() for name, x in case.items()},
+        **options,
+    )
+    for name in FIELDS:
+        value = getattr(got, name)
+        assert value.shape == ()
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(want[name], rel=1e-5, abs=2e-6), name
+
+
+def by_hand(
+    case: dict[str, Tensor], mask: Tensor, clip: tuple[float, float] | None, weighting: str
+) -> Tensor:
+    """The loss as the training loop writes it, by torch's autograd."""
+    x, old = case["logp"].double().requires_grad_(), case["old_logp"].double()
+    a = group_advantage(case["rewards"], mask)
+    siblings = sibling_advantage(case["tokens"], case["rewards"], mask)
+    value = objective.grpo_term(x, old, a, mask, clip)
+    value = value + 0.5 * objective.sibling_term(x, old, siblings, mask, clip, weighting=weighting)
+    loss = 0.1 * objective.kl_term(x, case["ref_logp"].double(), mask) - value
+    (gradient,) = torch.autograd.grad(loss, x)
+    return torch.cat([loss.detach()[None], gradient.flatten()])
+
+
+@pytest.mark.parametrize("clip", [None, (0.2, 0.3)])
+@pytest.mark.parametrize("weighting", ["node", "candidate"])
+def test_training_objective(backend, clip, weighting):
+    case = some_case(1, 5, 6, 3)
+    mask = torch.rand(5, 6, generator=torch.Generator().manual_seed(2)) < 0.8
+    want = by_hand(case, mask, clip, weighting)
+    case["logp"].requires_grad_()
+    out = sibling_grpo_loss(**case, mask=mask, clip=clip, weighting=weighting, w_sib=0.5, beta=0.1)
+    (gradient,) = torch.autograd.grad(out.loss, case["logp"])
+    got = torch.cat([out.loss.detach()[None], gradient.flatten()])
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
+
+
+def run_in_double(case: dict[str, Tensor], logp: Tensor, **change: object) -> Tensor:
+    """The reference's loss of float64 log-probabilities."""
+    siblings = sibling_advantage(case["tokens"], case["rewards"])
+    scalars = {
+        "w_global": 0.7, "w_sib": 1.3, "beta": 0.4, "clip_low": 0.2, "clip_high": 0.3, "kl": 2,
+        "by_node": True, "loss_type": 0, **change,
+    }  # fmt: skip
+    return OP._run(
+        logp.device, logp, case["old_logp"].double(), case["ref_logp"].double(), siblings.advantage.double(), siblings.valid,
+        siblings.count, group_advantage(case["rewards"]).double(), scalars.pop("mask", None),
+        torch.tensor([0.5, 1.0, 2.0]), *scalars.values(),
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("kl", [0, 1, 2])
+@pytest.mark.parametrize("loss_type", [0, 1, 2])
+@pytest.mark.parametrize("by_node", [False, True])
+def test_gradcheck(kl, loss_type, by_node):
+    case = some_case(3, 2, 4, 3)
+    mask = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(4)) < 0.7
+    logp = case["logp"].double().requires_grad_()
+    with vstar_ops.use_backend("reference"):
+        assert torch.autograd.gradcheck(
+            lambda x: run_in_double(case, x, kl=kl, loss_type=loss_type, by_node=by_node, mask=mask), (logp,)
+        )
+
+
+@pytest.mark.parametrize("clip", [None, (0.2, 0.2), (0.0, 0.0)])
+def test_on_policy_is_the_old_policy_now(backend, clip):
+    case = some_case(5, 3, 6, 3)
+    case["logp"].requires_grad_()
+    now = sibling_grpo_loss(**{**case, "old_logp": None}, clip=clip)
+    same = sibling_grpo_loss(**{**case, "old_logp": case["logp"].detach()}, clip=clip)
+    for one, two in zip(now, same):
+        torch.testing.assert_close(one, two)
+    assert now.ratio.item() == 1
+    assert now.global_clip_fraction.item() == now.sibling_clip_fraction.item() == 0
+    first, second = (torch.autograd.grad(out.loss, case["logp"])[0] for out in (now, same))
+    torch.testing.assert_close(first, second)
+
+
+def test_on_policy_gradient_is_zero_outside_the_sibling_tokens(backend):
+    """Node weighting, ratio 1, sibling term alone: exactly 0 where nothing branches."""
+    tokens = torch.tensor([[[1, 5, 7], [1, 5, 8], [1, 5, 8]]])
+    logp = torch.zeros(1, 3, 3, requires_grad=True)
+    sibling_grpo_loss(logp, tokens, torch.tensor([[1.0, 0.0, 0.5]]), w_global=0).loss.backward()
+    assert not logp.grad[:, :, :2].any()
+    assert logp.grad[0, :, 2].tolist() == pytest.approx([-1 / 3, 1 / 6, 1 / 6], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_input(backend, dtype):
+    """Float32 inside: the gradient is off by its own rounding alone."""
+    case = some_case(6, 3, 5, 3)
+    for name in ("logp", "old_logp", "ref_logp"):
+        case[name] = case[name].to(dtype)
+    wide = {name: x.float() if x.dtype == dtype else x for name, x in case.items()}
+    results = []
+    for inputs in (case, wide):
+        inputs["logp"].requires_grad_()
+        out = sibling_grpo_loss(**inputs)
+        out.loss.backward()
+        results.append((out.loss.detach(), inputs["logp"].grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].dtype == dtype
+    assert torch.equal(results[0][1], results[1][1].to(dtype))
+
+
+def test_extreme_ratios(backend):
+    """Ratios that leave float32 are infinite or 0, as exp says; clipping bounds them."""
+    case = some_case(7, 1, 3, 1)
+    case["tokens"][0, :, 0] = torch.arange(3)
+    case["rewards"] = torch.tensor([[3.0, 1.0, 2.0]])
+    case["logp"] = torch.tensor([[[0.0], [-200.0], [-50.0]]])
+    case["old_logp"] = torch.tensor([[[-300.0], [0.0], [-40.0]]])
+    del case["ref_logp"]
+    out = sibling_grpo_loss(**case, clip=(0.2, 0.2))
+    a = group_advantage(case["rewards"])[0].tolist()
+    assert out.ratio.item() == math.inf
+    assert math.isfinite(out.loss.item())
+    assert out.global_term.item() == pytest.approx((1.2 * a[0] + 0.8 * a[1]) / 3, abs=1e-4)
+    assert out.global_clip_fraction.item() == pytest.approx(2 / 3)
+
+
+def test_small_divergence_keeps_its_digits(backend):
+    """k3 of a d of 1e-4 is 5e-9; ``exp(d) - 1 - d`` in float32 would be noise."""
+    logp = torch.full((2, 3, 2), -1.0, requires_grad=True)
+    ref = logp.detach() + 1e-4
+    d = (ref.double() - logp.detach().double()).mean().item()
+    siblings, group = (
+        sibling_advantage(torch.zeros(2, 3, 2, dtype=torch.int64), torch.zeros(2, 3)),
+        torch.zeros(2, 3),
+    )
+    out = sibling_grpo_loss(logp, sibling=siblings, group=group, ref_logp=ref, beta=1.0)
+    assert out.kl.item() == pytest.approx(math.expm1(d) - d, rel=1e-3)
+    (gradient,) = torch.autograd.grad(out.loss, logp)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, -math.expm1(d) / 12), rtol=1e-4, atol=0)
+
+
+def test_advantages_given(backend):
+    case = some_case(8, 3, 5, 3)
+    siblings = sibling_advantage(case["tokens"], case["rewards"])
+    group = group_advantage(case["rewards"])
+    want = sibling_grpo_loss(**case)
+    rest = {name: x for name, x in case.items() if name not in ("tokens", "rewards")}
+    got = sibling_grpo_loss(**rest, sibling=siblings, group=group)
+    assert all(torch.equal(one, two) for one, two in zip(got, want))
+
+
+def test_nothing_there(backend):
+    case = some_case(9, 2, 3, 2)
+    case["logp"].requires_grad_()
+    out = sibling_grpo_loss(**case, mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert not any(out)
+    out.loss.backward()
+    assert not case["logp"].grad.any()
+
+
+def test_only_the_loss_is_differentiable(backend):
+    case = some_case(10, 2, 3, 2)
+    case["logp"].requires_grad_()
+    out = sibling_grpo_loss(**case)
+    assert [name for name, x in zip(FIELDS, out) if x.requires_grad] == ["loss"]
+    (gradient,) = torch.autograd.grad(out.loss * 3, case["logp"], create_graph=True)
+    (once,) = torch.autograd.grad(sibling_grpo_loss(**case).loss, case["logp"])
+    torch.testing.assert_close(gradient, 3 * once)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_threads_give_the_same_bits(cpp, restore_threads):
+    case = some_case(11, 700, 8, 3)
+    case["mask"] = torch.rand(700, 8, 3, generator=torch.Generator().manual_seed(12)) < 0.8
+    case["logp"].requires_grad_()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        out = sibling_grpo_loss(**case, clip=(0.2, 0.2))
+        results.append([*out, torch.autograd.grad(out.loss, case["logp"])[0]])
+    assert all(torch.equal(one, two) for one, two in zip(*results))
+
+
+# ---------------------------------------------------------------- from logits
+
+
+def candidates(seed: int) -> tuple[Trie, Tensor, Tensor, Tensor]:
+    """A trie, candidates ``[B, G, L]`` of it, rewards, and the nodes of their prefixes ``[B, G, L]``."""
+    rng = np.random.default_rng(seed)
+    trie = Trie.from_sequences(rng.integers(0, 4, (20, 3)) + np.array([0, 4, 8]))
+    leaves = trie.sequences(torch.arange(trie.level_offset[3], trie.level_offset[4]))
+    tokens = leaves[torch.from_numpy(rng.integers(0, len(leaves), (2, 5)))].long()
+    node = torch.stack([trie.lookup(tokens[..., :depth]) for depth in range(3)], 2).long()
+    return trie, tokens, torch.from_numpy(rng.random((2, 5))).float(), node
+
+
+@pytest.mark.parametrize("legal", [False, True])
+def test_from_logits(backend, legal):
+    """A row for each token, and a row for each distinct prefix: the same loss and the same gradient."""
+    trie, tokens, rewards, node = candidates(0)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3] = False
+    keys, row = torch.unique(torch.arange(2)[:, None, None] * trie.num_nodes + node, return_inverse=True)
+    packed = torch.randn(len(keys), 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    options = {"mask": mask, "temperature": 0.7, "old_logp": -torch.ones(2, 5, 3), "clip": (0.2, 0.2)}
+    short = {"trie": trie, "node": keys % trie.num_nodes} if legal else {}
+    full = {"trie": trie, "node": node} if legal else {}
+    few = sibling_grpo_loss_from_logits(packed, tokens, rewards, row=row, **short, **options)
+    many = sibling_grpo_loss_from_logits(packed[row], tokens, rewards, **full, **options)
+    logp = token_logp(packed[row], tokens, *full.values(), temperature=0.7).logp
+    del options["temperature"]
+    for want in (many, sibling_grpo_loss(logp, tokens, rewards, **options)):
+        for one, two in zip(few, want):
+            torch.testing.assert_close(one, two)
+        (got,), (expected,) = (
+            torch.autograd.grad(out.loss, packed, retain_graph=True) for out in (few, want)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_that_were_not_run(backend):
+    """Row -1 is a log-probability of 0, as of a token without alternative."""
+    trie, tokens, rewards, node = candidates(2)
+    logits = torch.randn(2, 5, 3, 12, generator=torch.Generator().manual_seed(3))
+    forced = trie.num_children(node) == 1
+    assert forced.any()
+    assert not forced.all()
+    row = torch.arange(30).view(2, 5, 3)
+    whole = sibling_grpo_loss_from_logits(logits, tokens, rewards, trie=trie, node=node)
+    skipped = sibling_grpo_loss_from_logits(
+        logits.flatten(0, 2), tokens, rewards, row=row.masked_fill(forced, -1), trie=trie, node=node.flatten()
+    )
+    for one, two in zip(whole, skipped):
+        torch.testing.assert_close(one, two)
+
+
+def test_rows_are_checked_under_validation(backend):
+    _, tokens, rewards, _ = candidates(4)
+    logits, row = torch.randn(30, 12), torch.arange(30).view(2, 5, 3)
+    with vstar_ops.validation():
+        sibling_grpo_loss_from_logits(logits, tokens, rewards, row=row)
+        with pytest.raises(ValueError, match=r"^row must lie"):
+            sibling_grpo_loss_from_logits(logits, tokens, rewards, row=row + 1)
+        with pytest.raises(ValueError, match=r"^row must not be shared"):
+            sibling_grpo_loss_from_logits(logits, tokens, rewards, row=row % 3)
+
+
+# ---------------------------------------------------------------- interface
+
+BAD = [
+    ({"logp": [1.0]}, TypeError, "logp"),
+    ({"logp": torch.zeros(2, 3)}, ValueError, "logp"),
+    ({"logp": torch.zeros(2, 3, 2, dtype=torch.float64)}, TypeError, "logp"),
+    ({"old_logp": torch.zeros(2, 3, 1)}, ValueError, "old_logp"),
+    ({"ref_logp": torch.zeros(2, 3, 2, dtype=torch.int64)}, TypeError, "ref_logp"),
+    ({"tokens": torch.zeros(2, 3, 3, dtype=torch.int64)}, ValueError, "tokens"),
+    ({"tokens": torch.zeros(2, 3, 2)}, TypeError, "tokens"),
+    ({"tokens": None}, ValueError, "tokens"),
+    ({"rewards": torch.zeros(2, 4)}, ValueError, "rewards"),
+    ({"rewards": None}, ValueError, "rewards"),
+    ({"mask": torch.ones(2, 3)}, TypeError, "mask"),
+    ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "mask"),
+    ({"mask": torch.ones(2, 3, 1, dtype=torch.bool)}, ValueError, "mask"),
+    ({"sibling": torch.zeros(2, 3, 2)}, TypeError, "sibling"),
+    ({"group": torch.zeros(2, 2)}, ValueError, "group"),
+    ({"clip": 0.2}, TypeError, "clip"),
+    ({"clip": (-0.1, 0.2)}, ValueError, "clip"),
+    ({"clip": (0.1, float("nan"))}, ValueError, "clip"),
+    ({"kl": "k4"}, ValueError, "kl"),
+    ({"weighting": "both"}, ValueError, "weighting"),
+    ({"loss_type": "ppo"}, ValueError, "loss_type"),
+    ({"depth_weights": [1.0]}, ValueError, "depth_weights"),
+    ({"depth_weights": torch.ones(3)}, ValueError, "depth_weights"),
+    ({"beta": float("inf")}, ValueError, "beta"),
+    ({"w_sib": "much"}, TypeError, "w_sib"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "name"), BAD)
+def test_errors_name_the_argument(backend, change, error, name):
+    arguments = {**some_case(13, 2, 3, 2), **change}
+    with pytest.raises(error, match=f"^{name} "):
+        sibling_grpo_loss(**arguments)
+
+
+def op_arguments(*, full: bool) -> tuple[object, ...]:
+    case = some_case(14, 2, 4, 3)
+    siblings = sibling_advantage(case["tokens"], case["rewards"])
+    optional = [case["old_logp"], case["ref_logp"]] if full else [None, None]
+    more = [torch.rand(2, 4, 3) < 0.7, torch.ones(3)] if full else [None, None]
+    return (
+        case["logp"].requires_grad_(), *optional, siblings.advantage, siblings.valid, siblings.count,
+        group_advantage(case["rewards"]), *more, 1.0, 1.0, 1e-3, 0.2, 0.2, 2, True, 0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_opcheck(full):
+    torch.library.opcheck(torch.ops.vstar_ops.sibling_grpo_loss.default, op_arguments(full=full))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    def step(x, case):
+        out = sibling_grpo_loss(x * 2, **case, clip=(0.2, 0.3))
+        return out.loss * 2, out.kl, out.valid_fraction
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for group in (6, 4):
+        case = some_case(15, 3, group, 3)
+        x = case.pop("logp").requires_grad_()
+        results = []
+        for run in (step, compiled):
+            loss, *metrics = run(x, case)
+            results.append([loss.detach(), *metrics, torch.autograd.grad(loss, x)[0]])
+        for one, two in zip(*results):
+            torch.testing.assert_close(one, two)
+
+
+def test_compile_from_logits():
+    trie, tokens, rewards, node = candidates(5)
+
+    def step(z):
+        return sibling_grpo_loss_from_logits(z, tokens, rewards, trie=trie, node=node).loss
+
+    z = torch.randn(2, 5, 3, 12, requires_grad=True)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,), (want,) = (torch.autograd.grad(run(z), z) for run in (compiled, step))
+    torch.testing.assert_close(got, want)

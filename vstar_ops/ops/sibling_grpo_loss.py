@@ -1,0 +1,298 @@
+"""``sibling_grpo_loss``: the objective of Sibling-GRPO with its gradient (V-STAR, Eq. 19)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..trie import Trie
+from ._library import FLOATS, INTS, Gradient, check, check_tokens, define, finite, validating
+from .group_advantage import group_advantage
+from .sibling_advantage import SiblingAdvantage, sibling_advantage
+from .token_logp import token_logp
+
+_KL = ("k1", "k2", "k3")
+_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo")
+_AXES = "[B, G, L]"
+
+
+class SiblingGRPOLoss(NamedTuple):
+    """The result of :func:`sibling_grpo_loss`; all scalars."""
+
+    loss: Tensor
+    global_term: Tensor
+    sibling_term: Tensor
+    kl: Tensor
+    ratio: Tensor
+    global_clip_fraction: Tensor
+    sibling_clip_fraction: Tensor
+    valid_fraction: Tensor
+
+
+def _fake(logp: Tensor, *_: object) -> tuple[Tensor, ...]:
+    sizes: tuple[Any, ...] = ((), (7,), logp.shape)
+    return tuple(logp.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2])
+    ctx.dtype, ctx.others = inputs[0].dtype, len(inputs) - 1
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, _: None, grad_loss: Tensor, *__: Tensor) -> tuple[Any, ...]:
+    return (grad_loss * ctx.saved_tensors[0]).to(ctx.dtype), *[None] * ctx.others
+
+
+_run = define(
+    "sibling_grpo_loss",
+    "(Tensor logp, Tensor? old_logp, Tensor? ref_logp, Tensor advantage, Tensor valid, Tensor count,"
+    " Tensor group_advantage, Tensor? mask, Tensor? depth_weight, float w_global, float w_sib, float beta,"
+    " float clip_low, float clip_high, int kl, bool by_node, int loss_type)"
+    " -> (Tensor loss, Tensor terms, Tensor gradient)",
+    reference.sibling_grpo_loss,
+    _fake,
+    Gradient(None, _save, _differentiate),
+)
+
+
+def sibling_grpo_loss(
+    logp: Tensor,
+    tokens: Tensor | None = None,
+    rewards: Tensor | None = None,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    sibling: SiblingAdvantage | None = None,
+    group: Tensor | None = None,
+    w_global: float = 1.0,
+    w_sib: float = 1.0,
+    beta: float = 1e-3,
+    clip: tuple[float, float] | None = None,
+    kl: str = "k3",
+    weighting: str = "node",
+    depth_weights: Tensor | Sequence[float] | None = None,
+    loss_type: str = "grpo",
+) -> SiblingGRPOLoss:
+    r"""The loss of a policy on ``G`` candidates a request: GRPO, Sibling-GRPO and a KL term.
+
+    .. math::
+        \text{loss} &= -(w_{global} \, J_{global} + w_{sib} \, J_{sib} - \beta \, KL) \\
+        J_{global} &= \textstyle\sum_{b,g,\ell} c_{bg} \, s(\rho_{bg\ell}, A_{bg}) \\
+        J_{sib} &= \textstyle\sum_{b,g,\ell} \frac{u_b w_\ell}{n_{bg\ell}} \, s(\rho_{bg\ell}, A_{bg\ell}) \\
+        KL &= \textstyle\sum_{b,g,\ell} c_{bg} \, k(d_{bg\ell}), \qquad d = \log\pi_{ref} - \log\pi
+
+    where :math:`\rho = \exp(\log\pi - \log\pi_{old})`, :math:`A_{bg}` is :func:`group_advantage`,
+    :math:`A_{bg\ell}` is :func:`sibling_advantage` (only where it is valid), :math:`n` the candidates
+    through a node, so that every node counts once (arXiv 2602.10699, Eq. 19), :math:`s(\rho, A) = \rho A`
+    or with ``clip`` PPO's bound :math:`\min(\rho A, \text{clip}(\rho, 1 - low, 1 + high) A)`, and the
+    estimate :math:`k` of the divergence is ``k1``: :math:`-d`, ``k2``: :math:`d^2 / 2`, ``k3``:
+    :math:`e^d - d - 1`. Weights by ``loss_type``, for :math:`T_{bg}` tokens that are there in a sequence and
+    :math:`G_b` sequences with any in a request:
+
+    ============= ============================================= =========================== =================
+    ``loss_type`` a sequence's tokens, :math:`c_{bg}`           a request's nodes, `u_b`    meaning
+    ============= ============================================= =========================== =================
+    ``"grpo"``    :math:`1 / (T_{bg} \sum_b G_b)`               :math:`1 / (B \, G_b)`      sequence means
+    ``"bnpo"``    :math:`1 / \sum_{bg} T_{bg}`                  :math:`1 / \sum_b G_b`      token mean
+    ``"dr_grpo"`` :math:`1 / (B \, G \, L)`                     :math:`1 / (B \, G)`        constant
+    ============= ============================================= =========================== =================
+
+    One pass computes loss, gradient and all terms.
+
+    Args:
+        logp: float32, bfloat16 or float16 ``[B, G, L]``: log-probabilities of the candidates' tokens.
+        tokens: integers ``[B, G, L]``; rewards: float ``[B, G]``. Advantages are computed of them with the
+            defaults of their ops; not needed where ``sibling`` and ``group`` are given.
+        old_logp: of the policy that drew the candidates, as ``logp``. None: this policy, now
+            (:math:`\rho = 1`, its gradient that of ``logp``).
+        ref_logp: of the reference policy; None: no KL term.
+        mask: bool ``[B, G]``, candidates that are there, or ``[B, G, L]``, tokens that are. Others take no
+            part whatever they hold. (A candidate without any token is not there; a masked token of one that
+            is there still tells siblings apart.)
+        sibling: the result of :func:`sibling_advantage`, with options of its own.
+        group: float32 ``[B, G]``, advantages of whole candidates.
+        w_global, w_sib, beta: weights of the terms.
+        clip: None, or ``(low, high)``, both >= 0; ``math.inf`` leaves a side open.
+        kl: ``"k1"``, ``"k2"`` or ``"k3"``.
+        weighting: ``"node"``, or ``"candidate"``: :math:`n = 1`, every candidate counts once.
+        depth_weights: :math:`w_\ell`, ``L`` numbers (1). A tensor on the device saves a copy.
+        loss_type: ``"grpo"``, ``"bnpo"`` or ``"dr_grpo"``.
+
+    Returns:
+        A named tuple of float32 scalars on the device, so that nothing waits for them; only ``loss`` is
+        differentiable, by ``logp``, once:
+
+        - ``loss``, and :math:`J_{global}` as ``global_term``, :math:`J_{sib}` as ``sibling_term``, ``kl``
+        - ``ratio``: mean of :math:`\rho` over the tokens that are there
+        - ``global_clip_fraction``: share of these tokens at which clipping cuts the global term
+        - ``sibling_clip_fraction``: the same of the sibling term, among tokens with a valid sibling advantage
+        - ``valid_fraction``: share of the tokens with a valid sibling advantage
+
+    Sums are float64 in a fixed order: the same bits for any number of threads. NaN or infinity among the
+    values that take part goes into the loss.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, device or value, by name.
+
+    Example:
+        >>> tokens = torch.tensor([[[1, 5], [1, 6], [2, 5]]])
+        >>> logp = torch.zeros(1, 3, 2, requires_grad=True)
+        >>> out = vstar_ops.sibling_grpo_loss(logp, tokens, torch.tensor([[1.0, 0.0, 0.0]]), w_global=0)
+        >>> out.loss.backward(); logp.grad
+        tensor([[[-0.1666, -0.3333],
+                 [-0.1666,  0.3333],
+                 [ 0.3332,  0.0000]]])
+    """
+    check("logp", logp, (None, None, None), _AXES, FLOATS)
+    shape, device = tuple(logp.shape), logp.device
+    for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp)):
+        if value is not None:
+            check(name, value, shape, _AXES, FLOATS, device)
+    candidates, tokens_there = _masks(mask, shape, device)
+    if (sibling is None or group is None) and rewards is None:
+        raise ValueError("rewards must be given where sibling or group is not, got None")
+    if sibling is None:
+        if tokens is None:
+            raise ValueError("tokens must be given where sibling is not, got None")
+        check("tokens", tokens, shape, _AXES, (*INTS, torch.int16, torch.int8, torch.uint8), device)
+        sibling = sibling_advantage(tokens, rewards, candidates)  # type: ignore[arg-type]
+    elif not isinstance(sibling, SiblingAdvantage):
+        raise TypeError(f"sibling must be a vstar_ops.SiblingAdvantage, got {type(sibling).__name__}")
+    check("sibling.advantage", sibling.advantage, shape, _AXES, (torch.float32,), device)
+    check("sibling.valid", sibling.valid, shape, _AXES, (torch.bool,), device)
+    check("sibling.count", sibling.count, shape, _AXES, (torch.int32,), device)
+    if group is None:
+        check("rewards", rewards, shape[:2], "[B, G]", FLOATS, device)
+        group = group_advantage(rewards, candidates)  # type: ignore[arg-type]
+    check("group", group, shape[:2], "[B, G]", (torch.float32,), device)
+    for name, choice, choices in (
+        ("kl", kl, _KL),
+        ("weighting", weighting, ("node", "candidate")),
+        ("loss_type", loss_type, _LOSS_TYPES),
+    ):
+        if choice not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {choice!r}")
+    loss, terms, _ = _run(
+        device,
+        logp,
+        old_logp,
+        ref_logp,
+        sibling.advantage,
+        sibling.valid,
+        sibling.count,
+        group,
+        tokens_there,
+        _depth_weights(depth_weights, shape[2], device),
+        finite("w_global", w_global),
+        finite("w_sib", w_sib),
+        finite("beta", beta),
+        *_clip(clip),
+        _KL.index(kl),
+        weighting == "node",
+        _LOSS_TYPES.index(loss_type),
+    )
+    return SiblingGRPOLoss(loss, *terms.unbind())
+
+
+def _masks(
+    mask: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which candidates are there, and which tokens."""
+    if mask is None:
+        return None, None
+    by_token = isinstance(mask, Tensor) and mask.dim() == 3
+    check("mask", mask, shape if by_token else shape[:2], f"[B, G] or {_AXES}", (torch.bool,), device)
+    return (mask.any(2), mask) if by_token else (mask, mask[:, :, None].expand(shape))
+
+
+def _clip(clip: Any) -> tuple[float, float]:
+    if clip is None:
+        return math.inf, math.inf
+    if not isinstance(clip, Sequence) or len(clip) != 2:
+        raise TypeError(f"clip must be None or (low, high), got {clip!r}")
+    for side in clip:
+        if side != math.inf and finite("clip", side) < 0:
+            raise ValueError(f"clip must be >= 0, got {clip!r}")
+    return float(clip[0]), float(clip[1])
+
+
+def _depth_weights(weights: Any, length: int, device: torch.device) -> Tensor | None:
+    if weights is None:
+        return None
+    if isinstance(weights, Tensor):
+        return check("depth_weights", weights, (length,), "[L]", FLOATS, device).float()
+    levels = [finite("depth_weights", w) for w in weights]
+    if len(levels) != length:
+        raise ValueError(f"depth_weights must be L = {length} numbers, got {len(levels)}")
+    return torch.tensor(levels, dtype=torch.float32, device=device)
+
+
+def sibling_grpo_loss_from_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    rewards: Tensor | None = None,
+    *,
+    row: Tensor | None = None,
+    trie: Trie | None = None,
+    node: Tensor | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> SiblingGRPOLoss:
+    r""":func:`sibling_grpo_loss` of the log-probabilities that :func:`token_logp` finds in logits.
+
+    Nothing of the size of the logits is made but their gradient.
+
+    Args:
+        logits: float32, bfloat16 or float16 ``[B, G, L, V]``, a row for each token; or with ``row``
+            ``[R, V]``, a row for each distinct prefix that was run.
+        tokens: integers ``[B, G, L]``.
+        rewards: float ``[B, G]``.
+        row: ints ``[B, G, L]``, the row of logits that predicts each token. Candidates of a request share
+            rows; requests do not. -1 for a token that was not run, such as one without alternative: its
+            log-probability is 0, without gradient.
+        trie, node: normalise over the legal children of each row's node, ``[B, G, L]`` or ``[R]``.
+        temperature: of the softmax.
+        mask, **options: as in :func:`sibling_grpo_loss`.
+
+    Returns:
+        As :func:`sibling_grpo_loss`; the loss is differentiable by ``logits``.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, device or value, by name. Rows out of range, or
+            shared by two requests, are told only under :func:`vstar_ops.validation`.
+    """
+    tokens = check_tokens("tokens", tokens, (None, None, None), _AXES)
+    shape, device = tuple(tokens.shape), tokens.device
+    _, there = _masks(mask, shape, device)
+    targets = tokens if there is None else torch.where(there, tokens, -1)
+    if row is None:
+        check("logits", logits, (*shape, None), "[B, G, L, V]", FLOATS, device)
+        logp = token_logp(logits, targets, trie, node, temperature=temperature).logp
+        return sibling_grpo_loss(logp, tokens, rewards, mask=mask, **options)
+    check("logits", logits, (None, None), "[R, V]", FLOATS, device)
+    check("row", row, shape, _AXES, INTS, device)
+    rows, group = logits.shape[0], shape[1]
+    place = torch.where((row >= 0) & (row < rows) & (targets >= 0), row, rows).to(torch.int64)
+    candidate = torch.arange(group, device=device)[:, None].expand(shape)
+    # A candidate passes a row once, so that (row, candidate) is a place of its own; the last row is nobody's.
+    table = targets.new_full((rows + 1, group), -1).index_put((place, candidate), targets)
+    if validating():
+        if bool(((row < -1) | (row >= rows)).any()):
+            raise ValueError(
+                f"row must lie in [-1, {rows}), got values in [{int(row.min())}, {int(row.max())}]"
+            )
+        if bool(((table[place, candidate] != targets) & (place < rows)).any()):
+            raise ValueError(
+                "row must not be shared by requests, or by two tokens of a candidate, got one that is"
+            )
+    found = token_logp(logits, table[:rows], trie, node, temperature=temperature).logp
+    logp = torch.cat([found, found.new_zeros(1, group)])[place, candidate]
+    return sibling_grpo_loss(logp, tokens, rewards, mask=mask, **options)
