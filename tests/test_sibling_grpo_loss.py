@@ -123,8 +123,8 @@ def run_in_double(case: dict[str, Tensor], logp: Tensor, **change: object) -> Te
         "by_node": True, "loss_type": 0, **change,
     }  # fmt: skip
     return OP._run(
-        logp.device, logp, case["old_logp"].double(), case["ref_logp"].double(), siblings.advantage.double(), siblings.valid,
-        siblings.count, group_advantage(case["rewards"]).double(), scalars.pop("mask", None),
+        logp.device, logp, case["old_logp"].double(), case["ref_logp"].double(), siblings.advantage.double(),
+        siblings.valid, siblings.count, group_advantage(case["rewards"]).double(), scalars.pop("mask", None),
         torch.tensor([0.5, 1.0, 2.0]), *scalars.values(),
     )[0]  # fmt: skip
 

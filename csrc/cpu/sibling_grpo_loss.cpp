@@ -172,13 +172,17 @@ Result sibling_grpo_loss(
           }
           if (refs) {
             const float difference = ref[i] - x[i];
-            // e^d - 1 of a small d has no digits left in float; its series has them all.
-            const double rise = o.divergence != kK3 ? 0
-                                : std::fabs(difference) < 0.03f
-                                    ? difference * (1 + difference * (0.5 + difference * (1 / 6.0 + double(difference) / 24)))
-                                    : double(ascent[i]) - 1;
-            apart += o.divergence == kK1 ? -difference : o.divergence == kK2 ? 0.5 * difference * difference : rise - difference;
-            up -= o.beta * token_weight * (o.divergence == kK1 ? 1 : o.divergence == kK2 ? -difference : -rise);
+            double rise = difference, distance = -difference;
+            if (o.divergence == kK2) distance = 0.5 * difference * difference;
+            if (o.divergence == kK3) {
+              // e^d - 1 - d of a small d has no digits left in float; its series has them all.
+              const double series = difference * difference * (0.5 + difference * (1 / 6.0 + difference / 24.0));
+              const bool small = std::fabs(difference) < 0.03f;
+              rise = small ? difference + series : double(ascent[i]) - 1;
+              distance = small ? series : rise - difference;
+            }
+            apart += distance;
+            up -= o.beta * token_weight * (o.divergence == kK1 ? 1 : -rise);
           }
           slope = float(0 - up);
         }
