@@ -83,6 +83,18 @@ def returns_case(sequences: Tensor, batch: int, group: int) -> dict[str, Callabl
     return variants
 
 
+def tree_case(sequences: Tensor, batch: int, group: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """``prefix_tree`` on random items of the catalogue."""
+    tokens = sequences[torch.randint(0, len(sequences), (batch, group))]
+    variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "ours": lambda: vstar_ops.prefix_tree(tokens),
+        "unique of packed keys, scatter": lambda: baselines.prefix_tree(tokens),
+    }
+    for got, want in zip(*(variant() for variant in variants.values())):
+        assert torch.equal(got.long(), want)
+    return variants
+
+
 def two_threads(trie: Trie) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """The depth-1 case on two threads and on one."""
     call = legal_case(trie, 1, max(trie.max_token + 1, 768))["ours"]
@@ -129,6 +141,9 @@ def main() -> None:
             f"prefix_returns, B={batch} G={group} L=3 E=64",
             compare(returns_case(sequences, batch, group), rounds),
         )
+    for batch, group in ((64, 16), (256, 64)):
+        timing = compare(tree_case(sequences, batch, group), rounds)
+        report.add(f"prefix_tree, B={batch} G={group} L=3", timing)
     report.add("expand_topk legal, depth 1, two threads", compare(two_threads(trie), rounds), one_thread=1.6)
     torch.set_num_threads(1)
     rows = torch.randint(0, 2048, (1_000_000, 4))

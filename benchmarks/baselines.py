@@ -105,3 +105,34 @@ def prefix_returns(
         returns.append(torch.where(matches, weights[depth], -weights[depth] * (1 - cosine)))
         similarity.append(cosine)
     return torch.stack(returns, 2), torch.stack(similarity, 2)
+
+
+def prefix_tree(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Packed keys and one ``unique`` a level (right for small tokens), then one scatter a field.
+
+    Returns parent, token, depth, first, count ``[B, G * L]`` and the candidates' nodes ``[B, G, L]``.
+    """
+    batch, group, length = tokens.shape
+    columns = int(tokens.max()) + 1
+    request = torch.arange(batch).repeat_interleave(group)
+    candidate = torch.arange(group).repeat(batch)
+    prefix, owner, above = request, torch.arange(batch), torch.full((batch,), -1)
+    used = torch.zeros(batch, dtype=torch.int64)
+    shape = (batch, group * length)
+    parent, token, first = (torch.full(shape, -1) for _ in range(3))
+    depth, count, nodes = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), []
+    for level in range(length):
+        key = prefix * columns + tokens[:, :, level].flatten()
+        unique, prefix, number = key.unique(return_inverse=True, return_counts=True)
+        up = unique // columns
+        owner = owner[up]
+        size = torch.bincount(owner, minlength=batch)
+        own = torch.arange(len(unique)) - (size.cumsum(0) - size - used)[owner]  # numbered on in the request
+        least = torch.full_like(unique, group).scatter_reduce_(0, prefix, candidate, "amin")
+        at = (owner, own)
+        fields = ((parent, above[up]), (token, unique % columns), (first, least), (count, number))
+        for field, values in (*fields, (depth, torch.full_like(unique, level + 1))):
+            field[at] = values
+        above, used = own, used + size
+        nodes.append(own[prefix])
+    return parent, token, depth, first, count, torch.stack(nodes, 1).view(tokens.shape)

@@ -111,6 +111,7 @@ def through_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "sibling_advantage",
         "group_advantage",
         "prefix_returns",
+        "prefix_tree",
         "token_logp",
         "ved",
     ):

@@ -417,3 +417,23 @@ def beam_search(
         beams = sorted(grown, key=lambda x: (-x[0], x[1]))[:width]
         alive.append([prefix for _, prefix in beams])
     return Beam([p for _, p in beams], [s for s, _ in beams], alive)
+
+
+def prefix_tree(tokens: np.ndarray, mask: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The fields of the tree by name, from a sorted set of prefixes."""
+    batch, group, length = tokens.shape
+    out = {name: np.full((batch, group * length), -1, np.int64) for name in ("parent", "token", "first")}
+    out |= {name: np.zeros((batch, group * length), np.int64) for name in ("depth", "count")}
+    out |= {"node": np.full(tokens.shape, -1), "size": np.zeros(batch, np.int64)}
+    for b in range(batch):
+        rows = {g: tuple(int(t) for t in tokens[b, g]) for g in range(group) if mask is None or mask[b, g]}
+        prefixes = {row[:depth] for row in rows.values() for depth in range(1, length + 1)}
+        number = {p: n for n, p in enumerate(sorted(prefixes, key=lambda p: (len(p), p)))}
+        out["size"][b] = len(number)
+        for p, n in number.items():
+            through = [g for g, row in rows.items() if row[: len(p)] == p]
+            out["parent"][b, n] = number.get(p[:-1], -1)
+            out["token"][b, n], out["depth"][b, n] = p[-1], len(p)
+            out["first"][b, n], out["count"][b, n] = min(through), len(through)
+            out["node"][b, through, len(p) - 1] = n
+    return out

@@ -24,6 +24,7 @@ MODULES = (
     "expand_topk",
     "group_advantage",
     "prefix_returns",
+    "prefix_tree",
     "sibling_advantage",
     "sibling_grpo_loss",
     "token_logp",
@@ -66,7 +67,7 @@ def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
 
     Args:
         modules: some of ``"expand_topk"``, ``"group_advantage"``, ``"prefix_returns"``,
-            ``"sibling_advantage"``, ``"sibling_grpo_loss"``, ``"token_logp"``, ``"ved"``; all if there are
+            ``"prefix_tree"``, ``"sibling_advantage"``, ``"sibling_grpo_loss"``, ``"token_logp"``, ``"ved"``; all if there are
             none.
         device: the GPU to compile for.
 

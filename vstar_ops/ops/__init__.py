@@ -4,6 +4,7 @@ from ._library import validation
 from .expand_topk import ExpandTopK, expand_topk
 from .group_advantage import group_advantage
 from .prefix_returns import PrefixReturns, prefix_returns
+from .prefix_tree import PrefixTree, prefix_tree
 from .sibling_advantage import SiblingAdvantage, sibling_advantage
 from .sibling_grpo_loss import SiblingGRPOLoss, sibling_grpo_loss, sibling_grpo_loss_from_logits
 from .token_logp import TokenLogp, token_logp
@@ -12,6 +13,7 @@ from .ved import SearchTrees, ved_candidates, ved_insert, ved_select
 __all__ = [
     "ExpandTopK",
     "PrefixReturns",
+    "PrefixTree",
     "SearchTrees",
     "SiblingAdvantage",
     "SiblingGRPOLoss",
@@ -19,6 +21,7 @@ __all__ = [
     "expand_topk",
     "group_advantage",
     "prefix_returns",
+    "prefix_tree",
     "sibling_advantage",
     "sibling_grpo_loss",
     "sibling_grpo_loss_from_logits",

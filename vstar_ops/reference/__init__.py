@@ -8,6 +8,7 @@ from .expand_topk import expand_topk
 from .group_advantage import group_advantage
 from .gumbel import derive_seeds, gumbel, philox
 from .prefix_returns import prefix_returns
+from .prefix_tree import prefix_tree
 from .sibling_advantage import sibling_advantage
 from .sibling_grpo_loss import sibling_grpo_loss
 from .token_logp import token_logp, token_logp_backward
@@ -20,6 +21,7 @@ __all__ = [
     "gumbel",
     "philox",
     "prefix_returns",
+    "prefix_tree",
     "sibling_advantage",
     "sibling_grpo_loss",
     "token_logp",
