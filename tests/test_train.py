@@ -194,12 +194,13 @@ def legal_by_hand(model: SIDTransformer, context: torch.Tensor, sequence: list[i
     return torch.stack(out)
 
 
-def test_candidate_logp(model: SIDTransformer) -> None:
+@pytest.mark.parametrize("pack", [True, False])
+def test_candidate_logp(model: SIDTransformer, pack: bool) -> None:
     trie = Trie.from_sequences(CATALOGUE)
     context = torch.tensor([[1, 4, 7], [2, 5, -1]])
     candidates = torch.stack([CATALOGUE[[0, 1, 3, 3]], CATALOGUE[[5, 4, 2, 0]]])
     candidates[1, 3] = -1
-    logp = objective.candidate_logp(model, context, trie, candidates)
+    logp = objective.candidate_scores(model, context, trie, candidates, pack=pack).logp
     for b in range(2):
         for g in range(4):
             row = candidates[b, g].tolist()
@@ -300,15 +301,15 @@ class Functional:
     def __init__(self, model: SIDTransformer, values: dict[str, torch.Tensor]) -> None:
         self.model, self.values = model, values
 
-    def _call(self, method: str, *args: object) -> object:
+    def _call(self, method: str, *args: object, **options: object) -> object:
         values = {f"m.{k}": v for k, v in self.values.items()}
-        return torch.func.functional_call(_Method(self.model, method), values, args)
+        return torch.func.functional_call(_Method(self.model, method), values, args, options)
 
-    def prefill(self, *args: object) -> object:
-        return self._call("prefill", *args)
+    def pack(self, *args: object, **options: object) -> object:
+        return self.model.pack(*args, **options)
 
-    def extend(self, *args: object) -> object:
-        return self._call("extend", *args)
+    def packed(self, *args: object, **options: object) -> object:
+        return self._call("packed", *args, **options)
 
 
 class _Method(torch.nn.Module):
@@ -316,8 +317,8 @@ class _Method(torch.nn.Module):
         super().__init__()
         self.m, self.method = m, method
 
-    def forward(self, *args: object) -> object:
-        return getattr(self.m, self.method)(*args)
+    def forward(self, *args: object, **options: object) -> object:
+        return getattr(self.m, self.method)(*args, **options)
 
 
 # ------------------------------------------------------------------ rewards and metrics

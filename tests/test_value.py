@@ -54,12 +54,14 @@ def values_of(model: SIDTransformer, context: torch.Tensor, tokens: list[int]) -
     return torch.cat(values)
 
 
-def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie) -> None:
+@pytest.mark.parametrize("pack", [True, False])
+def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie, pack: bool) -> None:
     """In one walk over all candidates and step by step: the same V, blind to what follows."""
     context = torch.tensor([[0, 4, 8], [-1, -1, -1]])
     candidates = torch.stack([CATALOGUE[:5], CATALOGUE[[6, 6, 0, 2, 3]]])
     candidates[1, 4] = -1
-    scores = objective.candidate_scores(model, context, trie, candidates, values=True, action_values=True)
+    options = {"values": True, "action_values": True, "pack": pack}
+    scores = objective.candidate_scores(model, context, trie, candidates, **options)
     logp = objective.candidate_logp(model, context, trie, candidates)
     torch.testing.assert_close(scores.logp, logp)
     for b in range(2):

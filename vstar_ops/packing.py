@@ -107,28 +107,30 @@ class PackedRows:
         return _lookup(x.flatten(2) if x.ndim > 2 else x[..., None], at).reshape(*at.shape, *x.shape[2:])
 
     def of_nodes(self, x: Tensor) -> Tensor:
-        """``[B, n, ...]`` of ``x[B, G, L, ...]``, which speaks of the candidates' prefixes of ``l + 1`` tokens;
-        any value in unused nodes."""
+        """``[B, n, ...]`` of ``x[B, G, L, ...]`` that speaks of the candidates' prefixes; any value in unused
+        nodes."""
         group, length = self.own.shape[1:]
         nodes = self.depth.shape[1]
         place = torch.arange(group * length, device=x.device).expand(len(x), -1)
-        holder = torch.zeros_like(place[:, :1]).expand(-1, nodes + 2).clone()
+        holder = place.new_zeros(len(x), nodes + 2)
         holder.scatter_(1, self.own.flatten(1) + 1, place)  # some candidate through each node; 0 is nothing's
         return x.flatten(1, 2)[torch.arange(len(x), device=x.device)[:, None], holder[:, 2:]]
 
-    def logp(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probability of every token of every candidate, float ``[B, G, L]``, differentiable.
+    def chosen(self, x: Tensor) -> Tensor:
+        """Of ``x[B, 1 + n, V]`` at the outputs the entry of each candidate's tokens, ``[B, G, L]``; 0 where
+        :attr:`source` is -1."""
+        index = torch.where(self.source >= 0, self.source * x.shape[2] + self.tokens, -1)
+        return _lookup(x.flatten(1)[..., None], index)[..., 0]
 
-        Of ``logits[B, 1 + n, V]`` at the outputs, over the whole vocabulary; float32 inside for narrower
-        types. 0 for masked candidates and where the prefix is not run.
+    def logp(self, logits: Tensor, total: Tensor | None = None) -> Tensor:
+        """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable.
+
+        Of ``logits[B, 1 + n, V]`` at the outputs: a token's logit less ``total[B, 1 + n]``, which is the
+        log-sum-exp over the whole vocabulary unless given. 0 where :attr:`source` is -1.
         """
-        logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-        columns = logits.shape[2]
-        total = self.unpack(logits.logsumexp(2), self.source)
-        index = self.source.clamp(min=0) * columns + self.tokens
-        run = self.source >= 0
-        chosen = _lookup(logits.flatten(1)[..., None], torch.where(run, index, -1))[..., 0]
-        return torch.where(run, chosen - total, 0)
+        if total is None:
+            total = logits.logsumexp(2)
+        return self.chosen(logits) - self.unpack(total, self.source)
 
 
 def pack_prompts(

@@ -1,23 +1,25 @@
 """The reference model: a small decoder-only transformer over semantic-ID tokens.
 
-One model, two ways to run it. :meth:`SIDTransformer.forward` is the plain causal pass of supervised
+One model, three ways to run it. :meth:`SIDTransformer.forward` is the plain causal pass of supervised
 training. :meth:`~SIDTransformer.prefill` and :meth:`~SIDTransformer.extend` implement
-:class:`vstar_ops.decoding.protocol.PrefixModel`: a request's prompt is run once, and every prefix that
-is evaluated after it adds one key/value row to the request's cache. Both ways give the same numbers
-(up to float rounding) and the same gradients, so the RL loss pays for a prompt once and not for each
-of its candidates.
+:class:`vstar_ops.decoding.protocol.PrefixModel` for a search: a request's prompt is run once, and every
+prefix that is evaluated after it adds one key/value row to the request's cache.
+:meth:`~SIDTransformer.packed` runs prefixes that are known beforehand, those of the RL loss, in one pass
+with their prompt. All give the same numbers (up to float rounding) and the same gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .value import ValueHead, hash_prefix
+from ..packing import PackedRows, pack_prompts
+from .value import ValueHead, hash_prefix, hash_prefixes
 
 
 @dataclass
@@ -63,6 +65,17 @@ class PrefixCache:
                 pool[layer] = wider
             pool[layer][:, :, used:end] = new
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class PackedScores(NamedTuple):
+    """What a model says at the outputs of :class:`vstar_ops.packing.PackedRows`.
+
+    Logits ``[B, 1 + n, V]``, with a value head V ``[B, 1 + n]``, and Q - V ``[B, 1 + n, V]`` where asked for.
+    """
+
+    logits: Tensor
+    value: Tensor | None
+    child_value: Tensor | None
 
 
 class SIDTransformer(nn.Module):
@@ -116,6 +129,35 @@ class SIDTransformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns."""
         return self._head(self._causal(tokens)[0])
+
+    def pack(
+        self, context: Tensor, candidates: Tensor, mask: Tensor, needed: Tensor, *, leaves: bool
+    ) -> PackedRows:
+        """Prompts ``context[B, T]`` and the prefixes of their candidates, for :meth:`packed`."""
+        prompt = F.pad(context.long(), (1, 0), value=self.vocab)
+        options = {"prompt_mask": prompt >= 0, "needed": needed, "leaves": leaves}
+        return pack_prompts(prompt, candidates, mask, **options, compact=True)  # type: ignore[arg-type]
+
+    def packed(self, rows: PackedRows, *, action_values: bool = False) -> PackedScores:
+        """Evaluate all prefixes of packed rows in one causal pass."""
+        token, mask = rows.input_ids, rows.mask()[:, 0]
+        x = self.dropout(self.token(token) + self.position(rows.position_ids))
+        prefix = F.pad(rows.of_nodes(hash_prefixes(rows.tokens)), (rows.prompt_columns, 0))
+
+        def layer(_: int, block: Block, x: Tensor) -> Tensor:
+            q, k, v = (part.transpose(1, 2) for part in block.project(x))
+            return block.finish(x, block.attend(q, k, v, mask).transpose(1, 2))
+
+        x, valued = self._run(token, prefix, x, layer)
+        logits = self._head(rows.select(x))
+        if self.value_head is None or valued is None:
+            return PackedScores(logits, None, None)
+        valued = rows.select(valued)
+        value = self.value_head(valued.flatten(0, 1)).view(valued.shape[:2])
+        if not action_values:
+            return PackedScores(logits, value, None)
+        q = self.value_head.corrections(valued.flatten(0, 1), rows.select(prefix).flatten())
+        return PackedScores(logits, value, q.view(*valued.shape[:2], -1))
 
     def value(self, state: PrefixCache, slot: Tensor) -> Tensor:
         """V of evaluated prefixes; see :class:`ValueModel`."""

@@ -7,14 +7,18 @@ gradient, and its prefix need not be run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..decoding import PrefixModel
 from ..ops import SiblingAdvantage
+from ..packing import PackedRows
 from ..trie import Trie
+from .model import PackedScores
 
 
 def legal_logp(logits: Tensor, trie: Trie, node: Tensor, child: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,17 +49,72 @@ class CandidateScores(NamedTuple):
     action_value: Tensor | None
 
 
-def candidate_logp(model: PrefixModel, context: Any, trie: Trie, candidates: Tensor) -> Tensor:
-    """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable.
+@dataclass(frozen=True)
+class CandidateRows:
+    """A batch of candidates behind their prompts, laid out once to be scored by any number of models.
 
-    A row of logits depends on the request and the parent prefix only, so each distinct prefix is run once,
-    each prompt once, and prefixes below which nothing branches not at all. Tokens of padded candidates
-    (-1) and forced tokens get exactly 0.
-
-    Args:
-        context: a batch of ``B`` prompts, as the model takes them.
-        candidates: ints ``[B, G, L]``, legal sequences or rows of -1.
+    Attributes:
+        rows: what is run: a row a prompt with all its candidates, or a row a candidate.
+        trie: the catalogue.
+        node, child: int64, shaped as ``rows.tokens``: the trie's nodes before and after each token.
+        shape: ``[B, G, L]``.
     """
+
+    rows: PackedRows
+    trie: Trie
+    node: Tensor
+    child: Tensor
+    shape: torch.Size
+
+    def scores(
+        self, run: Callable[[PackedRows], PackedScores], *, values: bool = False, action_values: bool = False
+    ) -> CandidateScores:
+        """``run`` is :meth:`SIDTransformer.packed`; see :func:`candidate_scores`."""
+        rows, trie = self.rows, self.trie
+        logits, value, child_value = run(rows)
+        branch = (rows.source >= 0) & (trie.num_children(self.node) > 1)
+        # Only outputs that branch are normalised: each once, however many candidates go through it.
+        node = F.pad(rows.of_nodes(self.child), (1, 0))
+        live = trie.num_children(node) > 1
+        token = trie.children(node[live]).token.long()
+        legal = logits[live].gather(1, token.clamp(min=0)).masked_fill(token < 0, -torch.inf)
+        total = logits.new_zeros(live.shape).masked_scatter(live, legal.logsumexp(1))
+        logp = torch.where(branch, rows.logp(logits, total), 0)
+        own = q = None
+        if values:
+            own = rows.unpack(_there(value, "value"), rows.own).view(self.shape)
+        if action_values:
+            above = rows.unpack(_there(value, "value").detach(), rows.source)
+            q = (above + rows.chosen(_there(child_value, "child_value"))).view(self.shape)
+        return CandidateScores(logp.view(self.shape), own, q)
+
+
+def _there(x: Tensor | None, name: str) -> Tensor:
+    if x is None:
+        raise ValueError(f"the model gives no {name}: call add_value_head() for values")
+    return x
+
+
+def candidate_rows(
+    model: Any, context: Any, trie: Trie, candidates: Tensor, *, values: bool = False, pack: bool = True
+) -> CandidateRows:
+    """Lay out candidates for :meth:`CandidateRows.scores`; arguments as :func:`candidate_scores`."""
+    shape = candidates.shape
+    if not pack:
+        context = context.repeat_interleave(shape[1], 0)
+        candidates = candidates.flatten(0, 1)[:, None]
+    candidates = candidates.long()
+    present = candidates[..., 0] >= 0
+    nodes = torch.stack([trie.lookup(candidates[..., :depth]).long() for depth in range(shape[2] + 1)], 2)
+    nodes = nodes.masked_fill(~present[..., None], -1)
+    # Without values only prefixes that branch, or lead to one that does, need be run.
+    needed = nodes >= 0 if values or not pack else trie.num_children(nodes) > 1
+    rows = model.pack(context, candidates, present, needed[..., 1:], leaves=values)
+    return CandidateRows(rows, trie, nodes[..., :-1], nodes[..., 1:], shape)
+
+
+def candidate_logp(model: Any, context: Any, trie: Trie, candidates: Tensor) -> Tensor:
+    """The log-probabilities of :func:`candidate_scores` alone."""
     return candidate_scores(model, context, trie, candidates).logp
 
 
@@ -67,52 +126,30 @@ def candidate_scores(
     *,
     values: bool = False,
     action_values: bool = False,
+    pack: bool = True,
 ) -> CandidateScores:
-    """:func:`candidate_logp`, and with ``values`` V of every prefix, all of one walk.
+    """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable; with ``values`` V of
+    every prefix, all of one pass.
 
-    Values need every prefix run, the whole candidates as well; without them only those below which the trie
-    branches. ``value[..., l]`` and ``action_value[..., l]`` speak of the prefix of ``l + 1`` tokens: V of its
-    own forward, and V + Q of its parent's. 0 for padded candidates.
+    A row of logits depends on the request and the parent prefix only. So each prompt is run once, with the
+    tree of its candidates' prefixes behind it; prefixes below which nothing branches are not run at all.
+    Tokens of padded candidates (-1) and forced tokens get exactly 0.
+
+    Values need every prefix run, the whole candidates as well. ``value[..., l]`` and ``action_value[..., l]``
+    speak of the prefix of ``l + 1`` tokens: V of its own forward, and V + Q of its parent's. 0 for padded
+    candidates.
+
+    Args:
+        model: see :class:`SIDTransformer`.
+        context: a batch of ``B`` prompts, as the model takes them.
+        candidates: ints ``[B, G, L]``, legal sequences or rows of -1.
+        pack: False for the conventional way, a row of prompt and tokens for each candidate.
     """
-    length = candidates.shape[2]
-    nodes = torch.stack([trie.lookup(candidates[..., :depth]).long() for depth in range(length + 1)], 2)
-    nodes[candidates[..., 0] < 0] = -1
-    branches = trie.num_children(nodes) > 1
-    # A prefix is run if it, or one below it, branches; all are if they are to be valued.
-    needed = nodes >= 0 if values else branches.flip(2).cumsum(2).flip(2) > 0
-    request = torch.arange(len(candidates), device=candidates.device)[:, None].expand_as(candidates[..., 0])
-
-    logits, state = model.prefill(context)
-    row = slots = request  # [B, G]: each candidate's row of logits, and the slot of its prefix
-    logps, own, by_parent = [], [], []
-    for depth in range(length + 1):
-        node, run = nodes[..., depth], needed[..., depth]
-        if depth > 0:
-            token = candidates[..., depth - 1].long()
-            if action_values:
-                present = node >= 0
-                above = slots[present]
-                q = model.value(state, above).detach()
-                q = q + model.child_value(state, above).gather(1, token[present][:, None])[:, 0]
-                by_parent.append(q.new_zeros(slots.shape).masked_scatter(present, q))
-            key, inverse = torch.unique((request * trie.num_nodes + node)[run], return_inverse=True)
-            first = torch.empty_like(key).scatter_(0, inverse, torch.arange(len(inverse), device=key.device))
-            logits, slot = model.extend(state, slots[run][first], token[run][first])
-            row = torch.zeros_like(slots).masked_scatter(run, inverse)
-            slots = torch.zeros_like(slots).masked_scatter(run, slot[inverse])
-            if values:
-                v = model.value(state, slots[run])
-                own.append(v.new_zeros(slots.shape).masked_scatter(run, v))
-        if depth < length:
-            column, branch = logits.new_zeros(slots.shape), branches[..., depth]
-            if branch.any():
-                logp, _ = legal_logp(logits[row[branch]], trie, node[branch], nodes[..., depth + 1][branch])
-                column = column.masked_scatter(branch, logp)
-            logps.append(column)
-    return CandidateScores(
-        torch.stack(logps, 2),
-        torch.stack(own, 2) if values else None,
-        torch.stack(by_parent, 2) if action_values else None,
+    laid_out = candidate_rows(model, context, trie, candidates, values=values, pack=pack)
+    return laid_out.scores(
+        lambda rows: model.packed(rows, action_values=action_values),
+        values=values,
+        action_values=action_values,
     )
 
 

@@ -117,6 +117,14 @@ def hash_prefix(prefix: Tensor, token: Tensor) -> Tensor:
     return ((prefix ^ (token + 1)) * 0x9E3779B1 + (prefix >> 15)) & 0x7FFFFFFF
 
 
+def hash_prefixes(tokens: Tensor) -> Tensor:
+    """The hashes ``[..., L]`` of all prefixes of ``tokens[..., L]``."""
+    hashes = [torch.zeros_like(tokens[..., 0])]
+    for token in tokens.unbind(-1):
+        hashes.append(hash_prefix(hashes[-1], token))
+    return torch.stack(hashes[1:], -1)
+
+
 class ValueHead(nn.Module):
     """An MLP over the hidden states of a causal block of its own: V(s), and Q(s, v) - V(s) if asked for.
 
