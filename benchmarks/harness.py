@@ -20,14 +20,20 @@ class Timing(NamedTuple):
     ratio: dict[str, float]
 
 
-def compare(variants: dict[str, Callable[[], object]], rounds: int = 15, slice_s: float = 0.01) -> Timing:
+def compare(
+    variants: dict[str, Callable[[], object]], rounds: int = 15, slice_s: float = 0.01, warm: bool = False
+) -> Timing:
     """Time variants in turn, ``rounds`` times; each turn repeats its call for about ``slice_s`` seconds.
 
     The ratio of a variant to the first is the median of the ratios within a round. Short calls repeat
-    within a turn, so all variants find their caches warm, as in a decode loop.
+    within a turn, so all variants find their caches warm, as in a decode loop. ``warm`` says that all have
+    been called before, and that one call is a slice or more.
     """
     repeats = {}
     for name, call in variants.items():
+        repeats[name] = 1
+        if warm:
+            continue
         call()
         start = time.perf_counter()
         call()

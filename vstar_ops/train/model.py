@@ -126,9 +126,10 @@ class SIDTransformer(nn.Module):
         own = {id(p) for p in head}
         return [p for p in self.parameters() if id(p) not in own], head
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns."""
-        return self._head(self._causal(tokens)[0])
+    def forward(self, tokens: Tensor, last: int = 0) -> Tensor:
+        """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns. With ``last``
+        only so many rows, the last ones."""
+        return self._head(self._causal(tokens)[0][:, -last:])
 
     def pack(
         self, context: Tensor, candidates: Tensor, mask: Tensor, needed: Tensor, *, leaves: bool

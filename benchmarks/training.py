@@ -1,0 +1,115 @@
+"""``python -m benchmarks.training``: what an RL update costs with packed rows, and the conventional way.
+
+An update is forward, backward and optimizer step of the reference model on 64 requests of 16 candidates, one
+thread. Candidates are items drawn at random, which share fewer prefixes than those that a search finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vstar_ops import Trie, group_advantage, sibling_advantage
+from vstar_ops.train.loop import optimizer_of
+from vstar_ops.train.model import SIDTransformer
+from vstar_ops.train.objective import candidate_logp, grpo_term, kl_term, legal_logp, sibling_term
+
+from . import catalogue, harness
+
+REQUESTS, CANDIDATES = 64, 16
+
+
+def whole_rows(model: SIDTransformer, context: Tensor, trie: Trie, candidates: Tensor) -> Tensor:
+    """Log-probabilities ``[B, G, L]`` by the plain causal pass over prompt and candidate, every row whole."""
+    batch, group, length = candidates.shape
+    rows = torch.cat([context.repeat_interleave(group, 0), candidates[..., :-1].flatten(0, 1)], 1)
+    nodes = torch.stack([trie.lookup(candidates[..., :depth]).long() for depth in range(length + 1)], 2)
+    node, child = nodes[..., :-1].flatten(), nodes[..., 1:].flatten()
+    logits = model(rows, last=length).flatten(0, 1)
+    return legal_logp(logits, trie, node, child)[0].view(batch, group, length)
+
+
+class Updates:
+    """The update of one variant, on a model of its own; requests go through in parts, to fit in memory."""
+
+    def __init__(
+        self,
+        logp: Callable[..., Tensor],
+        model: SIDTransformer,
+        batch: tuple[Tensor, ...],
+        trie: Trie,
+        part: int,
+    ) -> None:
+        self.logp, self.model, self.batch, self.trie, self.part = (
+            logp,
+            copy.deepcopy(model),
+            batch,
+            trie,
+            part,
+        )
+        self.optimizer = optimizer_of(self.model, 1e-4, 0.0)
+
+    def gradients(self) -> list[Tensor]:
+        """Of the objective, by forward and backward."""
+        self.optimizer.zero_grad()
+        for context, candidates, reward, reference in zip(*(x.split(self.part) for x in self.batch)):
+            logp = self.logp(self.model, context, self.trie, candidates)
+            mask = torch.ones_like(reward, dtype=torch.bool)
+            gain = grpo_term(logp, logp.detach(), group_advantage(reward), mask)
+            gain = gain + sibling_term(logp, logp.detach(), sibling_advantage(candidates, reward), mask)
+            loss = 1e-3 * kl_term(logp, reference, mask) - gain
+            (loss * len(context) / REQUESTS).backward()
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def __call__(self) -> None:
+        self.gradients()
+        self.optimizer.step()
+
+
+def measure(
+    report: harness.Report, trie: Trie, sequences: Tensor, tokens: int, part: int, rounds: int
+) -> None:
+    """Print a line for a prompt of so many tokens."""
+    items = tokens // sequences.shape[1]
+    model = SIDTransformer(trie.max_token + 1, tokens + sequences.shape[1]).eval()
+    context = sequences[torch.randint(len(sequences), (REQUESTS, items))].flatten(1)
+    candidates = sequences[torch.randint(len(sequences), (REQUESTS, CANDIDATES))]
+    reference = torch.zeros(candidates.shape)
+    batch = (context, candidates, torch.rand(REQUESTS, CANDIDATES), reference)
+    packed, whole = (Updates(logp, model, batch, trie, part) for logp in (candidate_logp, whole_rows))
+    for got, want in zip(packed.gradients(), whole.gradients(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
+    variants = {"packed": packed, "a row a candidate": whole}
+    timing = harness.compare(variants, rounds, slice_s=0, warm=True)
+    target = {10: {"a_row_a_candidate": 4.0}, 100: {"a_row_a_candidate": 8.0}}.get(items, {})
+    report.add(f"RL update, prompt of {tokens} tokens", timing, **target)
+
+
+def main() -> None:
+    """Parse the options, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser.add_argument("--data", help="folder in MiniOneRec's layout (default: a made catalogue)")
+    parser.add_argument("--category", default="Industrial_and_Scientific", help="default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[30, 300], help="of a prompt (default: 30 300)"
+    )
+    parser.add_argument("--part", type=int, default=8, help="requests a forward (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    name, sequences = catalogue.load(args.data, args.category)
+    trie = Trie.from_sequences(sequences)
+    print(f"{harness.machine()}; catalogue: {name}, {trie}")
+    report = harness.Report()
+    for tokens in args.tokens:
+        measure(report, trie, sequences, tokens, args.part, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
