@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..trie import Trie
-from . import checkpoint, report
+from . import checkpoint, parallel, report
 from .data import Dataset, load_minionerec
 from .decode import DECODERS, PAPER, TUNED, VED_OPTIONS
 from .loop import OBJECTIVES, Config, Job, run_seed
@@ -74,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
     add("--gamma", "discount of V's targets (default: %(default)s)", type=float)
     p.add_argument("--seed", type=int, help="one seed (default: 0)")
     add("--seeds", "several seeds, as 0,1,2: adds 95%% intervals", type=_seeds)
+    p.add_argument(
+        "--no-pack",
+        dest="pack",
+        action="store_false",
+        help="run a prompt once with each of its candidates, the conventional way, for comparison",
+    )
     add("--threads", "CPU threads; one is bit-for-bit repeatable (default: torch's choice)", type=_positive)
     add("--candidates", "beam width, candidates a request (default: %(default)s)", type=_positive)
     add("--reward", "default: true on synthetic data, ranking else", choices=NAMES)
@@ -99,6 +105,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    with parallel.world() as world:
+        return _main(argv, world)
+
+
+def _main(argv: list[str] | None, world: parallel.World) -> int:
     p = parser()
     args = p.parse_args(argv)
     if args.resume:
@@ -124,8 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         values |= {name: fallback[name] for name in SYNTHETIC if values[name] is None}
         config = _config(values)
         name = config.category if config.data else "synthetic"
-        folder = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if (folder / "config.json").exists():
+        folder = world.same(args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if world.same((folder / "config.json").exists()):
             p.error(f"{folder} already holds a run: choose another --out, or give --resume {folder}")
     try:
         dataset = load_minionerec(config.data, config.category) if config.data else synthetic()
@@ -139,29 +150,38 @@ def main(argv: list[str] | None = None) -> int:
     if config.reward == "true" and dataset.reward is None:
         p.error("--reward true needs the synthetic catalogue; on real data choose rule or ranking")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    if world.leads:
+        checkpoint.save_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     if config.threads:
         torch.set_num_threads(config.threads)
-    print(run(config, dataset, folder))
-    print(f"in {folder}: results.md, results.json, curves.png, and a folder a seed")
+    text = run(config, dataset, folder, world)
+    if world.leads:
+        print(text)
+        print(f"in {folder}: results.md, results.json, curves.png, and a folder a seed")
     return 0
 
 
-def run(config: Config, dataset: Dataset, folder: Path) -> str:
-    """All seeds, one after the other; what is already done is not done again."""
+def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -> str:
+    """All seeds, one after the other; what is already done is not done again. Empty where ``world`` is led by
+    another process."""
     trie = Trie.from_sequences(dataset.sequences)
-    print(
-        f"{dataset.name}: {len(dataset.sequences)} items, {trie.num_sequences} distinct semantic IDs; "
-        f"{len(dataset.train)} training, {len(dataset.valid)} valid, {len(dataset.test)} test requests"
-    )
+    if world.leads:
+        print(
+            f"{dataset.name}: {len(dataset.sequences)} items, {trie.num_sequences} distinct semantic IDs; "
+            f"{len(dataset.train)} training, {len(dataset.valid)} valid, {len(dataset.test)} test requests"
+        )
     results: report.Results = {}
     for seed in config.seeds:
-        job = Job(config, dataset, trie, folder / f"seed-{seed}", seed)
+        job = Job(config, dataset, trie, folder / f"seed-{seed}", seed, world)
         path = job.folder / "results.json"
-        if not path.exists():
+        if not world.same(path.exists()):
             rows = run_seed(job)
-            checkpoint.save_text(path, json.dumps(rows, indent=1))
-        results[seed] = json.loads(path.read_text())
+            if world.leads:
+                checkpoint.save_text(path, json.dumps(rows, indent=1))
+        if world.leads:
+            results[seed] = json.loads(path.read_text())
+    if not world.leads:
+        return ""
     title = f"{dataset.name}, test split, {config.candidates} candidates a request"
     return report.write(folder, title, results)
 

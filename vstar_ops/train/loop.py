@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import group_advantage, sibling_advantage
+from ..packing import PackedRows
 from ..trie import Trie
 from . import checkpoint
 from .data import Dataset, user_sequences
 from .decode import TUNED, decode
 from .metrics import evaluate
-from .model import SIDTransformer
-from .objective import candidate_logp, candidate_scores, grpo_term, kl_term, legal_logp, sibling_term
+from .model import PackedScores, SIDTransformer
+from .objective import candidate_rows, grpo_term, kl_term, legal_logp, sibling_term
+from .parallel import World
 from .rewards import Reward, make_reward
 from .value import (
     DenseReturn,
@@ -51,6 +53,7 @@ class Config:
     seeds: tuple[int, ...] = (0,)
     threads: int | None = None
     candidates: int = 16
+    pack: bool = True
     reward: str | None = None
     sft_epochs: int = 60
     sft_batch_size: int = 64
@@ -88,6 +91,7 @@ class Job:
     trie: Trie
     folder: Path
     seed: int
+    world: World = field(default_factory=World)
 
     def model(self) -> SIDTransformer:
         return SIDTransformer(self.dataset.vocab, self.dataset.max_tokens, dropout=self.config.dropout)
@@ -175,31 +179,39 @@ def fit(
 ) -> float:
     """Run a stage to its end, from its checkpoint if there is one; leave the best weights in ``model``.
 
-    ``step(examples)`` computes a loss, calls backward and returns figures to log. The learning rate
-    rises over ``warmup`` steps and then stays, or falls along a cosine. ``metric`` on the valid split is
-    looked at ``evals`` times, and ``config.patience`` times without a new best end the stage.
+    ``step(examples)`` computes the loss of this process' share of the examples, calls backward and returns
+    figures to log. The learning rate rises over ``warmup`` steps and then stays, or falls along a cosine.
+    ``metric`` on the valid split is looked at ``evals`` times, and ``config.patience`` times without a new
+    best end the stage.
 
     Returns:
         Seconds spent, over all of the run's lives, without evaluation.
     """
-    path = job.folder / f"{stage}.pt"
+    path, world = job.folder / f"{stage}.pt", job.world
     peak = [group["lr"] for group in optimizer.param_groups]
     every = max(1, math.ceil(steps / evals))
     now: dict[str, Any] = {"step": 0, "best": -math.inf, "bad": 0, "seconds": 0.0}
     now |= {"done": False, "metrics": 0}
     best_weights = {k: v.clone() for k, v in model.state_dict().items()}
-    if path.exists():
+    if world.same(path.exists()):
         saved = checkpoint.load(path)
         now, best_weights = saved["now"], saved["best_weights"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         batches.plan, batches.position = saved["plan"], saved["position"]
         torch.set_rng_state(saved["rng"])
-    log = checkpoint.MetricsFile(job.folder / f"{stage}.jsonl", now["metrics"])
+    log = checkpoint.MetricsFile(job.folder / f"{stage}.jsonl", now["metrics"]) if world.leads else None
+
+    def write(record: dict[str, Any]) -> None:
+        if log:
+            log.write(record)
 
     def validate() -> None:
-        scores = job.evaluate(model, "valid", job.config.valid_rows)
-        log.write({"step": now["step"], "seconds": round(now["seconds"], 2), "valid": scores})
+        scores: dict[str, float] = {}
+        if world.leads:
+            scores = job.evaluate(model, "valid", job.config.valid_rows)
+        scores = world.same(scores)
+        write({"step": now["step"], "seconds": round(now["seconds"], 2), "valid": scores})
         now["bad"] += 1
         if scores[metric] > now["best"]:
             now.update(best=scores[metric], bad=0)
@@ -207,12 +219,15 @@ def fit(
         bar.set_postfix_str(f"valid {metric} {scores[metric]:.4f}, best {now['best']:.4f}")
 
     def save() -> None:
+        if log is None:
+            return
         now["metrics"] = log.position()
         state: dict[str, Any] = {"now": now, "model": model.state_dict(), "best_weights": best_weights}
         state |= {"optimizer": optimizer.state_dict(), "plan": batches.plan, "position": batches.position}
         checkpoint.save(path, state | {"rng": torch.get_rng_state()})
 
-    with tqdm(total=steps, initial=now["step"], desc=f"seed {job.seed} {stage}", disable=None) as bar:
+    quiet = None if world.leads else True  # None: shown on a terminal
+    with tqdm(total=steps, initial=now["step"], desc=f"seed {job.seed} {stage}", disable=quiet) as bar:
         if now["step"] == 0 and not now["done"]:
             validate()
             save()
@@ -231,7 +246,7 @@ def fit(
             optimizer.step()
             now["step"] += 1
             now["seconds"] += time.perf_counter() - started
-            log.write({"step": now["step"], **record})
+            write({"step": now["step"], **record})
             bar.update()
             if now["step"] % every == 0 or now["step"] == steps:
                 validate()
@@ -239,7 +254,8 @@ def fit(
                 save()
             elif now["step"] % job.config.checkpoint_every == 0:
                 save()
-    log.close()
+    if log:
+        log.close()
     model.load_state_dict(best_weights)
     return now["seconds"]
 
@@ -254,6 +270,7 @@ def supervised(job: Job) -> tuple[SIDTransformer, float]:
     longest = job.dataset.train.history.shape[1] + 1
     torch.manual_seed(job.seed)
     model = job.model()
+    run = job.world.wrap(model)
     lengths = torch.tensor([len(s) for s in sequences])
 
     def crops() -> tuple[Tensor, Tensor]:
@@ -268,14 +285,19 @@ def supervised(job: Job) -> tuple[SIDTransformer, float]:
         views = (sequences[user][start:stop] for user, start, stop in windows.tolist())
         items = [drop_items(view, c.item_dropout) for view in views]
         padded = nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1)  # [B, n, L]
+        share = job.world.share(padded)
+        padded = share.rows
         prefixes = [trie.lookup(padded[..., :depth]) for depth in range(padded.shape[2] + 1)]
         node, child = (torch.stack(p, 2).flatten(1) for p in (prefixes[:-1], prefixes[1:]))
         branch = (padded >= 0).flatten(1) & (trie.num_children(node) > 1)
-        logits = model(padded.flatten(1)[:, :-1])
+        with job.world.own_noise():
+            logits = run("forward", padded.flatten(1)[:, :-1])
         logp, smooth = legal_logp(logits[branch], trie, node[branch], child[branch])
-        loss = -((1 - c.label_smoothing) * logp + c.label_smoothing * smooth).mean()
-        loss.backward()
-        return {"loss": loss.item()}
+        loss = -((1 - c.label_smoothing) * logp + c.label_smoothing * smooth).sum()
+        loss = loss / branch.sum().clamp(min=1)
+        (weight,) = share.weights(branch.sum())
+        (weight * loss).backward()
+        return share.averages({"loss": loss.detach()}, {"loss": weight})
 
     steps = c.sft_epochs * math.ceil(len(sequences) / c.sft_batch_size)
     seconds = fit(
@@ -318,29 +340,37 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
     if valued:
         model.add_value_head(action_values=action_values)
         returns_of = job.returns(reward_of)
+    run = job.world.wrap(model)
+
+    def policy(rows: PackedRows) -> PackedScores:
+        return run("packed", rows, action_values=valued and action_values)
 
     def step(rows: Tensor) -> dict[str, float]:
         model.eval()
-        part = train[rows]
-        seed = torch.zeros(0) if decoder == "beam" else torch.randint(2**62, (len(rows),))
+        share = job.world.share(rows)
+        part = train[share.rows]
+        seed = torch.zeros(0)
+        if decoder != "beam":
+            seed = job.world.share(torch.randint(2**62, (len(rows),))).rows
         found = decode(decoder, model, part.context, trie, c.candidates, seed, options)
         tokens = found.sequence.long()
         mask = found.node >= 0
         reward = reward_of(part, tokens)
-        scores = candidate_scores(
-            model, part.context, trie, tokens, values=valued, action_values=valued and action_values
-        )
+        laid_out = candidate_rows(model, part.context, trie, tokens, values=valued, pack=c.pack)
+        scores = laid_out.scores(policy, values=valued, action_values=valued and action_values)
         logp = scores.logp
         with torch.no_grad():
-            reference = candidate_logp(sft, part.context, trie, tokens)
+            reference = laid_out.scores(sft.packed).logp
         old = logp.detach()
+        per_request, per_candidate = share.weights(len(tokens), mask.sum())
         gain = torch.zeros(())
         if objective in ("grpo", "joint"):
-            gain = gain + grpo_term(logp, old, group_advantage(reward, mask), mask, c.clip)
+            term = grpo_term(logp, old, group_advantage(reward, mask), mask, c.clip)
+            gain = gain + per_candidate * term
         if objective in ("sibling", "joint"):
             weight = c.sibling_weight if objective == "joint" else 1.0
             sibling = sibling_advantage(tokens, reward, mask)
-            gain = gain + weight * sibling_term(logp, old, sibling, mask, c.clip)
+            gain = gain + weight * per_request * sibling_term(logp, old, sibling, mask, c.clip)
         kl = kl_term(logp, reference, mask)
         value_loss = torch.zeros(())
         if scores.value is not None:
@@ -348,16 +378,16 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
             value_loss = squared_error(scores.value, target, mask)
             if scores.action_value is not None:
                 value_loss = value_loss + squared_error(scores.action_value, target, mask)
-        (c.kl_weight * kl - gain + c.value_loss_weight * value_loss).backward()
+        (per_candidate * (c.kl_weight * kl + c.value_loss_weight * value_loss) - gain).backward()
         spread = reward.max(1).values > reward.masked_fill(~mask, torch.inf).min(1).values
-        return {
-            "reward": reward[mask].mean().item(),
-            "best_reward": reward.max(1).values.mean().item(),
-            "groups_with_signal": spread.float().mean().item(),
-            "kl": kl.item(),
-            "forward_tokens": found.forward_tokens.float().mean().item(),
-            "value_loss": value_loss.item(),
+        requests = {
+            "best_reward": reward.max(1).values.mean(),
+            "groups_with_signal": spread.float().mean(),
+            "forward_tokens": found.forward_tokens.float().mean(),
         }
+        candidates = {"reward": reward[mask].mean(), "kl": kl, "value_loss": value_loss}
+        weights = dict.fromkeys(requests, per_request) | dict.fromkeys(candidates, per_candidate)
+        return share.averages(requests | candidates, weights)
 
     seconds = fit(
         job,
@@ -413,14 +443,17 @@ def row_name(stage: str) -> str:
 
 
 def run_seed(job: Job) -> dict[str, dict[str, float]]:
-    """Both stages; row name -> scores on the test split, which is looked at here, once, at the end."""
+    """Both stages; row name -> scores on the test split, which is looked at here, once, at the end.
+
+    Empty in processes that do not lead.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
     sft, seconds = supervised(job)
     stages = {"sft": (sft, seconds)}
     for variant in job.config.variants:
         stages[variant] = reinforce(job, variant, sft)
-    results = {}
-    for stage, (model, seconds) in stages.items():
+    results: dict[str, dict[str, float]] = {}
+    for stage, (model, seconds) in stages.items() if job.world.leads else ():
         checkpoint.save(job.folder / f"{stage}.weights.pt", model.state_dict())
         # VED needs a value head: what was trained without one is decoded by beam search.
         decoder = job.config.test_decoder if model.value_head or job.config.test_decoder != "ved" else "beam"

@@ -1,0 +1,123 @@
+"""Training on several processes, by torch's own engine: ``torchrun --nproc-per-node 2 -m vstar_ops.train``.
+
+All processes keep the same weights, draw the same batches from the same random numbers, and run a share of
+each batch through :class:`torch.nn.parallel.DistributedDataParallel`. A mean over the rows or candidates of
+a share is weighted by how many of them there are in all shares, so that the gradient, and with it the run,
+is that of one process up to rounding (dropout aside, whose noise is each process' own). The first process
+evaluates and writes the files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+class World:
+    """The processes of a run; one, unless ``torchrun`` has started more."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that evaluates and writes."""
+        return self.rank == 0
+
+    def same(self, value: T) -> T:
+        """What the first process gave for ``value``."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        distributed.broadcast_object_list(values)
+        return values[0]
+
+    def share(self, batch: Tensor) -> Share:
+        """This process' part of a batch."""
+        return Share(self, batch)
+
+    def wrap(self, model: nn.Module) -> Callable[..., Any]:
+        """``run(method, *arguments)``, which calls a method of the model; backward sums up all processes."""
+        calls = _Calls(model)
+        return calls if self.size == 1 else DistributedDataParallel(calls)
+
+    @contextmanager
+    def own_noise(self) -> Iterator[None]:
+        """Draw random numbers of this process' own, and leave the common ones as all have them."""
+        if self.size == 1:
+            yield
+            return
+        seed = int(torch.randint(2**62, ()))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + self.rank)
+            yield
+
+
+class Share:
+    """Some consecutive rows of a batch, and what they weigh.
+
+    A batch of fewer rows than processes leaves some without: they run a row for its shapes, at weight 0.
+
+    Attributes:
+        rows: as the batch, the rows that this process runs.
+    """
+
+    def __init__(self, world: World, batch: Tensor) -> None:
+        self.world = world
+        rows = batch.tensor_split(world.size)[world.rank]
+        self.counts = len(rows) > 0
+        self.rows = rows if self.counts else batch[:1]
+
+    def weights(self, *counts: Tensor | int) -> list[float]:
+        """What a mean over so many entries of this share must be multiplied with.
+
+        The average over processes, which DistributedDataParallel takes of gradients, is then the mean over
+        the entries of all shares.
+        """
+        if self.world.size == 1:
+            return [1.0] * len(counts)
+        own = torch.tensor([float(c) * self.counts for c in counts], dtype=torch.float64)
+        total = own.clone()
+        distributed.all_reduce(total)
+        return (own * self.world.size / total.clamp(min=1)).tolist()
+
+    def averages(self, means: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
+        """Means over all shares, by name, of this share's ``means`` with their weights."""
+        found = {name: mean.item() for name, mean in means.items()}
+        if self.world.size == 1:
+            return found
+        values = torch.tensor([weights[name] and weights[name] * x for name, x in found.items()])
+        distributed.all_reduce(values)
+        return dict(zip(found, (values / self.world.size).tolist()))
+
+
+class _Calls(nn.Module):
+    """A model any method of which is called by name, as DistributedDataParallel knows ``forward`` alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return getattr(self.model, method)(*arguments, **options)
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Join the processes that ``torchrun`` has started, over gloo; alone without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield World(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
