@@ -427,6 +427,20 @@ def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(results) == {"0", "1"} and len(results["0"]) == 5
 
 
+def test_packing_changes_no_result(toy: Path, tmp_path: Path) -> None:
+    """A run with packed rows is one with a row a candidate."""
+    options = ["--data", str(toy), *OPTIONS.split(), "--sft-epochs", "1", "--rl-steps", "3"]
+    assert main([*options, "--out", str(tmp_path / "packed")]) == 0
+    assert main([*options, "--out", str(tmp_path / "whole"), "--no-pack"]) == 0
+    for run, packed in (("packed", True), ("whole", False)):
+        assert json.loads((tmp_path / run / "config.json").read_text())["pack"] is packed
+    logs = [checkpoint.read_metrics(tmp_path / r / "seed-0" / "ved+joint.jsonl") for r in ("packed", "whole")]
+    steps = [[r for r in log if "reward" in r] for log in logs]
+    assert len(steps[0]) == 3
+    for got, want in zip(*steps):
+        assert got == pytest.approx(want, rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -51,10 +51,7 @@ class World:
 
     @contextmanager
     def own_noise(self) -> Iterator[None]:
-        """Draw random numbers of this process' own, and leave the common ones as all have them."""
-        if self.size == 1:
-            yield
-            return
+        """Draw random numbers of this process' own; of the common ones this takes as many in every run."""
         seed = int(torch.randint(2**62, ()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + self.rank)
