@@ -114,20 +114,23 @@ def prefix_tree(tokens: Tensor) -> tuple[Tensor, ...]:
     """
     batch, group, length = tokens.shape
     columns = int(tokens.max()) + 1
-    request = torch.arange(batch).repeat_interleave(group)
-    candidate = torch.arange(group).repeat(batch)
-    prefix, owner, above = request, torch.arange(batch), torch.full((batch,), -1)
-    used = torch.zeros(batch, dtype=torch.int64)
-    shape = (batch, group * length)
-    parent, token, first = (torch.full(shape, -1) for _ in range(3))
-    depth, count, nodes = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), []
+    owner = torch.arange(batch, device=tokens.device)
+    prefix, candidate = (
+        owner.repeat_interleave(group),
+        torch.arange(group, device=tokens.device).repeat(batch),
+    )
+    above, used = torch.full_like(owner, -1), torch.zeros_like(owner)
+    parent, token, first = (tokens.new_full((batch, group * length), -1) for _ in range(3))
+    depth, count, nodes = torch.zeros_like(parent), torch.zeros_like(parent), []
     for level in range(length):
         key = prefix * columns + tokens[:, :, level].flatten()
         unique, prefix, number = key.unique(return_inverse=True, return_counts=True)
         up = unique // columns
         owner = owner[up]
         size = torch.bincount(owner, minlength=batch)
-        own = torch.arange(len(unique)) - (size.cumsum(0) - size - used)[owner]  # numbered on in the request
+        own = (
+            torch.arange(len(unique), device=tokens.device) - (size.cumsum(0) - size - used)[owner]
+        )  # numbered on in the request
         least = torch.full_like(unique, group).scatter_reduce_(0, prefix, candidate, "amin")
         at = (owner, own)
         fields = ((parent, above[up]), (token, unique % columns), (first, least), (count, number))

@@ -193,6 +193,19 @@ def returns(device: str, batch: int, size: int, width: int) -> Case:
     )
 
 
+def tree(device: str, batch: int, size: int) -> Case:
+    """Distinct prefixes of candidates of which many share some."""
+    tokens = torch.randint(8, (batch, size, 3), device=device)
+    return Case(
+        f"prefix_tree B={batch} G={size} L=3",
+        lambda _: vstar_ops.prefix_tree(tokens),
+        _agree(lambda: vstar_ops.prefix_tree(tokens), tuple(range(7)), ()),
+        _nbytes(tokens, *vstar_ops.prefix_tree(tokens)),
+        eager=baselines.prefix_tree,
+        inputs=lambda _: (tokens,),
+    )
+
+
 def ved_round(device: str, batch: int, budget: int = 129) -> Case:
     """A round of tree search without the model: select, insert what a made-up model says, rank.
 
@@ -272,6 +285,7 @@ def cases(device: str, small: bool) -> Iterator[Callable[[], Case]]:
         yield make(siblings, device, 2, 8, 3)
         yield make(group, device, 2, 8)
         yield make(returns, device, 2, 8, 16)
+        yield make(tree, device, 2, 8)
         yield make(ved_round, device, 2, 13)
         return
     for batch in (16, 256):
@@ -287,6 +301,7 @@ def cases(device: str, small: bool) -> Iterator[Callable[[], Case]]:
         yield make(siblings, device, batch, size, length)
     yield make(group, device, 1024, 64)
     yield make(returns, device, 256, 64, 64)
+    yield make(tree, device, 256, 64)
     yield make(ved_round, device, 1024)
 
 
