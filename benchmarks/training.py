@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vstar_ops import Trie, group_advantage, sibling_advantage
+from vstar_ops import Trie, sibling_grpo_loss
 from vstar_ops.train.loop import optimizer_of
 from vstar_ops.train.model import SIDTransformer
-from vstar_ops.train.objective import candidate_logp, grpo_term, kl_term, legal_logp, sibling_term
+from vstar_ops.train.objective import candidate_logp, legal_logp
 
 from . import catalogue, harness
 
@@ -58,10 +58,7 @@ class Updates:
         self.optimizer.zero_grad()
         for context, candidates, reward, reference in zip(*(x.split(self.part) for x in self.batch)):
             logp = self.logp(self.model, context, self.trie, candidates)
-            mask = torch.ones_like(reward, dtype=torch.bool)
-            gain = grpo_term(logp, logp.detach(), group_advantage(reward), mask)
-            gain = gain + sibling_term(logp, logp.detach(), sibling_advantage(candidates, reward), mask)
-            loss = 1e-3 * kl_term(logp, reference, mask) - gain
+            loss = sibling_grpo_loss(logp, candidates, reward, ref_logp=reference).loss
             (loss * len(context) / REQUESTS).backward()
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 

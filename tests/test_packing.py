@@ -67,6 +67,11 @@ def conventional(
     return torch.stack(logp).view(tokens.shape)
 
 
+def log_softmax(packed: PackedRows, logits: Tensor) -> Tensor:
+    """What ``packed.logp`` computes, of double precision too."""
+    return packed.chosen(logits) - packed.unpack(logits.logsumexp(2), packed.source)
+
+
 def gradients(model: nn.Module, logp: Tensor) -> list[Tensor]:
     weight = torch.linspace(-1, 1, logp.numel(), dtype=logp.dtype).view_as(logp)
     return list(torch.autograd.grad((weight * logp.exp()).sum(), list(model.parameters())))
@@ -92,9 +97,12 @@ def test_log_probabilities_and_gradients_in_double(
     packed = pack_prompts(prompt, tokens, mask, prompt_mask=prompt_mask, leaves=leaves, compact=compact)
     see = packed.mask(torch.float64 if additive else None)
     logits = model(packed.input_ids, packed.position_ids, see)
-    logp = packed.logp(packed.select(logits))
+    logp = log_softmax(packed, packed.select(logits))
     want = conventional(model, prompt, prompt_mask, tokens, mask)
     torch.testing.assert_close(logp, want, rtol=0, atol=1e-10)
+    single = packed.logp(packed.select(logits).float(), temperature=0.7)
+    want_single = log_softmax(packed, packed.select(logits) / 0.7).float()
+    torch.testing.assert_close(single, want_single, rtol=1e-5, atol=1e-5)
     for got, expected in zip(gradients(model, logp), gradients(model, want)):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     if not compact:
@@ -250,7 +258,7 @@ def test_errors_name_the_argument(change, error, message) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("values", [True, False])
 def test_the_reference_model(dtype: torch.dtype, tolerance: float, values: bool) -> None:
-    """Scores and gradients with packing are those of a row a candidate, on both sides of padding."""
+    """Outputs and gradients with packing are those of a row a candidate, on both sides of padding."""
     torch.manual_seed(0)
     catalogue = torch.unique(
         torch.stack([torch.randint(4, (30,)) + 4 * level for level in range(3)], 1), dim=0
@@ -267,9 +275,18 @@ def test_the_reference_model(dtype: torch.dtype, tolerance: float, values: bool)
     candidates[2, 6:] = -1
     results = []
     for pack in (True, False):
-        options = {"values": values, "action_values": values, "pack": pack}
-        scores = objective.candidate_scores(model, context, trie, candidates, **options)
-        given = [x for x in scores if x is not None]
+        laid_out = objective.candidate_rows(model, context, trie, candidates, values=True, pack=pack)
+        rows = laid_out.rows
+        if dtype == torch.float32:
+            options = {"values": values, "action_values": values}
+            scores = laid_out.scores(lambda r: model.packed(r, action_values=values), **options)
+            given = [x for x in scores if x is not None]
+        else:
+            logits, value, child_value = model.packed(rows, action_values=values)
+            given = [log_softmax(rows, logits).view(candidates.shape)]
+            if value is not None and child_value is not None:
+                given.append(rows.unpack(value, rows.own).view(candidates.shape))
+                given.append(rows.chosen(child_value).view(candidates.shape))
         weight = torch.linspace(-1, 1, given[0].numel(), dtype=dtype).view_as(given[0])
         total = sum((weight * x).square().sum() for x in given)
         parameters = [p for name, p in model.named_parameters() if values or "value_head" not in name]

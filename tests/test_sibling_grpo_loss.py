@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import oracles
 import pytest
+import terms
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,6 @@ from vstar_ops import (
     sibling_grpo_loss_from_logits,
     token_logp,
 )
-from vstar_ops.train import objective
 
 OP = sys.modules["vstar_ops.ops.sibling_grpo_loss"]
 FIELDS = vstar_ops.SiblingGRPOLoss._fields
@@ -95,9 +95,9 @@ def by_hand(
     x, old = case["logp"].double().requires_grad_(), case["old_logp"].double()
     a = group_advantage(case["rewards"], mask)
     siblings = sibling_advantage(case["tokens"], case["rewards"], mask)
-    value = objective.grpo_term(x, old, a, mask, clip)
-    value = value + 0.5 * objective.sibling_term(x, old, siblings, mask, clip, weighting=weighting)
-    loss = 0.1 * objective.kl_term(x, case["ref_logp"].double(), mask) - value
+    value = terms.grpo_term(x, old, a, mask, clip)
+    value = value + 0.5 * terms.sibling_term(x, old, siblings, mask, clip, weighting=weighting)
+    loss = 0.1 * terms.kl_term(x, case["ref_logp"].double(), mask) - value
     (gradient,) = torch.autograd.grad(loss, x)
     return torch.cat([loss.detach()[None], gradient.flatten()])
 

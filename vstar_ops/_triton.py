@@ -67,8 +67,8 @@ def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
 
     Args:
         modules: some of ``"expand_topk"``, ``"group_advantage"``, ``"prefix_returns"``,
-            ``"prefix_tree"``, ``"sibling_advantage"``, ``"sibling_grpo_loss"``, ``"token_logp"``, ``"ved"``; all if there are
-            none.
+            ``"prefix_tree"``, ``"sibling_advantage"``, ``"sibling_grpo_loss"``, ``"token_logp"``, ``"ved"``;
+            all if there are none.
         device: the GPU to compile for.
 
     Returns:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import prefix_tree
+from .ops import prefix_tree, token_logp
 from .ops._library import INTS, check, check_tokens, validating
+from .trie import Trie
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,25 @@ class PackedRows:
         index = torch.where(self.source >= 0, self.source * x.shape[2] + self.tokens, -1)
         return _lookup(x.flatten(1)[..., None], index)[..., 0]
 
-    def logp(self, logits: Tensor, total: Tensor | None = None) -> Tensor:
-        """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable.
+    def logp(
+        self, logits: Tensor, trie: Trie | None = None, node: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probability of every token of every candidate, float32 ``[B, G, L]``, differentiable.
 
-        Of ``logits[B, 1 + n, V]`` at the outputs: a token's logit less ``total[B, 1 + n]``, which is the
-        log-sum-exp over the whole vocabulary unless given. 0 where :attr:`source` is -1.
+        By :func:`vstar_ops.token_logp` of ``logits[B, 1 + n, V]`` at the outputs, each row once: over the
+        whole vocabulary, or over the legal children of ``node[B, 1 + n]``. 0 where :attr:`source` is -1.
         """
-        if total is None:
-            total = logits.logsumexp(2)
-        return self.chosen(logits) - self.unpack(total, self.source)
+        group, outputs = self.tokens.shape[1], self.outputs.shape[1]
+        # A candidate goes through an output once, so that (output, candidate) is a place of its own.
+        place = self.source * group + torch.arange(group, device=self.source.device)[:, None]
+        place = torch.where(self.source < 0, -1, place)
+        targets = self.tokens.new_full((len(self.tokens), outputs * group + 1), -1)
+        last = torch.where(place < 0, outputs * group, place)
+        targets.scatter_(1, last.flatten(1), self.tokens.flatten(1))
+        found = token_logp(
+            logits, targets[:, :-1].unflatten(1, (outputs, group)), trie, node, temperature=temperature
+        )
+        return _lookup(found.logp.flatten(1)[..., None], place)[..., 0]
 
 
 def pack_prompts(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import group_advantage, sibling_advantage
+from .. import sibling_grpo_loss
 from ..packing import PackedRows
 from ..trie import Trie
 from . import checkpoint
@@ -27,7 +27,7 @@ from .data import Dataset, user_sequences
 from .decode import TUNED, decode
 from .metrics import evaluate
 from .model import PackedScores, SIDTransformer
-from .objective import candidate_rows, grpo_term, kl_term, legal_logp, sibling_term
+from .objective import candidate_rows, legal_logp
 from .parallel import World
 from .rewards import Reward, make_reward
 from .value import (
@@ -341,6 +341,8 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
         model.add_value_head(action_values=action_values)
         returns_of = job.returns(reward_of)
     run = job.world.wrap(model)
+    w_global = 0.0 if objective == "sibling" else 1.0
+    w_sib = {"grpo": 0.0, "sibling": 1.0, "joint": c.sibling_weight}[objective]
 
     def policy(rows: PackedRows) -> PackedScores:
         return run("packed", rows, action_values=valued and action_values)
@@ -358,34 +360,34 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
         reward = reward_of(part, tokens)
         laid_out = candidate_rows(model, part.context, trie, tokens, values=valued, pack=c.pack)
         scores = laid_out.scores(policy, values=valued, action_values=valued and action_values)
-        logp = scores.logp
         with torch.no_grad():
             reference = laid_out.scores(sft.packed).logp
-        old = logp.detach()
         per_request, per_candidate = share.weights(len(tokens), mask.sum())
-        gain = torch.zeros(())
-        if objective in ("grpo", "joint"):
-            term = grpo_term(logp, old, group_advantage(reward, mask), mask, c.clip)
-            gain = gain + per_candidate * term
-        if objective in ("sibling", "joint"):
-            weight = c.sibling_weight if objective == "joint" else 1.0
-            sibling = sibling_advantage(tokens, reward, mask)
-            gain = gain + weight * per_request * sibling_term(logp, old, sibling, mask, c.clip)
-        kl = kl_term(logp, reference, mask)
+        policy_loss = sibling_grpo_loss(
+            scores.logp,
+            tokens,
+            reward,
+            ref_logp=reference,
+            mask=mask,
+            w_global=per_candidate * w_global,
+            w_sib=per_request * w_sib,
+            beta=per_candidate * c.kl_weight,
+            clip=c.clip,
+        )
         value_loss = torch.zeros(())
         if scores.value is not None:
             target = td_target(scores.value, returns_of(part, tokens, mask), c.gamma)
             value_loss = squared_error(scores.value, target, mask)
             if scores.action_value is not None:
                 value_loss = value_loss + squared_error(scores.action_value, target, mask)
-        (per_candidate * (c.kl_weight * kl + c.value_loss_weight * value_loss) - gain).backward()
+        (policy_loss.loss + per_candidate * c.value_loss_weight * value_loss).backward()
         spread = reward.max(1).values > reward.masked_fill(~mask, torch.inf).min(1).values
         requests = {
             "best_reward": reward.max(1).values.mean(),
             "groups_with_signal": spread.float().mean(),
             "forward_tokens": found.forward_tokens.float().mean(),
         }
-        candidates = {"reward": reward[mask].mean(), "kl": kl, "value_loss": value_loss}
+        candidates = {"reward": reward[mask].mean(), "kl": policy_loss.kl, "value_loss": value_loss}
         weights = dict.fromkeys(requests, per_request) | dict.fromkeys(candidates, per_candidate)
         return share.averages(requests | candidates, weights)
 

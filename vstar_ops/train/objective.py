@@ -1,4 +1,4 @@
-r"""The policy and its objectives, in torch, differentiable (arXiv 2602.10699, Eqs. 15-19).
+"""What a policy says of candidates, differentiable.
 
 The policy is the trie-constrained one, in decoding and here alike: a token's probability is normalised
 over the legal children of its prefix. So a token without alternative has log-probability 0 and no
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops import SiblingAdvantage
 from ..packing import PackedRows
 from ..trie import Trie
 from .model import PackedScores
@@ -56,13 +55,12 @@ class CandidateRows:
     Attributes:
         rows: what is run: a row a prompt with all its candidates, or a row a candidate.
         trie: the catalogue.
-        node, child: int64, shaped as ``rows.tokens``: the trie's nodes before and after each token.
+        child: int64, shaped as ``rows.tokens``: the trie's node after each token.
         shape: ``[B, G, L]``.
     """
 
     rows: PackedRows
     trie: Trie
-    node: Tensor
     child: Tensor
     shape: torch.Size
 
@@ -72,14 +70,7 @@ class CandidateRows:
         """``run`` is :meth:`SIDTransformer.packed`; see :func:`candidate_scores`."""
         rows, trie = self.rows, self.trie
         logits, value, child_value = run(rows)
-        branch = (rows.source >= 0) & (trie.num_children(self.node) > 1)
-        # Only outputs that branch are normalised: each once, however many candidates go through it.
-        node = F.pad(rows.of_nodes(self.child), (1, 0))
-        live = trie.num_children(node) > 1
-        token = trie.children(node[live]).token.long()
-        legal = logits[live].gather(1, token.clamp(min=0)).masked_fill(token < 0, -torch.inf)
-        total = logits.new_zeros(live.shape).masked_scatter(live, legal.logsumexp(1))
-        logp = torch.where(branch, rows.logp(logits, total), 0)
+        logp = rows.logp(logits, trie, F.pad(rows.of_nodes(self.child), (1, 0)))
         own = q = None
         if values:
             own = rows.unpack(_there(value, "value"), rows.own).view(self.shape)
@@ -110,7 +101,7 @@ def candidate_rows(
     # Without values only prefixes that branch, or lead to one that does, need be run.
     needed = nodes >= 0 if values or not pack else trie.num_children(nodes) > 1
     rows = model.pack(context, candidates, present, needed[..., 1:], leaves=values)
-    return CandidateRows(rows, trie, nodes[..., :-1], nodes[..., 1:], shape)
+    return CandidateRows(rows, trie, nodes[..., 1:], shape)
 
 
 def candidate_logp(model: Any, context: Any, trie: Trie, candidates: Tensor) -> Tensor:
@@ -151,64 +142,3 @@ def candidate_scores(
         values=values,
         action_values=action_values,
     )
-
-
-def surrogate(
-    logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: tuple[float, float] | None = None
-) -> Tensor:
-    r"""``A rho`` with ``rho = exp(logp - old_logp)``, or PPO's pessimistic bound of it.
-
-    ``clip = (low, high)`` bounds rho to ``[1 - low, 1 + high]``.
-    """
-    ratio = torch.exp(logp - old_logp)
-    if clip is None:
-        return ratio * advantage
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage)
-
-
-def grpo_term(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    clip: tuple[float, float] | None = None,
-) -> Tensor:
-    """The global term: mean over a sequence's tokens, then over all candidates that are there.
-
-    ``logp``, ``old_logp`` are ``[B, G, L]``; ``advantage``, ``mask`` are ``[B, G]``.
-    """
-    value = surrogate(logp, old_logp, advantage[..., None].to(logp.dtype), clip).mean(2)
-    return (value * mask).sum() / mask.sum().clamp(min=1)
-
-
-def sibling_term(
-    logp: Tensor,
-    old_logp: Tensor,
-    sibling: SiblingAdvantage,
-    mask: Tensor,
-    clip: tuple[float, float] | None = None,
-    *,
-    weighting: str = "node",
-) -> Tensor:
-    r"""Eq. 19, :math:`\frac1G \sum_\ell \sum_h \sum_v A(h, v) \rho(v | x, h)`, and the mean over requests.
-
-    Every node counts once: each of the ``count`` candidates through it carries ``1 / count``
-    (``weighting="candidate"`` lets every candidate carry 1). Shapes as :func:`grpo_term`.
-    """
-    if weighting not in ("node", "candidate"):
-        raise ValueError(f"weighting must be 'node' or 'candidate', got {weighting!r}")
-    valid = sibling.valid & mask[..., None]
-    weight = valid.to(logp.dtype)
-    if weighting == "node":
-        weight = weight / sibling.count.clamp(min=1)
-    value = surrogate(logp, old_logp, sibling.advantage.to(logp.dtype), clip) * weight
-    return (value.sum((1, 2)) / mask.sum(1).clamp(min=1)).mean()
-
-
-def kl_term(logp: Tensor, reference_logp: Tensor, mask: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference), ``exp(d) - d - 1`` with ``d = reference - policy``.
-
-    Averaged as in :func:`grpo_term`; 0 where both agree, never negative.
-    """
-    d = reference_logp - logp
-    return ((torch.exp(d) - d - 1).mean(2) * mask).sum() / mask.sum().clamp(min=1)
