@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ALONE = [sys.executable, "-m", "vstar_ops.train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 TOGETHER = [*TORCHRUN, "-m", "vstar_ops.train"]
-# Batches of 9 leave shares of 5 and 4, and 40 requests a last batch of 4; dropout is each process' own.
-OPTIONS = "--category Toy --threads 1 --dropout 0 --sft-epochs 3 --rl-steps 8 --sft-batch-size 9"
-OPTIONS += " --rl-batch-size 9 --candidates 6 --checkpoint-every 1 --sft-evals 2 --rl-evals 2 --patience 9"
+# Batches of 13 are shares of 7 and 6, and of 40 requests one is left over: nothing for the second process.
+# Dropout is each process' own.
+OPTIONS = "--category Toy --threads 1 --dropout 0 --sft-epochs 3 --rl-steps 8 --sft-batch-size 13"
+OPTIONS += " --rl-batch-size 13 --candidates 6 --checkpoint-every 1 --sft-evals 2 --rl-evals 2 --patience 9"
 OPTIONS += " --ved action_values=true evaluate_leaves=true logp_weight=1.0 --decoder ved --objective joint"
 STAGES = ("sft", "ved+joint")
 
