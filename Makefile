@@ -39,6 +39,10 @@ gpu:
 	$(PYTHON) -m vstar_ops.collect_env
 	@failed=0; \
 	$(PYTHON) -m pytest -q -k "triton or cuda" tests/test_gpu.py $(GPU_TESTS) || failed=1; \
+	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        $(PYTHON) -m pytest -q -k "cuda and (hand or small)" $(GPU_TESTS) || failed=1; \
+	done; fi; \
 	$(PYTHON) -m benchmarks.gpu $(ARGS) || failed=1; \
 	exit $$failed
 

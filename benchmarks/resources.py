@@ -1,16 +1,22 @@
-"""``python -m benchmarks.resources``: compile every Triton kernel for every GPU architecture, and record what
-registers and shared memory it takes. ``--check`` compares with the table that is checked in instead.
+"""``python -m benchmarks.resources``: compile every kernel, Triton and CUDA C++, for every GPU architecture,
+and record what registers and shared memory it takes. ``--check`` compares with the tables that are checked in
+instead.
 
-Compiling needs no GPU. The figures belong to a version of Triton, which the table names.
+Compiling needs no GPU. The figures belong to a version of Triton and of nvcc, which the tables name. Without
+nvcc the table of the CUDA C++ kernels stays as it is, and with another one it is not compared; that no kernel
+spills is checked with any.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +24,8 @@ from vstar_ops._files import replacing
 from vstar_ops._triton import ARCHITECTURES, MODULES, resources, specialisations
 
 TABLE = Path(__file__).parent / "results" / "resources.md"
+CUDA = "# Resources of the CUDA C++ kernels\n"
+ROOT = Path(__file__).parent.parent
 
 
 def _measure(job: tuple[str, int, int]) -> tuple[int, int, int]:
@@ -54,13 +62,81 @@ def document(body: str) -> str:
     )
 
 
+def nvcc() -> str | None:
+    """CUDA's compiler, found as setup.py finds it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def _entries(compiler: str, header: Path) -> dict[tuple[str, int], tuple[int, int]]:
+    """Registers and spilled bytes of a header's kernels, by name and architecture."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command = [compiler, "-O3", "-std=c++17", "-fmad=false", "-Xptxas=-v", *targets, "-Icsrc", "-x", "cu"]
+    done = subprocess.run(
+        [*command, "-c", str(header), "-o", os.devnull], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"nvcc does not compile {header.name}: {done.stderr}")
+    found = {}
+    for part in done.stderr.split("Compiling entry function ")[1:]:
+        mangled, architecture = re.findall(r"'(\w+)'", part.partition("\n")[0])
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        if spilled is None or registers is None:
+            raise RuntimeError(f"nvcc reports no resources of {mangled}: {part!r}")
+        spills = max(int(spilled[1]), int(spilled[2]))
+        found[mangled, int(architecture.removeprefix("sm_"))] = int(registers[1]), spills
+    return found
+
+
+def cuda_table(compiler: str) -> tuple[str, list[str]]:
+    """The table of the CUDA C++ kernels as Markdown, and the kernels that spill."""
+    headers = sorted(path.with_suffix(".cuh") for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        parts = list(pool.map(lambda header: _entries(compiler, header), headers))
+    found = {key: value for part in parts for key, value in part.items()}
+    mangled = sorted({name for name, _ in found})
+    filt = subprocess.run(["c++filt", "-p", *mangled], capture_output=True, text=True, check=True)
+    names = [name.replace("vstar::", "").replace("cuda::", "") for name in filt.stdout.splitlines()]
+    lines = ["| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
+    lines.append("|---|" + "---|" * len(ARCHITECTURES))
+    spills = []
+    for name, key in sorted(
+        (name.replace("vstar::", "").replace("cuda::", ""), x) for name, x in zip(names, mangled)
+    ):
+        cells = []
+        for architecture in ARCHITECTURES:
+            registers, spilled = found[key, architecture]
+            cells.append(f"{registers}" + (f", **spills {spilled}**" if spilled else ""))
+            if spilled:
+                spills.append(f"{name} on sm_{architecture}: {spilled} bytes")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    release = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    number = release.split("release ")[1].split(",")[0]
+    text = (
+        f"{CUDA}\nnvcc {number}. Registers a thread; a kernel that spills says so. All shared memory is "
+        "dynamic: what a launch asks for is in the op's header, at most 96 KB.\n\n" + "\n".join(lines) + "\n"
+    )
+    return text, spills
+
+
 def main() -> None:
-    """Write or check the table."""
+    """Write or check the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where the checked-in table differs")
     args = parser.parse_args()
     body, spills = table()
-    text = document(body)
+    written = TABLE.read_text().partition(CUDA)
+    cuda = written[1] + written[2]
+    compiler = nvcc()
+    if compiler:
+        now, more = cuda_table(compiler)
+        spills += more
+        if not args.check or now.splitlines()[2] == cuda.splitlines()[2]:  # the same nvcc
+            cuda = now
+    text = document(body) + "\n" + cuda
     if args.check:
         differs = TABLE.read_text() != text
         if differs:

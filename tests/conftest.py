@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,20 +14,29 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import vstar_ops
+from vstar_ops._backends import has_cuda_kernel
+from vstar_ops.ops._library import Op
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/oracles.py
+
+import emulated
 
 settings.register_profile(
     "vstar_ops",
     deadline=None,
-    max_examples=8 if vstar_ops._backends.interpreting() else 60,
+    max_examples=8 if vstar_ops._backends.interpreting() or emulated.SANITIZERS else 60,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("vstar_ops")
 
-BACKENDS = [name for name in ("reference", "cpp", "triton") if vstar_ops.backends()[name].available]
-ON_GPU = "triton" in BACKENDS and not vstar_ops._backends.interpreting()
+INTERPRETING = vstar_ops._backends.interpreting()
+BACKENDS = [name for name, status in vstar_ops.backends().items() if status.available]
+ON_GPU = {"triton", "cuda"} if not INTERPRETING else {"cuda"}
+if emulated.COMPILER and not INTERPRETING:
+    BACKENDS.append("emulated")  # the CUDA C++ kernels on the host; see emulated.py
+if emulated.SANITIZERS:
+    BACKENDS = ["emulated"]
 
 
 if vstar_ops._backends.interpreting():
@@ -66,19 +76,27 @@ if vstar_ops._backends.interpreting():
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run the test once on each available backend.
 
-    The tests make CPU tensors. Where Triton kernels run on a GPU, their arguments are copied there and the
-    results back, so that every test of an op is also one of its kernels.
+    The tests make CPU tensors. Where kernels run on a GPU, their arguments are copied there and the results
+    back, so that every test of an op is also one of its kernels.
     """
-    if request.param == "triton":
+    name = request.param
+    if request.node.get_closest_marker("large") and (INTERPRETING or name == "emulated"):
+        pytest.skip("takes minutes")
+    module = f"vstar_ops.ops.{request.module.__name__.removeprefix('test_')}"
+    own = [run for m, _, run in ops() if m.__name__ == module]
+    if name in ("cuda", "emulated") and own and not any(map(has_cuda_kernel, (run.name for run in own))):
+        pytest.skip(f"{own[0].name} has no CUDA C++ kernel")
+    if name in ("triton", "cuda"):
         request.getfixturevalue("poisoned")
-    if request.param == "triton" and ON_GPU:
+    if name == "emulated":
+        emulated.load()
+        everywhere(name, monkeypatch, lambda run: getattr(torch.ops.vstar_ops_cuda, run.name).default)
+    elif name in ON_GPU:
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
-        through_gpu(monkeypatch)
-        yield request.param
-        return
-    with vstar_ops.use_backend(request.param):
-        yield request.param
+        everywhere(name, monkeypatch, functools.partial(through_gpu, name))
+    with vstar_ops.use_backend("auto" if name == "emulated" or name in ON_GPU else name):
+        yield name
 
 
 @pytest.fixture
@@ -89,27 +107,46 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def through_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every op called with CPU tensors run on the GPU; what it changes in place is changed here too."""
+def everywhere(
+    name: str, monkeypatch: pytest.MonkeyPatch, kernel: Callable[[Op], Callable[..., Any]]
+) -> None:
+    """Let ``kernel(run)`` stand in for what runs an op, but for ``use_backend`` inside of the test."""
 
-    def moved(run: Callable[..., Any]) -> Callable[..., Any]:
+    def patched(run: Op) -> Callable[..., Any]:
         def call(device: torch.device, *arguments: Any) -> Any:
-            there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
-            with vstar_ops.use_backend("triton"):
-                result = run(torch.device("cuda"), *there)
-            for here, other in zip(arguments, there):
-                if isinstance(here, torch.Tensor) and not torch.equal(here, other.cpu()):
-                    here.detach().copy_(other)
-            if isinstance(result, torch.Tensor):
-                return result.cpu()
-            return result and tuple(x.cpu() for x in result)
+            if vstar_ops._backends.wanted(device) is not None:
+                return run(device, *arguments)
+            return kernel(run)(*arguments)
 
         return call
 
-    for name in vstar_ops._triton.MODULES:
-        module = sys.modules[f"vstar_ops.ops.{name}"]
-        for run in [x for x in vars(module) if x.startswith("_run")]:
-            monkeypatch.setattr(module, run, moved(getattr(module, run)))
+    for module, attribute, run in ops():
+        if has_cuda_kernel(run.name) or name == "triton":
+            monkeypatch.setattr(module, attribute, patched(run))
+
+
+def ops() -> list[tuple[Any, str, Op]]:
+    """Where the public functions find the ops that they call."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("vstar_ops.ops.")]
+    found = [(m, name, x) for m in modules for name, x in vars(m).items() if name.startswith("_run")]
+    return [(m, name, x) for m, name, x in found if isinstance(x, Op)]
+
+
+def through_gpu(backend: str, run: Op) -> Callable[..., Any]:
+    """An op for CPU tensors that runs on the GPU; what it changes in place is changed here too."""
+
+    def call(*arguments: Any) -> Any:
+        there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+        with vstar_ops.use_backend(backend):
+            result = run(torch.device("cuda"), *there)
+        for here, other in zip(arguments, there):
+            if isinstance(here, torch.Tensor) and not torch.equal(here, other.cpu()):
+                here.detach().copy_(other)
+        if isinstance(result, torch.Tensor):
+            return result.cpu()
+        return result and tuple(x.cpu() for x in result)
+
+    return call
 
 
 @pytest.fixture

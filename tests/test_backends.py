@@ -39,6 +39,44 @@ def test_backends_lists_all_with_a_reason():
     assert vstar_ops.backends(), "a caller can change the registry"
 
 
+def test_cuda_says_why_it_is_off(monkeypatch):
+    load = vstar_ops._backends._load_cuda
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(vstar_ops._backends, "library_path", lambda name: None)
+    assert load() == (False, f"torch {torch.__version__} is built without CUDA")
+    monkeypatch.setattr(vstar_ops._backends, "library_path", lambda name: Path("/nonexistent/_CUDA.abi3.so"))
+    assert load() == (False, f"built, but torch {torch.__version__} is built without CUDA")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    available, detail = load()
+    assert not available and detail.startswith("_CUDA.abi3.so does not load beside torch")
+    monkeypatch.setattr(vstar_ops._backends, "library_path", lambda name: None)
+    available, detail = load()
+    assert not available and detail.startswith("not built: no nvcc at build time")
+
+
+def test_what_runs_on_a_gpu(monkeypatch):
+    """Every op has its order of preference; what is off is passed over, and the reference is always on."""
+    backends = vstar_ops._backends
+    ops = {
+        name.partition("::")[2]
+        for name in torch._C._dispatch_get_all_op_names()
+        if "vstar_ops_cuda::" in name
+    }
+    assert set(backends._ON_GPU) == ops
+    for op, order in backends._ON_GPU.items():
+        assert sorted(order) == ["cuda", "triton"]
+        for on in (set(order), {order[1]}, set()):
+            status = {name: backends.BackendStatus(name in on, "") for name in order}
+            monkeypatch.setattr(backends, "_backends", status)
+            assert backends.on_gpu(op) == next((name for name in order if name in on), "reference")
+
+
+def test_cuda_refuses_other_devices(monkeypatch):
+    monkeypatch.setitem(vstar_ops._backends._backends, "cuda", vstar_ops._backends.BackendStatus(True, ""))
+    with vstar_ops.use_backend("cuda"), pytest.raises(RuntimeError, match="the backend 'cuda' runs on CUDA"):
+        vstar_ops.group_advantage(torch.zeros(1, 1))
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match=r"^name must be one of .*'reference'.*got 'fortran'"):
         vstar_ops.use_backend("fortran").__enter__()

@@ -13,9 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCE = "vstar_ops is built without its C++ module because"
+CUDA_SENTENCE = "vstar_ops is built without its CUDA module because"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def run(*command: object, cwd: Path, **env: str) -> str:
@@ -74,6 +77,8 @@ def native(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no C++ compiler")
     wheel, printed = build(tree, tmp_path_factory.mktemp("native") / "out")
     assert SENTENCE not in printed
+    if torch.version.cuda is None:
+        assert printed.count(CUDA_SENTENCE) == 1
     return wheel
 
 
@@ -117,6 +122,42 @@ assert advantage[0, 0] > 0 > advantage[0, 1]
 print(vstar_ops.__file__)
 """
     assert str(site) in run("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not found")
+def test_cuda_wheel(tree: Path, tmp_path: Path) -> None:
+    """Built without a GPU and beside any torch; loaded beside a torch that is built for CUDA only."""
+    wheel, printed = build(tree, tmp_path / "out", VSTAR_OPS_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
+    assert CUDA_SENTENCE not in printed
+    site = wheel.parent / "site"
+    assert "-cp310-abi3-" in wheel.name
+    assert 2**17 < (site / "vstar_ops/_CUDA.abi3.so").stat().st_size < 2**23
+    printed = run(
+        "-c", "import vstar_ops; print(vstar_ops.backends()['cuda'])", cwd=tmp_path, PYTHONPATH=str(site)
+    )
+    if torch.version.cuda is None:
+        assert (
+            f"available=False, detail='built, but torch {torch.__version__} is built without CUDA'" in printed
+        )
+    else:
+        assert "available=True" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"CUDA_HOME": "/nonexistent"}, "VSTAR_OPS_CUDA=1 asks for the CUDA module, but nvcc is not found"),
+        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "must hold entries such as 9.0 or 10.0+PTX, got 'Hopper'"),
+    ],
+)
+def test_a_cuda_module_that_cannot_be_built_fails(tree: Path, change: dict[str, str], message: str) -> None:
+    if NVCC is None and "CUDA_HOME" not in change:
+        pytest.skip("nvcc is not found")
+    environment = {**os.environ, "VSTAR_OPS_CUDA": "1", **change}
+    command = [sys.executable, "setup.py", "build_ext"]
+    done = subprocess.run(command, cwd=tree, env=environment, text=True, capture_output=True)
+    assert done.returncode != 0
+    assert message in done.stderr
 
 
 def test_sdist_builds_a_wheel(tree: Path, tmp_path: Path) -> None:

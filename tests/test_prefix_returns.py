@@ -130,7 +130,7 @@ def test_token_dtypes(backend, dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
-@pytest.mark.skipif(vstar_ops._backends.interpreting(), reason="takes minutes")
+@pytest.mark.large
 def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads):
     sids, item, target, wanted, mask = make(3, 70, 40, 3, 24, 4)
     torch.set_num_threads(1)

@@ -18,7 +18,6 @@ from vstar_ops.ops.ved import Evaluation, Rows, ved_candidates, ved_insert, ved_
 from vstar_ops.reference.ved_search import ved_search
 
 INTERPRETING = vstar_ops._backends.interpreting()  # a search then takes seconds, not milliseconds
-large = pytest.mark.skipif(INTERPRETING, reason="takes minutes; test_steps_change_the_same_bits does not")
 
 
 class TableModel:
@@ -116,7 +115,7 @@ def compare(case: int) -> None:
 
 @pytest.mark.parametrize("block", range(4))
 def test_same_decisions_as_the_sequential_search(block, backend):
-    cases = {"cpp": 100, "triton": 1 if INTERPRETING else 20}
+    cases = {"cpp": 100, "triton": 1 if INTERPRETING else 20, "emulated": 2}
     for case in range(cases.get(backend, 20)):
         compare(1000 * block + case)
 
@@ -167,7 +166,7 @@ def random_evaluation(rng, trees, rows, fresh):
 
 def test_steps_change_the_same_bits(backend):
     """Each op on its own against the reference, round after round, on trees that no model has made."""
-    for case in range(6 if INTERPRETING else 60):
+    for case in range(6 if INTERPRETING else 15 if backend == "emulated" else 60):
         rng = np.random.default_rng(case)
         batch, capacity, levels = (
             int(rng.integers(1, 4)),
@@ -213,7 +212,7 @@ def industrial_size(seed=0, batch=24):
     return TableModel(trie, seed), torch.from_numpy(rng.integers(0, 10**6, batch)), trie
 
 
-@large
+@pytest.mark.large
 @pytest.mark.parametrize("options", [{}, {"evaluate_leaves": False}, {"logp_weight": 1.0, "paths": 3}])
 def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads, options):
     model, context, trie = industrial_size()
@@ -238,7 +237,7 @@ def test_backends_agree():
     assert torch.equal(got.trees.node, want.trees.node)
 
 
-@large
+@pytest.mark.large
 def test_seeds_decide_what_is_drawn(backend):
     model, context, trie = industrial_size(2)
     one, two = (ved(model, context, trie, seed=s, entropy_weight=0.0) for s in (1, 2))
@@ -248,7 +247,7 @@ def test_seeds_decide_what_is_drawn(backend):
     assert torch.equal(one.trees.node, again.trees.node)
 
 
-@large
+@pytest.mark.large
 def test_a_fixed_number_of_rounds(backend):
     model, context, trie = industrial_size(3)
     free, fixed = (ved(model, context, trie, rounds=rounds) for rounds in (None, 40))

@@ -17,6 +17,19 @@ import torch
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 
+# What runs an op on CUDA tensors, best first, where there is a choice; Triton runs the others, and the
+# reference those of which no kernel is on. To be set by measurement: neither backend has run on a GPU yet.
+# Until then the one with fewer launches and limits comes first.
+_ON_GPU = {
+    "expand_topk": ("cuda", "triton"),  # both two launches; Triton's takes up to 2,048 winners
+    "sibling_advantage": ("cuda", "triton"),  # one launch for all groups, Triton's up to 128 candidates
+    "group_advantage": ("cuda", "triton"),
+    "prefix_returns": ("cuda", "triton"),  # one launch, Triton's two and more
+    "ved_select": ("cuda", "triton"),
+    "ved_insert": ("cuda", "triton"),
+    "ved_candidates": ("cuda", "triton"),
+}
+
 
 class BackendStatus(NamedTuple):
     """Whether a backend can be used, and what it is or why it is off."""
@@ -57,14 +70,43 @@ def _find_triton() -> BackendStatus:
     return BackendStatus(True, f"Triton {found} on CUDA tensors")
 
 
+def _load_cuda() -> BackendStatus:
+    library = library_path("_CUDA")
+    if torch.version.cuda is None:
+        built = "built, but " if library else ""
+        return BackendStatus(False, f"{built}torch {torch.__version__} is built without CUDA")
+    if library is None:
+        return BackendStatus(
+            False,
+            "not built: no nvcc at build time; reinstall by `CUDA_HOME=/path/to/cuda "
+            "pip install --no-build-isolation vstar_ops`",
+        )
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return BackendStatus(False, f"{library.name} does not load beside torch {torch.__version__}: {error}")
+    return BackendStatus(True, "CUDA C++ on CUDA tensors")
+
+
 def interpreting() -> bool:
     """Whether Triton kernels are interpreted in Python, on tensors of any device."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def library_path() -> Path | None:
-    """The compiled CPU module beside this file, if it was built."""
-    return next(iter(sorted(Path(__file__).parent.glob("_C.*"))), None)
+def library_path(name: str = "_C") -> Path | None:
+    """The module beside this file, if it was built: ``_C`` for CPU tensors, ``_CUDA`` for CUDA tensors."""
+    return next(iter(sorted(Path(__file__).parent.glob(f"{name}.*"))), None)
+
+
+def on_gpu(op: str) -> str:
+    """The backend that runs an op on CUDA tensors where none is asked for."""
+    order = _ON_GPU.get(op, ("triton",))
+    return next((name for name in order if _backends[name].available), "reference")
+
+
+def has_cuda_kernel(op: str) -> bool:
+    """Whether an op has CUDA C++ kernels, built or not."""
+    return op in _ON_GPU
 
 
 def _status() -> dict[str, BackendStatus]:
@@ -72,7 +114,7 @@ def _status() -> dict[str, BackendStatus]:
         "reference": BackendStatus(True, "pure torch, any device"),
         "cpp": _load_cpp(),
         "triton": _find_triton(),
-        "cuda": BackendStatus(False, "this version has no CUDA kernels yet"),
+        "cuda": _load_cuda(),
     }
 
 
@@ -98,8 +140,8 @@ def use_backend(name: str) -> Iterator[None]:
     fastest available backend of each tensor's device.
 
     Args:
-        name: ``"reference"``, ``"cpp"`` (CPU tensors), ``"triton"`` (CUDA tensors), or ``"auto"`` for the
-            default.
+        name: ``"reference"``, ``"cpp"`` (CPU tensors), ``"triton"`` or ``"cuda"`` (CUDA tensors), or
+            ``"auto"`` for the default.
 
     Raises:
         ValueError: an unknown name.
@@ -122,6 +164,8 @@ def wanted(device: torch.device) -> str | None:
         raise RuntimeError(f"the backend 'cpp' runs on CPU tensors, got a tensor on {device}")
     if _active == "triton" and device.type != "cuda" and not interpreting():
         raise RuntimeError(f"the backend 'triton' runs on CUDA tensors, got a tensor on {device}")
+    if _active == "cuda" and device.type != "cuda":
+        raise RuntimeError(f"the backend 'cuda' runs on CUDA tensors, got a tensor on {device}")
     return _active
 
 

@@ -1,7 +1,9 @@
 """How every op is registered: schema, shape function, reference; and the checks they share.
 
 An op's module calls :func:`define` once. The C++ backend adds its kernels by itself when its library is
-loaded (``STABLE_TORCH_LIBRARY_IMPL`` in ``csrc/``); for the Triton kernels see ``_triton.py``.
+loaded (``STABLE_TORCH_LIBRARY_IMPL`` in ``csrc/``). So does the CUDA C++ backend, under the op's name in
+``vstar_ops_cuda``; for the Triton kernels see ``_triton.py``. Which of those two runs on CUDA tensors is
+chosen at the call.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _triton
-from .._backends import wanted
+from .._backends import has_cuda_kernel, on_gpu, wanted
 from ..reference import derive_seeds
 from ..trie import Trie
 
 _library = torch.library.Library("vstar_ops", "DEF")
+_cuda_library = torch.library.Library("vstar_ops_cuda", "DEF")
 _validate = os.environ.get("VSTAR_OPS_VALIDATE", "0") not in ("", "0")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,11 +39,12 @@ class Op:
     """An op that was registered: calls it on the backend wanted for a device.
 
     Attributes:
+        name: within ``torch.ops.vstar_ops``.
         backends: what runs it, by name; under None what the dispatcher finds.
     """
 
-    def __init__(self, backends: dict[str | None, Callable[..., Any]]) -> None:
-        self.backends = backends
+    def __init__(self, name: str, backends: dict[str | None, Callable[..., Any]]) -> None:
+        self.name, self.backends = name, backends
 
     def __call__(self, device: torch.device, *arguments: Any) -> Any:
         return self.backends[wanted(device)](*arguments)
@@ -73,25 +77,43 @@ def define(
     fake: Callable[..., Any],
     gradient: Gradient | None = None,
 ) -> Op:
-    """Register ``vstar_ops::name``: pure torch for every device, Triton for CUDA; and return what calls it.
+    """Register ``vstar_ops::name`` for every backend, and return what calls it.
 
     Without ``gradient`` the outputs are selections and statistics, and the autograd keys fall through.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, reference, "CompositeExplicitAutograd")
-    triton = functools.partial(_triton.run, name, reference.__module__.rpartition(".")[2])
-    _library.impl(name, triton, "CUDA")
     torch.library.register_fake(f"vstar_ops::{name}", fake, lib=_library)
     dispatched = getattr(torch.ops.vstar_ops, name).default
     backends: dict[str | None, Callable[..., Any]] = {None: dispatched, "cpp": dispatched}
+    kernels: dict[str, Callable[..., Any]] = {
+        "reference": reference,
+        "triton": functools.partial(_triton.run, name, reference.__module__.rpartition(".")[2]),
+        "cuda": _cuda_kernel(name, schema, fake),
+    }
+    _library.impl(name, lambda *arguments: kernels[on_gpu(name)](*arguments), "CUDA")
     if gradient is None:
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        return Op({**backends, "reference": torch.no_grad()(reference), "triton": triton})
+        return Op(name, {**backends, **kernels, "reference": torch.no_grad()(reference)})
     torch.library.register_autograd(
         f"vstar_ops::{name}", gradient.formula(None), setup_context=gradient.save, lib=_library
     )
-    chosen: dict[str, Callable[..., Any]] = {"reference": reference, "triton": triton}
-    return Op(backends | {b: _differentiable(f, gradient, b) for b, f in chosen.items()})
+    return Op(name, backends | {b: _differentiable(f, gradient, b) for b, f in kernels.items()})
+
+
+def _cuda_kernel(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """What csrc/cuda registers for an op, as ``vstar_ops_cuda::name``."""
+    if not has_cuda_kernel(name):
+
+        def missing(*_: Any) -> Any:
+            raise RuntimeError(f"the backend 'cuda' has no kernel of {name!r}; 'triton' and 'reference' do")
+
+        return missing
+    _cuda_library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _cuda_library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"vstar_ops_cuda::{name}", fake, lib=_cuda_library)
+    kernel: Callable[..., Any] = getattr(torch.ops.vstar_ops_cuda, name).default
+    return kernel
 
 
 def _differentiable(forward: Callable[..., Any], gradient: Gradient, backend: str) -> Callable[..., Any]:

@@ -1,0 +1,142 @@
+// The candidates of a request in lexicographic order, sorted by a block: every prefix is a run of them, and every
+// sibling group a run of runs.
+//
+// Small groups are ranked by comparing all pairs, a candidate a thread: the reads are the same for a whole warp, and
+// nothing waits. Larger ones go through a bitonic network. The scratch lies in shared memory where it fits, else in
+// a workspace; the code is the same.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace vstar {
+namespace cuda {
+
+constexpr int kRanked = 128;  // candidates, from which on they are sorted by exchanges
+
+// A request's scratch. n candidates are present; p is a position in sorted order.
+struct Candidates {
+  int64_t* token;      // [L, G] of the candidates that are present, packed together
+  int32_t* order;      // [2^i >= G] p -> packed number
+  int32_t* candidate;  // [G] packed number -> candidate
+  int32_t* shared;     // [G] p -> leading tokens shared with p - 1; -1 for the first
+  int32_t* sums;       // [33] for block_sum_before
+  int n;
+
+  static int64_t bytes(int64_t group, int64_t length) {
+    return round_up(8 * group * length + 4 * (next_power_of_2(group) + 2 * group + 33), 16);
+  }
+};
+
+__device__ __forceinline__ Candidates lay_out_candidates(unsigned char* memory, int64_t group, int64_t length, int64_t slots) {
+  Candidates c;
+  c.token = reinterpret_cast<int64_t*>(memory);
+  c.order = reinterpret_cast<int32_t*>(c.token + group * length);
+  c.candidate = c.order + slots;
+  c.shared = c.candidate + group;
+  c.sums = c.shared + group;
+  c.n = 0;
+  return c;
+}
+
+__device__ __forceinline__ bool comes_before(const Candidates& c, int64_t group, int64_t length, int a, int b) {
+  for (int64_t d = 0; d < length; ++d) {
+    const int64_t x = c.token[d * group + a], y = c.token[d * group + b];
+    if (x != y) return x < y;
+  }
+  return a < b;
+}
+
+// Fill c for request b; absent(g) is called for the candidates that are not there. Ends with a barrier.
+template <class Absent>
+__device__ __forceinline__ void sort_candidates(
+    Candidates& c, const IntView& tokens, const MaskView& mask, int64_t b, int group, int64_t length, int slots,
+    const Absent& absent) {
+  const int threads = int(blockDim.x), thread = int(threadIdx.x);
+  int n = 0;
+  if (mask.data == nullptr) {
+    for (int g = thread; g < group; g += threads) c.candidate[g] = g;
+    n = group;
+  } else {
+    for (int first = 0; first < group; first += threads) {
+      const int g = first + thread;
+      const bool there = g < group && mask.at(b, g);
+      const BlockSum sum = block_sum_before(there, c.sums);
+      if (there) c.candidate[n + sum.before] = g;
+      if (g < group && !there) absent(g);
+      n += sum.total;
+    }
+  }
+  c.n = n;
+  __syncthreads();
+  for (int64_t i = thread; i < n * length; i += threads) {  // along the tokens of a candidate, as they lie
+    const int64_t packed = i / length, d = i % length;
+    c.token[d * group + packed] = tokens.at(b, c.candidate[packed], d);
+  }
+  __syncthreads();
+
+  if (group <= kRanked) {
+    for (int i = thread; i < n; i += threads) {
+      int rank = 0;
+      for (int j = 0; j < n; ++j) rank += comes_before(c, group, length, j, i);
+      c.order[rank] = i;
+    }
+    __syncthreads();
+  } else {
+    for (int i = thread; i < slots; i += threads) c.order[i] = i;
+    __syncthreads();
+    for (int run = 2; run <= slots; run *= 2) {
+      for (int step = run / 2; step > 0; step /= 2) {
+        for (int i = thread; i < slots / 2; i += threads) {
+          const int low = 2 * i - (i & (step - 1)), high = low + step;
+          const int x = c.order[low], y = c.order[high];
+          // Numbers from n on stand for nothing and come last.
+          const bool ascending = (low & run) == 0, before = y < n && (x >= n || comes_before(c, group, length, y, x));
+          const bool wrong = ascending ? before : !before;
+          if (wrong) {
+            c.order[low] = y;
+            c.order[high] = x;
+          }
+        }
+        __syncthreads();
+      }
+    }
+  }
+
+  for (int p = thread; p < n; p += threads) {
+    int common = -1;  // the first candidate begins every prefix, the empty one too
+    if (p > 0) {
+      const int x = c.order[p - 1], y = c.order[p];
+      for (common = 0; common < length && c.token[common * group + x] == c.token[common * group + y];) ++common;
+    }
+    c.shared[p] = common;
+  }
+  __syncthreads();
+}
+
+// The distinct prefixes of one depth, numbered in order.
+struct Level {
+  int32_t* number;  // [G] p -> prefix
+  int32_t* begin;   // [G + 1] prefix -> p; the last entry is n
+  int size;
+};
+
+// The prefixes of `depth` tokens; depth 0 is the empty prefix. Ends with a barrier.
+__device__ __forceinline__ void find_level(Level& level, const Candidates& c, int64_t depth) {
+  const int threads = int(blockDim.x);
+  int size = 0;
+  for (int first = 0; first < c.n; first += threads) {
+    const int p = first + int(threadIdx.x);
+    const bool begins = p < c.n && c.shared[p] < depth;
+    const BlockSum sum = block_sum_before(begins, c.sums);
+    const int number = size + sum.before + begins - 1;
+    if (p < c.n) level.number[p] = number;
+    if (begins) level.begin[number] = p;
+    size += sum.total;
+  }
+  if (threadIdx.x == 0) level.begin[size] = c.n;
+  level.size = size;
+  __syncthreads();
+}
+
+}  // namespace cuda
+}  // namespace vstar

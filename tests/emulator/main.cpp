@@ -1,0 +1,45 @@
+// The one place that defines what emulator.h declares, and what the tests ask of the emulator by ctypes.
+#include "emulator.h"
+
+#if defined(__x86_64__)
+asm(R"(
+.text
+.globl vstar_emulator_switch
+.hidden vstar_emulator_switch
+.type vstar_emulator_switch, @function
+vstar_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size vstar_emulator_switch, .-vstar_emulator_switch
+)");
+#endif
+
+extern "C" {
+
+void emulator_seed(uint64_t seed) { emulator::seed = seed; }
+
+void emulator_count(bool sectors) {
+  emulator::counts = {};
+  emulator::counting = sectors;
+}
+
+// launches, blocks, barriers, warp operations, atomics, sectors, bytes
+void emulator_counts(int64_t* out) {
+  const emulator::Counts& c = emulator::counts;
+  const int64_t values[] = {c.launches, c.blocks, c.barriers, c.warp_operations, c.atomics, c.sectors, c.bytes};
+  std::copy(std::begin(values), std::end(values), out);
+}
+}

@@ -1,0 +1,258 @@
+"""The CUDA C++ kernels beyond the tests of the ops: large sizes, order of threads, counts, sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import emulated
+import numpy as np
+import pytest
+import torch
+
+import vstar_ops
+from vstar_ops import SearchTrees, Trie
+from vstar_ops.reference import derive_seeds
+
+pytestmark = pytest.mark.skipif(not emulated.COMPILER, reason="no C++ compiler")
+OPS = "expand_topk", "sibling_advantage", "prefix_returns"
+REFERENCE = {name: getattr(vstar_ops.reference, name) for name in OPS}
+
+
+def run(name, *arguments):
+    emulated.load()
+    return getattr(torch.ops.vstar_ops_cuda, name).default(*arguments)
+
+
+def expansion(logits, trie, k, *, node=0, seed=None, vocab=False, value_weight=0.0, child_value=None):
+    """Arguments of the op ``expand_topk``."""
+    nodes = torch.full(logits.shape[:2], node, dtype=torch.int32)
+    weights = (1.0, value_weight, 0.1, 1.0)
+    return (
+        logits, trie.offset, trie.token, nodes, k, None, None, None, child_value, seed, *weights, vocab,
+        trie.max_children,
+    )  # fmt: skip
+
+
+def agree(got, want, tolerance=1e-5):
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def flat(columns):
+    return Trie.from_sequences(np.arange(columns)[:, None])
+
+
+# ---------------------------------------------------------------- the paths that large sizes take
+
+
+@pytest.mark.parametrize("k", [1, 5, 100, 700, 3000])
+@pytest.mark.parametrize("columns", [40, 1500])
+def test_ties_beyond_the_list(columns, k):
+    """Equal logits: whole segments reach the bound, more than the list of candidates takes."""
+    for logits in (torch.zeros(2, 4, columns), torch.arange(columns).div(9).floor().expand(2, 4, columns)):
+        case = expansion(logits, flat(columns), k)
+        agree(run("expand_topk", *case), REFERENCE["expand_topk"](*case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_bit_depends_on_alignment(dtype):
+    """Rows that begin anywhere, against the same rows at a multiple of 16 bytes."""
+    columns, trie = 1031, flat(1031)
+    values = torch.randn(3 * columns + 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for start in range(9):
+        row = values[start : start + columns].clone().view(1, 1, -1)
+        moved = torch.empty(columns + 16, dtype=dtype)[start:][:columns].copy_(row.flatten()).view(1, 1, -1)
+        for seed in (None, torch.tensor([5])):
+            straight, skewed = (run("expand_topk", *expansion(x, trie, 50, seed=seed)) for x in (row, moved))
+            assert all(torch.equal(a, b) for a, b in zip(straight, skewed))
+            agree(straight, REFERENCE["expand_topk"](*expansion(row, trie, 50, seed=seed)))
+
+
+def test_strides_beyond_32_bits():
+    """Only the touched pages of these tensors exist."""
+    far, trie = 2**31 + 16, flat(64)
+    values = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    logits = torch.empty(far + 3 * 64).as_strided((2, 3, 64), (far, 64, 1)).copy_(values)
+    agree(run("expand_topk", *expansion(logits, trie, 9)), run("expand_topk", *expansion(values, trie, 9)), 0)
+    tokens = torch.randint(0, 3, (2, 8, 3), generator=torch.Generator().manual_seed(2))
+    wide = torch.empty(far + 64, dtype=torch.int64).as_strided((2, 8, 3), (far, 3, 1)).copy_(tokens)
+    options = (None, 1e-4, 0, 0.0, 2, "sibling")
+    rewards = torch.rand(2, 8)
+    agree(
+        run("sibling_advantage", wide, rewards, *options),
+        run("sibling_advantage", tokens, rewards, *options),
+        0,
+    )
+
+
+def test_more_children_than_32_bits_number():
+    trie = flat(4)
+    logits = torch.empty(1, 1, 4).expand(1, 2**30, 4)
+    node = torch.zeros(1, 1, dtype=torch.int32).expand(1, 2**30)
+    case = list(expansion(torch.zeros(1, 1, 4), trie, 3))
+    with pytest.raises(RuntimeError, match=r"logits must have fewer than 2\^32 legal children a request"):
+        run("expand_topk", logits, *case[1:3], node, *case[4:])
+
+
+def test_groups_beyond_shared_memory():
+    """The scratch lies in a workspace, which the emulator fills with junk."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 12, (1, 2200, 3), generator=generator)
+    rewards = torch.randn(1, 2200, generator=generator)
+    mask = torch.rand(1, 2200, generator=generator) > 0.1
+    case = (tokens, rewards, mask, 1e-4, 0, 0.0, 2, "sibling")
+    want = REFERENCE["sibling_advantage"](*case)
+    agree(run("sibling_advantage", *case), want)
+    item = torch.randn(1, 2200, 5, generator=generator)
+    weights = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64)
+    got = run("prefix_returns", tokens, item, tokens[:, 0], item[:, 0], mask, weights)
+    agree(got[2:], want[2:])
+    mine = int(mask[0].nonzero()[0])
+    bucket = (tokens[0, :, 0] == tokens[0, mine, 0]) & mask[0]
+    total = item[0, bucket].double().sum(0)
+    cosine = torch.nn.functional.cosine_similarity(total, item[0, 0].double(), dim=0)
+    assert float(got[1][0, mine, 0]) == pytest.approx(float(cosine), abs=1e-5)
+
+
+# ---------------------------------------------------------------- what no seed may change
+
+
+def cases():
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, 4, (3, 40, 3), generator=generator)
+    rewards = torch.randn(3, 40, generator=generator)
+    rng = np.random.default_rng(4)
+    trie = Trie.from_sequences(rng.integers(0, 30, (200, 2)))
+    logits = torch.randn(3, 5, 30, generator=generator).round(decimals=1)
+    weights = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64)
+    item = torch.randn(3, 40, 7, generator=generator)
+    yield "group_advantage", (rewards, None, 1e-4, 1, 0.0)
+    yield "sibling_advantage", (tokens, rewards, None, 1e-4, 0, 0.0, 2, "sibling")
+    yield "sibling_advantage", (tokens.repeat(1, 4, 1), rewards.repeat(1, 4), None, 1e-4, 0, 0.0, 2, "parent")
+    yield "prefix_returns", (tokens, item, tokens[:, 0], item[:, 0], None, weights)
+    yield "expand_topk", expansion(logits, trie, 20)
+    yield (
+        "expand_topk",
+        expansion(logits, trie, 150, seed=derive_seeds(1, 3, torch.device("cpu")), vocab=True),
+    )
+    yield "expand_topk", expansion(torch.randn(1, 2, 1300, generator=generator).bfloat16(), flat(1300), 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [pytest.param(*x, id=f"{i}-{x[0]}") for i, x in enumerate(cases())]
+)
+def test_the_order_of_threads_does_not_show(name, case):
+    results = []
+    for seed in range(5):
+        emulated.load()
+        emulated.seed(seed << 32)
+        got = run(name, *case)
+        results.append(got if isinstance(got, tuple) else (got,))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+# ---------------------------------------------------------------- counts by design
+
+
+def counted(name, *case):
+    run(name, *case)
+    emulated.count(sectors=True)
+    run(name, *case)
+    found = emulated.counts()
+    emulated.count()
+    return found
+
+
+def test_dense_logits_are_read_once():
+    """Two launches; all logits once, in whole sectors, and of everything else a few percent."""
+    logits = torch.randn(1, 4, 8192, generator=torch.Generator().manual_seed(5)).bfloat16()
+    found = counted("expand_topk", *expansion(logits, flat(8192), 1))
+    ideal = logits.numel() * 2 // 32
+    assert found.launches == 2
+    assert found.blocks == 4 + 1
+    assert ideal <= found.sectors <= 1.1 * ideal
+    assert found.bytes <= 1.2 * logits.numel() * 2
+
+
+def test_only_legal_logits_are_read():
+    """Two launches, and traffic by the number of legal children, whatever the number of columns."""
+    tokens = np.random.default_rng(6).choice(30_000, 64, replace=False)
+    trie = Trie.from_sequences(tokens[:, None])
+    logits = torch.randn(2, 8, 30_000)
+    found = counted("expand_topk", *expansion(logits, trie, 16))
+    children = 2 * 8 * 64
+    assert found.launches == 2
+    assert found.blocks == 4 + 2
+    assert found.bytes <= 64 * children  # 4 a logit; tokens, maxima and row statistics are the rest
+
+
+@pytest.mark.parametrize("group", [16, 64, 128, 300, 2000])
+def test_sibling_advantage_is_one_launch(group):
+    tokens = torch.randint(0, 6, (2, group, 3), generator=torch.Generator().manual_seed(7))
+    rewards = torch.rand(2, group)
+    found = counted("sibling_advantage", tokens, rewards, None, 1e-4, 0, 0.0, 2, "sibling")
+    assert (found.launches, found.blocks, found.atomics) == (1, 2, 0)
+    traffic = tokens.numel() * 8 + rewards.numel() * 4
+    assert traffic <= found.bytes <= traffic  # everything once
+    if group <= 128:
+        assert found.barriers <= 2 * 30
+
+
+def test_prefix_returns_reads_an_embedding_once_a_level():
+    tokens = torch.randint(0, 6, (2, 32, 3), generator=torch.Generator().manual_seed(8))
+    item, wanted = torch.randn(2, 32, 64), torch.randn(2, 64)
+    weights = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64)
+    found = counted("prefix_returns", tokens, item, tokens[:, 0], wanted, None, weights)
+    assert found.launches == 1
+    node = run("prefix_returns", tokens, item, tokens[:, 0], wanted, None, weights)[2]
+    nodes = int(node.amax(dim=(1, 2)).add(1).sum())
+    own = 3 * item.numel() * 4 + tokens.numel() * 8
+    assert own <= found.bytes <= own + (nodes + 2 * 8) * (64 * 4 + 3 * 8)  # the target's, once a bucket
+
+
+def test_a_round_of_the_search_is_two_launches():
+    trees = SearchTrees.empty(8, 20, 3, children=4, leaves=2)
+    select = [getattr(trees, name) for name in vstar_ops.ops.ved._SELECT]
+    found = counted("ved_select", *select, 3, 1.0, 1, 10)
+    assert (found.launches, found.blocks, found.barriers, found.atomics) == (1, 2, 0, 0)
+    insert = [getattr(trees, name) for name in vstar_ops.ops.ved._INSERT]
+    rows = [getattr(trees, name)[:, :3].clone() for name in vstar_ops.ops.ved._ROWS]
+    found = counted("ved_insert", *insert, *rows, 0.0, 0.1)
+    assert (found.launches, found.blocks, found.barriers, found.atomics) == (1, 2, 0, 0)
+
+
+# ---------------------------------------------------------------- sanitizers
+
+SANITIZED = "group_advantage", "sibling_advantage", "prefix_returns", "expand_topk", "ved"
+
+
+@pytest.mark.skipif(bool(emulated.SANITIZERS), reason="this is the inner run")
+def test_under_sanitizers():
+    """The tests of the ops on kernels built with AddressSanitizer and UBSan, in a process of their own."""
+    where = subprocess.run([emulated.COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True)
+    asan = where.stdout.strip()
+    if not os.path.isabs(asan):
+        pytest.skip("the compiler has no AddressSanitizer")
+    environment = {
+        **os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0",
+        "VSTAR_OPS_SANITIZE": "address,undefined",
+    }  # fmt: skip
+    files = [f"tests/test_{name}.py" for name in SANITIZED]
+    # Without capture: what a sanitizer prints when it ends the process would be lost.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qxs",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "emulated and not errors",
+    ]
+    done = subprocess.run(
+        [*command, *files], cwd=emulated.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
