@@ -106,15 +106,7 @@ def through_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    for name in (
-        "expand_topk",
-        "sibling_advantage",
-        "group_advantage",
-        "prefix_returns",
-        "prefix_tree",
-        "token_logp",
-        "ved",
-    ):
+    for name in vstar_ops._triton.MODULES:
         module = sys.modules[f"vstar_ops.ops.{name}"]
         for run in [x for x in vars(module) if x.startswith("_run")]:
             monkeypatch.setattr(module, run, moved(getattr(module, run)))
