@@ -95,6 +95,74 @@ def tree_case(sequences: Tensor, batch: int, group: int) -> dict[str, Callable[[
     return variants
 
 
+def logp_case(rows: int, columns: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """``token_logp`` over the whole vocabulary, forward and backward, beside the memory's own pace."""
+    logits = torch.randn(rows, columns, requires_grad=True)
+    target = torch.randint(0, columns, (rows,))
+    plain = logits.detach()
+
+    def ours() -> tuple[Tensor, ...]:
+        logp = vstar_ops.token_logp(logits, target).logp
+        return logp.detach(), torch.autograd.grad(logp.sum(), logits)[0]
+
+    variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "ours": ours,
+        "reading twice, writing once": lambda: (
+            plain.sum(),
+            plain.sum(),
+            torch.empty_like(plain).fill_(1.0),
+        ),
+        "cross_entropy": lambda: baselines.cross_entropy(logits, target),
+        "log_softmax, gather": lambda: baselines.token_logp(logits, target),
+    }
+    for got, want in zip(ours(), variants["cross_entropy"]()):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    return variants
+
+
+def legal_logp_case(trie: Trie, rows: int, columns: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """``token_logp`` over the legal children of depth 1 and over all columns, forward and backward."""
+    node, _ = catalogue.frontiers(trie, -(-rows // 16), 16, max(trie.max_token + 1, 768))[1]
+    node = node.flatten()[:rows]
+    tokens = trie.children(node).token
+    target = tokens[:, 0].long()
+    logits = torch.randn(rows, columns, requires_grad=True)
+
+    def ours(*where: object) -> tuple[Tensor, ...]:
+        logp = vstar_ops.token_logp(logits, target, *where).logp  # type: ignore[arg-type]
+        return logp.detach(), torch.autograd.grad(logp.sum(), logits)[0]
+
+    def gathered() -> tuple[Tensor, ...]:
+        z = logits.gather(1, tokens.long().clamp(min=0)).masked_fill(tokens < 0, float("-inf"))
+        logp = z.log_softmax(1)[:, 0]
+        return logp.detach(), torch.autograd.grad(logp.sum(), logits)[0]
+
+    for got, want in zip(ours(trie, node), gathered()):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    return {"ours": lambda: ours(trie, node), "ours, all columns": ours, "gather, log_softmax": gathered}
+
+
+def loss_case(sequences: Tensor, batch: int, group: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """``sibling_grpo_loss`` with clipping and KL, forward and backward; the advantages are given to both."""
+    tokens, rewards = sequences[torch.randint(0, len(sequences), (batch, group))], torch.rand(batch, group)
+    siblings, over_group = vstar_ops.sibling_advantage(tokens, rewards), vstar_ops.group_advantage(rewards)
+    old, ref, logp = (-torch.rand(tokens.shape) for _ in range(3))
+    logp.requires_grad_()
+
+    def ours() -> tuple[Tensor, ...]:
+        given = {"sibling": siblings, "group": over_group}
+        out = vstar_ops.sibling_grpo_loss(logp, old_logp=old, ref_logp=ref, clip=(0.2, 0.2), **given)
+        return out.loss.detach(), torch.autograd.grad(out.loss, logp)[0]
+
+    variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "ours": ours,
+        "torch, autograd": lambda: baselines.sibling_grpo_loss(logp, old, ref, siblings, over_group),
+    }
+    for got, want in zip(*(variant() for variant in variants.values())):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    return variants
+
+
 def two_threads(trie: Trie) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """The depth-1 case on two threads and on one."""
     call = legal_case(trie, 1, max(trie.max_token + 1, 768))["ours"]
@@ -144,6 +212,21 @@ def main() -> None:
     for batch, group in ((64, 16), (256, 64)):
         timing = compare(tree_case(sequences, batch, group), rounds)
         report.add(f"prefix_tree, B={batch} G={group} L=3", timing)
+    for batch, group in ((64, 16), (256, 64)):
+        timing = compare(loss_case(sequences, batch, group), rounds)
+        report.add(f"sibling_grpo_loss, B={batch} G={group} L=3", timing)
+    several = min(rounds, 7)
+    variants = logp_case(1024, 152_064)
+    pace = {"reading_twice,_writing_once": 0.5}
+    report.add("token_logp, [1024, 152064], forward, backward", compare(variants, several), **pace)
+    peak, size = harness.peak_memory(variants["ours"]), 4 * 1024 * 152_064
+    if peak is not None:
+        extra = 100 * (peak - size) / size
+        print(f"its memory beyond logits and gradient: {extra:.1f} % of the logits (target at most 5 %)")
+    variants = legal_logp_case(trie, 1024, 152_064)
+    report.add(
+        "token_logp legal, depth 1, the same", compare(variants, several), **{"ours,_all_columns": 50.0}
+    )
     report.add("expand_topk legal, depth 1, two threads", compare(two_threads(trie), rounds), one_thread=1.6)
     torch.set_num_threads(1)
     rows = torch.randint(0, 2048, (1_000_000, 4))

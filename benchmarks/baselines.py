@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vstar_ops import Trie
+from vstar_ops import SiblingAdvantage, Trie
 
 
 def child_tables(trie: Trie, depth: int) -> tuple[Tensor, Tensor]:
@@ -139,3 +139,30 @@ def prefix_tree(tokens: Tensor) -> tuple[Tensor, ...]:
         above, used = own, used + size
         nodes.append(own[prefix])
     return parent, token, depth, first, count, torch.stack(nodes, 1).view(tokens.shape)
+
+
+def token_logp(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """A table of log-softmax, gather; the log-probabilities and the gradient of their sum."""
+    logp = torch.log_softmax(logits.float(), 1).gather(1, target[:, None])[:, 0]
+    return logp.detach(), torch.autograd.grad(logp.sum(), logits)[0]
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by torch's own fused loss."""
+    loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    return -loss.detach(), -torch.autograd.grad(loss.sum(), logits)[0]
+
+
+def sibling_grpo_loss(
+    logp: Tensor, old_logp: Tensor, ref_logp: Tensor, sibling: SiblingAdvantage, group: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Clipped objective, k3, node weights, and the gradient by autograd; the advantages are given."""
+    ratio = torch.exp(logp - old_logp)
+    bounded = ratio.clamp(0.8, 1.2)
+    a, s = group[:, :, None], sibling.advantage
+    whole = torch.minimum(ratio * a, bounded * a).mean()
+    weight = sibling.valid / sibling.count.clamp(min=1)
+    nodes = (torch.minimum(ratio * s, bounded * s) * weight).sum() / group.numel()
+    d = ref_logp - logp
+    loss = 1e-3 * (torch.exp(d) - d - 1).mean() - whole - nodes
+    return loss.detach(), torch.autograd.grad(loss, logp)[0]

@@ -9,7 +9,15 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.__main__ import legal_case, returns_case, sibling_case, tree_case, vocab_case
+from benchmarks.__main__ import (
+    legal_case,
+    logp_case,
+    loss_case,
+    returns_case,
+    sibling_case,
+    tree_case,
+    vocab_case,
+)
 from benchmarks.catalogue import industrial_like
 from vstar_ops import Trie
 
@@ -43,3 +51,12 @@ def test_prefix_returns(benchmark: BenchmarkFixture, batch: int, group: int) -> 
 @pytest.mark.parametrize(("batch", "group"), [(64, 16), (256, 64)])
 def test_prefix_tree(benchmark: BenchmarkFixture, batch: int, group: int) -> None:
     benchmark(tree_case(industrial_like(), batch, group)["ours"])
+
+
+@pytest.mark.parametrize(("batch", "group"), [(64, 16), (256, 64)])
+def test_sibling_grpo_loss(benchmark: BenchmarkFixture, batch: int, group: int) -> None:
+    benchmark(loss_case(industrial_like(), batch, group)["ours"])
+
+
+def test_token_logp(benchmark: BenchmarkFixture) -> None:
+    benchmark(logp_case(64, 152_064)["ours"])

@@ -206,6 +206,50 @@ def tree(device: str, batch: int, size: int) -> Case:
     )
 
 
+def token_logp(device: str, rows: int, columns: int) -> Case:
+    """Over the whole vocabulary, forward and backward: two reads of the logits and a write."""
+    logits = torch.randn(rows, columns, device=device).bfloat16().requires_grad_()
+    target = torch.randint(columns, (rows,), device=device)
+
+    def ours(_: int) -> Any:
+        out = vstar_ops.token_logp(logits, target)
+        return out.logp.detach(), torch.autograd.grad(out.logp.sum(), logits)[0]
+
+    def check() -> None:
+        few = slice(0, min(rows, 16))
+        logp, gradient = (x[few] for x in ours(0))
+        want = baselines.token_logp(logits.detach()[few].float().requires_grad_(), target[few])
+        torch.testing.assert_close(logp, want[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient.float(), want[1], rtol=2**-8, atol=1e-5)
+
+    name = f"token_logp bf16 [{rows}, {columns}] forward, backward"
+    inputs = (logits, target)
+    return Case(name, ours, check, 3 * _nbytes(logits), eager=baselines.token_logp, inputs=lambda _: inputs)
+
+
+def loss(device: str, batch: int, size: int, length: int) -> Case:
+    """The objective with clipping and KL, forward and backward; the advantages are given."""
+    tokens = torch.randint(8, (batch, size, length), device=device)
+    rewards = torch.rand(batch, size, device=device)
+    siblings, over_group = vstar_ops.sibling_advantage(tokens, rewards), vstar_ops.group_advantage(rewards)
+    logp, old, ref = (-torch.rand(tokens.shape, device=device) for _ in range(3))
+    logp.requires_grad_()
+
+    def ours(_: int) -> Any:
+        given: dict[str, Any] = {"sibling": siblings, "group": over_group, "clip": (0.2, 0.2)}
+        out = vstar_ops.sibling_grpo_loss(logp, old_logp=old, ref_logp=ref, **given)
+        return out.loss.detach(), torch.autograd.grad(out.loss, logp)[0]
+
+    return Case(
+        f"sibling_grpo_loss B={batch} G={size} L={length} forward, backward",
+        ours,
+        _agree(lambda: ours(0), (), (0, 1)),
+        _nbytes(logp, old, ref, logp, logp, *siblings[:2], siblings.count, over_group),
+        eager=baselines.sibling_grpo_loss,
+        inputs=lambda _: (logp, old, ref, siblings, over_group),
+    )
+
+
 def ved_round(device: str, batch: int, budget: int = 129) -> Case:
     """A round of tree search without the model: select, insert what a made-up model says, rank.
 
@@ -286,6 +330,8 @@ def cases(device: str, small: bool) -> Iterator[Callable[[], Case]]:
         yield make(group, device, 2, 8)
         yield make(returns, device, 2, 8, 16)
         yield make(tree, device, 2, 8)
+        yield make(token_logp, device, 4, 5000)
+        yield make(loss, device, 2, 8, 3)
         yield make(ved_round, device, 2, 13)
         return
     for batch in (16, 256):
@@ -302,6 +348,9 @@ def cases(device: str, small: bool) -> Iterator[Callable[[], Case]]:
     yield make(group, device, 1024, 64)
     yield make(returns, device, 256, 64, 64)
     yield make(tree, device, 256, 64)
+    yield make(token_logp, device, 4096, 151_936)
+    for batch, size, length in ((64, 16, 3), (1024, 64, 3), (64, 512, 8)):
+        yield make(loss, device, batch, size, length)
     yield make(ved_round, device, 1024)
 
 
