@@ -86,7 +86,7 @@ def define(
     torch.library.register_fake(f"vstar_ops::{name}", fake, lib=_library)
     dispatched = getattr(torch.ops.vstar_ops, name).default
     backends: dict[str | None, Callable[..., Any]] = {None: dispatched, "cpp": dispatched}
-    kernels: dict[str, Callable[..., Any]] = {
+    kernels: dict[str | None, Callable[..., Any]] = {
         "reference": reference,
         "triton": functools.partial(_triton.run, name, reference.__module__.rpartition(".")[2]),
         "cuda": _cuda_kernel(name, schema, fake),
