@@ -86,7 +86,7 @@ def define(
     torch.library.register_fake(f"vstar_ops::{name}", fake, lib=_library)
     dispatched = getattr(torch.ops.vstar_ops, name).default
     backends: dict[str | None, Callable[..., Any]] = {None: dispatched, "cpp": dispatched}
-    kernels: dict[str | None, Callable[..., Any]] = {
+    kernels: dict[str, Callable[..., Any]] = {
         "reference": reference,
         "triton": functools.partial(_triton.run, name, reference.__module__.rpartition(".")[2]),
         "cuda": _cuda_kernel(name, schema, fake),
@@ -94,7 +94,7 @@ def define(
     _library.impl(name, lambda *arguments: kernels[on_gpu(name)](*arguments), "CUDA")
     if gradient is None:
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        return Op(name, {**backends, **kernels, "reference": torch.no_grad()(reference)})
+        return Op(name, backends | {**kernels, "reference": torch.no_grad()(reference)})
     torch.library.register_autograd(
         f"vstar_ops::{name}", gradient.formula(None), setup_context=gradient.save, lib=_library
     )
