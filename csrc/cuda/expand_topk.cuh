@@ -4,7 +4,7 @@
 // a thread at a time: one or two 16-byte loads where the children's tokens are consecutive, as those of a trie's upper
 // levels are, else through the token list. In one pass over the logits every thread keeps maximum, sum of exponentials
 // and sum of their products with the exponent, which are joined at the end, and every segment (`segment` children in
-// a row) its largest logit. A thread of the eight warps has 32 logits in flight, 128 KB a multiprocessor. Under
+// a row) its largest logit. A thread of the eight warps has 32 logits in flight, 48 KB a multiprocessor (halves). Under
 // "vocab" all columns are read too, unless all are legal. With terms of each child's own (noise, action values) a
 // segment keeps its best *score*: the row is read again once its statistics are known.
 //
