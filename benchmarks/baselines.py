@@ -149,8 +149,8 @@ def token_logp(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The same by torch's own fused loss."""
-    loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-    return -loss.detach(), -torch.autograd.grad(loss.sum(), logits)[0]
+    logp = -torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    return logp.detach(), torch.autograd.grad(logp.sum(), logits)[0]
 
 
 def sibling_grpo_loss(

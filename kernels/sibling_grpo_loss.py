@@ -250,7 +250,7 @@ def specialisations() -> Iterator[Specialisation]:
         **addresses,
         **arrays,
         **numbers,
-        "valid": "*i1",
+        "valid": "*u1",
         "count": "*i32",
         "counts": "*i32",
         "sums": "*fp64",
