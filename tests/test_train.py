@@ -20,6 +20,7 @@ from vstar_ops.decoding import beam_search
 from vstar_ops.train import checkpoint, metrics, objective, report, rewards
 from vstar_ops.train.__main__ import main
 from vstar_ops.train.data import load_minionerec, user_sequences
+from vstar_ops.train.decode import decode
 from vstar_ops.train.model import SIDTransformer
 from vstar_ops.train.synthetic import synthetic
 
@@ -361,6 +362,22 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
         assert untimed[0] == untimed[1]
     for run in (whole, cut):
         assert (run / "curves.png").stat().st_size > 1000 and "SFT" in (run / "results.md").read_text()
+
+
+def test_the_policys_share_of_the_candidates_rises(toy: Path, tmp_path: Path, monkeypatch) -> None:
+    seen = []
+
+    def spy(*arguments):
+        seen.append(arguments[-1].get("own"))
+        return decode(*arguments)
+
+    monkeypatch.setattr(loop, "decode", spy)
+    options = ["--data", str(toy), *OPTIONS.split(), "--rl-steps", "4", "--sft-epochs", "1", "--ved"]
+    assert main([*options, "own=2", "--out", str(tmp_path / "ours")]) == 0
+    assert seen == [2, 3, 4, 5]  # of 6
+    seen.clear()
+    assert main([*options, "paper", "--out", str(tmp_path / "paper")]) == 0
+    assert seen == [None] * 4
 
 
 def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from vstar_ops import Trie
 from vstar_ops.decoding import beam_search, topk_sampling, ved
 from vstar_ops.reference.ved_search import ved_search
 from vstar_ops.train import objective
-from vstar_ops.train.decode import decode
+from vstar_ops.train.decode import at_test, decode
 from vstar_ops.train.loop import optimizer_of
 from vstar_ops.train.model import SIDTransformer
 from vstar_ops.train.synthetic import synthetic
@@ -77,6 +77,28 @@ def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie, p
     torch.testing.assert_close(scores.action_value[0, 3, 0], q[0], rtol=1e-4, atol=1e-5)
 
 
+def test_leaves_need_not_be_run(model: SIDTransformer, trie: Trie, monkeypatch) -> None:
+    context, rows, extend = torch.tensor([[0, 4, 8], [2, 6, 11]]), [], model.extend
+
+    def counted(state, parent, token):
+        rows.append(len(parent))
+        return extend(state, parent, token)
+
+    monkeypatch.setattr(model, "extend", counted)
+    candidates = CATALOGUE[:5].expand(2, -1, -1)
+    every = objective.candidate_scores(model, context, trie, candidates, values=True, action_values=True)
+    assert rows == [2 * 2, 2 * 4, 2 * 5]  # distinct prefixes
+    rows.clear()
+    inner = objective.candidate_scores(
+        model, context, trie, candidates, values=True, action_values=True, leaves=False
+    )
+    assert rows == [2 * 2, 2 * 4, 0]
+    torch.testing.assert_close(inner.logp, every.logp)
+    torch.testing.assert_close(inner.action_value, every.action_value)
+    torch.testing.assert_close(inner.value[..., :2], every.value[..., :2])
+    assert not inner.value[..., 2].any()
+
+
 def test_the_value_loss_moves_the_head_alone(model: SIDTransformer, trie: Trie) -> None:
     policy, head = model.parts()
     assert len(policy) + len(head) == len(list(model.parameters()))
@@ -123,6 +145,32 @@ def test_ved_of_the_model_is_the_sequential_search(model, trie, evaluate_leaves,
         leaves, tree = ved_search(model, context[b : b + 1], trie, 5, seed=5 + b, **options)
         assert out.node[b, : len(leaves)].tolist() == [leaf.node for leaf in leaves]
         assert out.trees.node[b, : len(tree)].tolist() == [s.node for s in tree]
+
+
+@pytest.mark.parametrize("options", [{"own": 2}, {"completions": 1}, {"own": 2, "completions": 1}])
+def test_whose_candidates(model, trie, options) -> None:
+    """The policy's own come first, then at most so many of each prefix while there are other prefixes."""
+    context = torch.tensor([[0, 4, 8], [2, 6, 11]])
+    search = {"budget": 11, "evaluate_leaves": False, "action_values": True, "seed": 3}
+    plain = ved(model, context, trie, 5, **search)
+    out = ved(model, context, trie, 5, **search, **options)
+    assert torch.equal(out.trees.node, plain.trees.node) and out.count.tolist() == [5, 5]
+    probable = beam_search(model, context, trie, 7)  # the tree holds every prefix of this catalogue
+    own = options.get("own", 0)
+    assert torch.equal(out.node[:, :own], probable.node[:, :own])
+    torch.testing.assert_close(out.score[:, :own], probable.logp[:, :own])
+    for b in range(2):
+        rest = [n for n in plain.node[b].tolist() if n not in out.node[b, :own].tolist()]
+        if "completions" not in options:
+            assert out.node[b, own:].tolist() == rest[: 5 - own]
+            continue
+        best_below: dict[tuple[int, ...], int] = {}
+        everything = ved(model, context, trie, 7, **search)
+        for node, sequence in zip(everything.node[b].tolist(), everything.sequence[b, :, :2].tolist()):
+            best_below.setdefault(tuple(sequence), node)
+        want = [n for n in best_below.values() if n not in out.node[b, :own].tolist()]
+        want += [n for n in everything.node[b].tolist() if n not in want + out.node[b, :own].tolist()]
+        assert out.node[b, own:].tolist() == want[: 5 - own]
 
 
 def test_topk_sampling_draws_from_the_policy(model: SIDTransformer, trie: Trie) -> None:
@@ -176,6 +224,7 @@ def test_cooccurrence_embeddings_know_who_clicked_what() -> None:
 
 def test_decode_names(model: SIDTransformer, trie: Trie) -> None:
     context, seed = torch.tensor([[0, 4, 8]]), torch.tensor([1])
+    assert at_test({"own": 3, "width": 2}) == {"own": 0, "completions": 0, "width": 2}
     for name in ("beam", "topk", "ved"):
         found = decode(name, model, context, trie, 3, seed, {})
         assert found.sequence.shape == (1, 3, 3) and int(found.forward_tokens) <= 7

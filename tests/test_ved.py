@@ -77,9 +77,11 @@ def random_options(rng: np.random.Generator, length: int) -> dict:
         "logp_weight": float(rng.choice([0.0, 0.0, 0.3, 1.0])),
         "value_weight": float(rng.choice([1.0, 1.0, 0.5, 0.0])),
         "max_idle": int(rng.choice([0, 3, 200])),
+        "own": int(rng.choice([0, 0, 2, 8])),
     }
     flags = ("evaluate_leaves", "action_values", "expand_root", "skip_forced")
-    return options | {name: bool(rng.integers(2)) for name in flags}
+    options |= {name: bool(rng.integers(2)) for name in flags}
+    return options | {"completions": 0 if options["skip_forced"] else int(rng.choice([0, 1, 3]))}
 
 
 def compare(case: int) -> None:
@@ -318,11 +320,14 @@ def test_small_things(backend, batch):
         ({"budget": 33.0}, TypeError, "budget must be an int, got float"),
         ({"width": True}, TypeError, "width must be an int, got bool"),
         ({"paths": 0}, ValueError, "paths must be at least 1, got 0"),
+        ({"completions": -1}, ValueError, "completions must be at least 0, got -1"),
+        ({"own": 2.0}, TypeError, "own must be an int, got float"),
         ({"max_idle": -1}, ValueError, "max_idle must be at least 0, got -1"),
         ({"rounds": -1}, ValueError, "rounds must be None or a whole number >= 0, got -1"),
         ({"exploration": -0.5}, ValueError, "exploration must be >= 0, got -0.5"),
         ({"entropy_weight": float("nan")}, ValueError, "entropy_weight must be finite"),
         ({"logp_weight": None}, TypeError, "logp_weight must be a number, got NoneType"),
+        ({"skip_forced": True, "completions": 1}, ValueError, "skip_forced needs completions=0, got 1"),
         ({"skip_forced": True, "normalize": "vocab"}, ValueError, "skip_forced needs normalize='legal'"),
         ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed must have the shape \[B\]"),
         ({"seed": torch.zeros(24)}, TypeError, "seed must be int64, got float32"),

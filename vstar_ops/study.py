@@ -31,7 +31,7 @@ from .decoding import beam_search
 from .train import checkpoint
 from .train.__main__ import SYNTHETIC
 from .train.data import Dataset, Split, load_minionerec
-from .train.decode import PAPER, TUNED
+from .train.decode import PAPER, TUNED, at_test
 from .train.loop import Config, Job, reinforce, supervised
 from .train.model import SIDTransformer
 from .train.objective import candidate_scores
@@ -41,8 +41,8 @@ from .trie import Trie
 
 Scores = dict[str, float]
 
-# (a): name -> decoder+objective, and what differs from TUNED in the search, where a leaf is ranked by its
-# parent's V and not evaluated.
+# (a): name -> decoder+objective, and what differs from TUNED in the search.
+NO_VALUE = {"value_weight": 0.0, "action_values": False}
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO, beam search": ("beam+grpo", {}),
     "joint, beam search": ("beam+joint", {}),
@@ -52,22 +52,22 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "V-STAR: joint, VED": ("ved+joint", {}),
     "V-STAR, the paper's own search": ("ved+joint", {"paper": True}),
     "V-STAR, score V": ("ved+joint", {"entropy_weight": 0.0}),
-    "V-STAR, score H": ("ved+joint", {"value_weight": 0.0, "entropy_weight": 1.0, "logp_weight": 0.0}),
-    "best-first, V = 0": ("ved+joint", {"value_weight": 0.0, "logp_weight": 1.0}),
-    "V-STAR, leaves evaluated": ("ved+joint", {"evaluate_leaves": True}),
-    "V-STAR, leaves by action values": ("ved+joint", {"action_values": True}),
+    "V-STAR, score H": ("ved+joint", {**NO_VALUE, "entropy_weight": 1.0, "logp_weight": 0.0}),
+    "best-first, V = 0": ("ved+joint", NO_VALUE),
+    "V-STAR, leaves evaluated": ("ved+joint", {"evaluate_leaves": True, "action_values": False}),
+    "V-STAR, leaves by their parent's V": ("ved+joint", {"action_values": False}),
+    "V-STAR, candidates by rank alone": ("ved+joint", at_test({})),
 }
 REFERENCE, PLAIN = "V-STAR: joint, VED", "GRPO, beam search"
 
 # (b), (c): what may be chosen for the search, on the valid split.
-PRIOR = {"evaluate_leaves": False, "logp_weight": 1.0, "entropy_weight": 0.0}
 SEARCHES: dict[str, dict[str, Any]] = {
     "the paper's": PAPER,
-    "tuned": TUNED,
-    "log pi, V = 0": {**PRIOR, "value_weight": 0.0},
-    "log pi + V": {**PRIOR, "value_weight": 1.0},
-    "log pi + 5 V": {**PRIOR, "value_weight": 5.0},
-    "log pi + 20 V": {**PRIOR, "value_weight": 20.0},
+    "log pi, V = 0": at_test({**TUNED, **NO_VALUE}),
+    "log pi + 2 V": at_test({**TUNED, "value_weight": 2.0}),
+    "log pi + 10 V": at_test({**TUNED, "value_weight": 10.0}),
+    "log pi + 30 V": at_test({**TUNED, "value_weight": 30.0}),
+    "log pi + 10 V, leaves by their parent's V": at_test({**TUNED, "action_values": False}),
 }
 COLUMNS = ("HR@10", "NDCG@10", "true_reward@10", "best_reward", "diversity", "forward_tokens")
 
@@ -100,7 +100,7 @@ class Study:
         if weights.exists():
             state = checkpoint.load(weights)
             if any(key.startswith("value_head") for key in state):
-                model.add_value_head(action_values="value_head.child_value.weight" in state)
+                model.add_value_head(action_values="value_head.child.token.weight" in state)
             model.load_state_dict(state)
         else:
             model, _ = reinforce(job, variant, self.supervised())
@@ -125,7 +125,7 @@ class Study:
 
         def measure(name: str, decoder: str = "beam") -> Scores:
             model, job = self.trained(name)
-            options = job.config.ved if decoder == "ved" else {}
+            options = at_test(job.config.ved) if decoder == "ved" else {}
             return self.scores(model, "test", job.config.candidates, decoder, options)
 
         cells = {n: self.cell(f"a-{_slug(n)}", functools.partial(measure, n)) for n in ABLATIONS}
@@ -191,8 +191,12 @@ def _correlations(model: SIDTransformer, job: Job, part: Split) -> dict[str, Ten
     """
     trie, result = job.trie, {}
     tokens = beam_search(model, part.context, trie, 64).sequence.long()
-    scores = candidate_scores(model, part.context, trie, tokens, values=True)
-    assert scores.value is not None
+    scores = candidate_scores(
+        model, part.context, trie, tokens, values=True, action_values=True, leaves=False
+    )
+    assert scores.value is not None and scores.action_value is not None
+    # Leaves are valued by their parents: their own V is what no search asks and no loss trains.
+    value = torch.cat([scores.value[..., :-1], scores.action_value[..., -1:]], 2)
     logp = scores.logp.cumsum(2)
     leaves = trie.sequences(torch.arange(trie.level_offset[-2], trie.num_nodes))
     for level in range(1, trie.length + 1):
@@ -207,7 +211,7 @@ def _correlations(model: SIDTransformer, job: Job, part: Split) -> dict[str, Ten
             reward = (total / number.clamp(min=1)).gather(1, node.clamp(min=0))
         else:
             reward = (tokens[..., :level] == part.target[:, None, :level]).all(2).float()
-        for name, score in (("log pi", logp), ("V", scores.value)):
+        for name, score in (("log pi", logp), ("V", value)):
             result[f"{name}, level {level}"] = _spearman(score[..., level - 1], reward, distinct)
     return result
 

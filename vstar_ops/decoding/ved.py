@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import expand_topk
 from ..ops._library import check_seeds, finite, whole
-from ..ops.ved import Evaluation, Rows, SearchTrees, ved_candidates, ved_insert, ved_select
+from ..ops.ved import Candidates, Evaluation, Rows, SearchTrees, ved_candidates, ved_insert, ved_select
 from ..trie import Trie
 from .protocol import PrefixModel
 
@@ -44,6 +44,8 @@ def ved(
     action_values: bool = False,
     expand_root: bool = True,
     skip_forced: bool = False,
+    completions: int = 0,
+    own: int = 0,
     paths: int = 1,
     max_idle: int = 1000,
     rounds: int | None = None,
@@ -80,7 +82,13 @@ def ved(
             ``child_value``, a correction to V for each child; with ``evaluate_leaves=False`` these are all.
         expand_root: False leaves the root out of the expansion: no first tokens beyond the initial ones.
         skip_forced: a leaf that is an only child is not evaluated; it is ranked among the evaluated leaves by
-            its parent's value, and its token is saved. Only with ``evaluate_leaves`` and ``"legal"``.
+            its parent's value, and its token is saved. Only with ``evaluate_leaves`` and ``"legal"``, and
+            without ``completions``.
+        completions: leaves below one prefix that may be candidates before those of other prefixes are used
+            up; 0 is the paper, any number. A parent's value says the same of all its leaves: without a limit
+            the candidates crowd below few prefixes.
+        own: so many candidates are the policy's, the most probable leaves of the tree (evaluated ones first),
+            whatever V says of them, in front of the others. So training sees the mistakes that V avoids.
         paths: traversals a round; more than 1 trades exactness for larger forwards.
         max_idle: so many traversals in a row may expand nothing before a request's search ends.
         rounds: run exactly so many rounds and never look at the host in between; None stops when all
@@ -96,7 +104,7 @@ def ved(
           legal leaves, by value descending, then by lower tokens; if there are too few evaluated leaves,
           then the most probable unexpanded children of the evaluated prefixes of depth ``L - 1``, best
           prefix first
-        - ``score`` float32 ``[B, K]``, what they are ranked by
+        - ``score`` float32 ``[B, K]``, what they are ranked by; log pi of the policy's ``own``
         - ``count`` int32 ``[B]``; slots past it hold -1 and -inf
         - ``forward_tokens`` int32 ``[B]``, at most ``budget``
         - ``trees``: the whole search, see :class:`vstar_ops.ops.ved.SearchTrees`
@@ -105,12 +113,17 @@ def ved(
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     length = trie.length
-    for name, number, low in (("candidates", candidates, 1), ("budget", budget, length), ("width", width, 1)):
+    for name, number, low in (
+        ("candidates", candidates, 1), ("budget", budget, length), ("width", width, 1),
+        ("completions", completions, 0), ("own", own, 0),
+    ):  # fmt: skip
         whole(name, number, low)
     if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0):
         raise ValueError(f"rounds must be None or a whole number >= 0, got {rounds!r}")
     if skip_forced and normalize != "legal":
         raise ValueError(f"skip_forced needs normalize='legal', got {normalize!r}")
+    if skip_forced and completions:
+        raise ValueError(f"skip_forced needs completions=0, got {completions}")
     value_weight, logp_weight = finite("value_weight", value_weight), finite("logp_weight", logp_weight)
     entropy_weight = finite("entropy_weight", entropy_weight)
     for name, needed in (("value", value_weight != 0), ("child_value", action_values)):
@@ -121,12 +134,16 @@ def ved(
     batch, device = logits.shape[0], logits.device
     seeds = check_seeds("seed", seed, batch, device)
     levels = length if evaluate_leaves else length - 1
+    # A list of leaves is cut where nothing behind the cut can become a candidate.
+    leaves = trie.max_children
+    if not (own and action_values):  # two rankings of one list
+        leaves = min(leaves, candidates + (budget if evaluate_leaves else 0))
     trees = SearchTrees.empty(
         batch,
         budget,
         levels,
         children=max(1, min(trie.max_children, budget)),
-        leaves=max(1, min(trie.max_children, candidates + (budget if evaluate_leaves else 0))),
+        leaves=max(1, leaves),
         device=device,
     )
     search = _Search(
@@ -142,8 +159,29 @@ def ved(
         elif not bool((rows.node >= 0).any()):
             break
         search.evaluate(rows, *search.forward(rows))
-    best = ved_candidates(trees, length, candidates, logp_weight=logp_weight, forced_first=search.skip_forced)
+    ranking: dict[str, Any] = {"logp_weight": logp_weight, "forced_first": search.skip_forced}
+    best = ved_candidates(trees, length, candidates, **ranking)
+    if completions > 0:
+        few = replace(trees, num_leaves=trees.num_leaves.clamp(max=completions))
+        best = _before(ved_candidates(few, length, candidates, **ranking), best)
+    if own > 0:
+        ranking["logp_weight"] = 1.0
+        probable = replace(trees, value=torch.zeros_like(trees.value), leaf_score=trees.leaf_logp)
+        best = _before(ved_candidates(probable, length, min(own, candidates), **ranking), best)
     return VEDResult(trie.sequences(best.node), *best, trees.size, trees)
+
+
+def _before(first: Candidates, others: Candidates) -> Candidates:
+    """``first``, then those of the others that are not among them; as many as the others are."""
+    again = (others.node[:, :, None] == first.node[:, None]).any(2)
+    node = torch.cat([first.node, others.node.masked_fill(again, -1)], 1)
+    order = (node < 0).int().argsort(dim=1, stable=True)[:, : others.node.shape[1]]
+    node = node.gather(1, order)
+    logp, score = (
+        torch.cat(pair, 1).gather(1, order).masked_fill(node < 0, -torch.inf)
+        for pair in ((first.logp, others.logp), (first.score, others.score))
+    )
+    return Candidates(node, logp, score, (node >= 0).sum(1).int())
 
 
 @dataclass

@@ -65,6 +65,8 @@ def ved_search(
     action_values: bool = False,
     expand_root: bool = True,
     skip_forced: bool = False,
+    completions: int = 0,
+    own: int = 0,
     max_idle: int = 1000,
     seed: int = 0,
 ) -> tuple[list[Leaf], list[Node]]:
@@ -156,26 +158,36 @@ def ved_search(
         idle = 0 if chosen else idle + 1
 
     # The candidates.
-    leaves = [Leaf(s.node, s.logp, s.value + logp_weight * s.logp) for s in tree if s.depth == length]
-    completions = []
-    for s in tree:
-        if s.depth != length - 1:
-            continue
-        expanded = {child.node for child in s.children}
-        for child, lp in s.child_logp.items():
-            if child in expanded:
+    def ranked(by_logp: bool = False, most: int | None = None) -> list[Leaf]:
+        """Evaluated leaves, then others; by log pi alone, or at most so many below each prefix."""
+        weight, w = (1.0, 0.0) if by_logp else (logp_weight, 1.0)
+        leaves = [Leaf(s.node, s.logp, w * s.value + weight * s.logp) for s in tree if s.depth == length]
+        others: list[tuple[Node, Leaf]] = []
+        for s in tree:
+            if s.depth != length - 1:
                 continue
-            score = s.value + logp_weight * (s.logp + lp)
-            if action_values:
-                score += (value_weight if value_weight != 0 else 1.0) * s.action_value[child]
-            leaf = Leaf(child, s.logp + lp, score)
-            if is_forced(s):
-                leaves.append(leaf)
-            else:
-                completions.append((s, leaf))
-    leaves.sort(key=lambda leaf: (-_float32(leaf.score), leaf.node))
-    completions.sort(key=lambda c: (-_float32(c[1].score), c[0].node, -c[1].logp, c[1].node))
-    return (leaves + [leaf for _, leaf in completions])[:candidates], tree
+            below = []
+            for child, lp in s.child_logp.items():
+                score = w * s.value + weight * (s.logp + lp)
+                if action_values and not by_logp:
+                    score += (value_weight if value_weight != 0 else 1.0) * s.action_value[child]
+                below.append(Leaf(child, s.logp + lp, score))
+            below.sort(key=lambda leaf: (-leaf.score if action_values else -leaf.logp, leaf.node))
+            expanded = {child.node for child in s.children}
+            for leaf in below[:most]:
+                if is_forced(s):
+                    leaves.append(leaf)
+                elif leaf.node not in expanded:
+                    others.append((s, leaf))
+        leaves.sort(key=lambda leaf: (-_float32(leaf.score), leaf.node))
+        others.sort(key=lambda o: (-_float32(o[1].score), o[0].node, -o[1].logp, o[1].node))
+        return leaves + [leaf for _, leaf in others]
+
+    found = ranked(by_logp=True)[:own]
+    for leaf in (ranked(most=completions) if completions else []) + ranked():
+        if all(leaf.node != other.node for other in found):
+            found.append(leaf)
+    return found[:candidates], tree
 
 
 def _float32(x: float) -> float:

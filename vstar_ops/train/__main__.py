@@ -24,7 +24,7 @@ from .synthetic import synthetic
 from .value import load_embeddings
 
 # What differs from Config on the embedded catalogue, which is easier to fit and has a denser reward.
-SYNTHETIC: dict[str, float] = {"sft_epochs": 12, "rl_steps": 150, "rl_lr": 6e-4}
+SYNTHETIC: dict[str, float] = {"sft_epochs": 12, "rl_steps": 150, "rl_lr": 6e-4, "sibling_weight": 0.1}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rl-batch-size", "requests a step (default: %(default)s)", type=_positive)
     add("--rl-lr", _both("rl_lr"), type=float)
     add("--clip", "bounds LOW HIGH of the ratio, as 0.2 0.28 (default: none)", type=float, nargs=2)
-    add("--sibling-weight", "weight of the sibling term in joint (default: %(default)s)", type=float)
+    add("--sibling-weight", _both("sibling_weight", "weight of the sibling term in joint; "), type=float)
     add("--kl-weight", "weight of the KL to the supervised model (default: %(default)s)", type=float)
     add("--dropout", "default: %(default)s", type=float)
     add("--label-smoothing", "over legal tokens (default: %(default)s)", type=float)
@@ -186,8 +186,8 @@ def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -
     return report.write(folder, title, results)
 
 
-def _both(name: str) -> str:
-    return f"default: {SYNTHETIC[name]} on synthetic data, {getattr(Config(), name)} else"
+def _both(name: str, what: str = "") -> str:
+    return f"{what}default: {SYNTHETIC[name]} on synthetic data, {getattr(Config(), name)} else"
 
 
 def _config(values: dict[str, object]) -> Config:

@@ -13,8 +13,10 @@ from .model import SIDTransformer
 
 DECODERS = ("beam", "topk", "ved")
 
-# Options of `ved`: the paper's own setting, and ours. The prior keeps the search near the policy; V then
-# decides among what the policy would propose. No tokens go to leaves.
+# Options of `ved`: the paper's own setting, and ours. The log-probability keeps the search near the policy; V
+# decides among what the policy would propose, and action values among leaves, so that no tokens go to these.
+# In training half of the candidates, at first, are what the policy would answer anyway: its mistakes are only
+# unlearned in sight. The others are the best leaf of each other prefix.
 PAPER: dict[str, Any] = {
     "entropy_weight": 0.1,
     "exploration": 1.0,
@@ -25,8 +27,11 @@ TUNED: dict[str, Any] = {
     "entropy_weight": 0.1,
     "exploration": 1.0,
     "logp_weight": 1.0,
-    "value_weight": 5.0,
+    "value_weight": 10.0,
     "evaluate_leaves": False,
+    "action_values": True,
+    "completions": 1,
+    "own": 8,
 }
 
 VED_OPTIONS = {
@@ -34,6 +39,11 @@ VED_OPTIONS = {
     for name, parameter in inspect.signature(ved).parameters.items()
     if type(parameter.default) in (int, float, bool) and name not in ("candidates", "seed")
 }
+
+
+def at_test(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a search in training, as a decoder at test: all candidates by rank."""
+    return {**options, "own": 0, "completions": 0}
 
 
 class Decoded(Protocol):

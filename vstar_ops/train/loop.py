@@ -24,7 +24,7 @@ from ..packing import PackedRows
 from ..trie import Trie
 from . import checkpoint
 from .data import Dataset, user_sequences
-from .decode import TUNED, decode
+from .decode import TUNED, at_test, decode
 from .metrics import evaluate
 from .model import PackedScores, SIDTransformer
 from .objective import candidate_rows, legal_logp
@@ -65,7 +65,7 @@ class Config:
     sibling_weight: float = 1.0
     kl_weight: float = 1e-3
     ved: dict[str, Any] = field(default_factory=lambda: dict(TUNED))
-    value_lr: float = 3e-3
+    value_lr: float = 1e-3
     value_loss_weight: float = 1.0
     value_return: str | None = None
     gamma: float = 0.99
@@ -124,7 +124,7 @@ class Job:
         """Scores on a split, or on a fixed random part of it; candidates and search as the config says, or
         as given."""
         if options is None:
-            options = self.config.ved if decoder == "ved" else {}
+            options = at_test(self.config.ved) if decoder == "ved" else {}
         part = getattr(self.dataset, split)
         if rows is not None and rows < len(part):
             part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:rows]]
@@ -169,7 +169,7 @@ def fit(
     model: SIDTransformer,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
-    step: Callable[[Tensor], dict[str, float]],
+    step: Callable[[Tensor, float], dict[str, float]],
     *,
     steps: int,
     evals: int,
@@ -238,7 +238,7 @@ def fit(
             for group, lr in zip(optimizer.param_groups, peak):
                 group["lr"] = lr * scale
             optimizer.zero_grad()
-            record = step(next(batches))
+            record = step(next(batches), now["step"] / steps)
             policy, head = model.parts()
             record["grad_norm"] = nn.utils.clip_grad_norm_(policy, 1.0).item()
             if head:
@@ -280,7 +280,7 @@ def supervised(job: Job) -> tuple[SIDTransformer, float]:
         stop, size = start + size, size.clamp(max=longest)
         return torch.stack([torch.arange(len(lengths)), stop - size, stop], 1), size
 
-    def step(windows: Tensor) -> dict[str, float]:
+    def step(windows: Tensor, _: float) -> dict[str, float]:
         model.train()
         views = (sequences[user][start:stop] for user, start, stop in windows.tolist())
         items = [drop_items(view, c.item_dropout) for view in views]
@@ -320,7 +320,9 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
     """Stage 2: policy gradient on the candidates of a decoder, from the supervised weights.
 
     ``variant`` is ``decoder+objective``. With ``ved`` a value head is learned along with the policy: each
-    step searches with V as it stands, and then refines both on what the search has found.
+    step searches with V as it stands, and then refines both on what the search has found. The policy's
+    ``own`` among the candidates rise from that option's number to all of them at the last step: what the
+    search finds teaches early, what the policy itself would answer is polished late.
 
     On-policy: a batch of candidates is used for one step, so the old policy is the current one and the
     ratio is 1 in value (its gradient is that of the log-probability). Dropout is off, so that the policy of
@@ -334,9 +336,10 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
     model = job.model()
     model.load_state_dict(sft.state_dict())
     sft.eval()
-    options = c.ved if decoder == "ved" else {}
-    action_values = bool(c.ved.get("action_values"))
-    valued = decoder == "ved" and c.ved.get("value_weight", 1) != 0
+    options = dict(c.ved) if decoder == "ved" else {}
+    own, leaves = options.get("own", 0), options.get("evaluate_leaves", True)
+    valued = decoder == "ved" and options.get("value_weight", 1) != 0
+    action_values = valued and options.get("action_values", False)
     if valued:
         model.add_value_head(action_values=action_values)
         returns_of = job.returns(reward_of)
@@ -345,21 +348,25 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
     w_sib = {"grpo": 0.0, "sibling": 1.0, "joint": c.sibling_weight}[objective]
 
     def policy(rows: PackedRows) -> PackedScores:
-        return run("packed", rows, action_values=valued and action_values)
+        return run("packed", rows, action_values=action_values)
 
-    def step(rows: Tensor) -> dict[str, float]:
+    def step(rows: Tensor, progress: float) -> dict[str, float]:
         model.eval()
         share = job.world.share(rows)
         part = train[share.rows]
         seed = torch.zeros(0)
         if decoder != "beam":
             seed = job.world.share(torch.randint(2**62, (len(rows),))).rows
+        if own:
+            options["own"] = round(own + (c.candidates - own) * progress)
         found = decode(decoder, model, part.context, trie, c.candidates, seed, options)
         tokens = found.sequence.long()
         mask = found.node >= 0
         reward = reward_of(part, tokens)
-        laid_out = candidate_rows(model, part.context, trie, tokens, values=valued, pack=c.pack)
-        scores = laid_out.scores(policy, values=valued, action_values=valued and action_values)
+        laid_out = candidate_rows(
+            model, part.context, trie, tokens, values=valued, leaves=leaves, pack=c.pack
+        )
+        scores = laid_out.scores(policy, values=valued, action_values=action_values)
         with torch.no_grad():
             reference = laid_out.scores(sft.packed).logp
         per_request, per_candidate = share.weights(len(tokens), mask.sum())
@@ -376,8 +383,11 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
         )
         value_loss = torch.zeros(())
         if scores.value is not None:
-            target = td_target(scores.value, returns_of(part, tokens, mask), c.gamma)
-            value_loss = squared_error(scores.value, target, mask)
+            returns, value = returns_of(part, tokens, mask), scores.value
+            if not leaves:  # what a leaf is worth is known, and nobody asks V for it
+                value = torch.cat([value[..., :-1], returns[..., -1:]], 2)
+            target = td_target(value, returns, c.gamma)
+            value_loss = squared_error(value, target, mask)
             if scores.action_value is not None:
                 value_loss = value_loss + squared_error(scores.action_value, target, mask)
         (policy_loss.loss + per_candidate * c.value_loss_weight * value_loss).backward()

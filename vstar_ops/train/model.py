@@ -154,16 +154,17 @@ class SIDTransformer(nn.Module):
         if self.value_head is None or valued is None:
             return PackedScores(logits, None, None)
         valued = rows.select(valued)
-        value = self.value_head(valued.flatten(0, 1)).view(valued.shape[:2])
+        shape, of = valued.shape[:2], (valued.flatten(0, 1), rows.select(prefix).flatten())
+        value = self.value_head(*of).view(shape)
         if not action_values:
             return PackedScores(logits, value, None)
-        q = self.value_head.corrections(valued.flatten(0, 1), rows.select(prefix).flatten())
-        return PackedScores(logits, value, q.view(*valued.shape[:2], -1))
+        return PackedScores(logits, value, self.value_head.corrections(*of).view(*shape, -1))
 
     def value(self, state: PrefixCache, slot: Tensor) -> Tensor:
         """V of evaluated prefixes; see :class:`ValueModel`."""
         head, valued = self._valued(state)
-        return head(valued[slot.clamp(min=0)])
+        slot = slot.clamp(min=0)
+        return head(valued[slot], state.prefix[slot])
 
     def child_value(self, state: PrefixCache, slot: Tensor) -> Tensor:
         """Q - V of evaluated prefixes and every token; see :class:`ValueModel`."""

@@ -87,7 +87,14 @@ def _there(x: Tensor | None, name: str) -> Tensor:
 
 
 def candidate_rows(
-    model: Any, context: Any, trie: Trie, candidates: Tensor, *, values: bool = False, pack: bool = True
+    model: Any,
+    context: Any,
+    trie: Trie,
+    candidates: Tensor,
+    *,
+    values: bool = False,
+    leaves: bool = True,
+    pack: bool = True,
 ) -> CandidateRows:
     """Lay out candidates for :meth:`CandidateRows.scores`; arguments as :func:`candidate_scores`."""
     shape = candidates.shape
@@ -100,7 +107,7 @@ def candidate_rows(
     nodes = nodes.masked_fill(~present[..., None], -1)
     # Without values only prefixes that branch, or lead to one that does, need be run.
     needed = nodes >= 0 if values or not pack else trie.num_children(nodes) > 1
-    rows = model.pack(context, candidates, present, needed[..., 1:], leaves=values)
+    rows = model.pack(context, candidates, present, needed[..., 1:], leaves=values and leaves)
     return CandidateRows(rows, trie, nodes[..., 1:], shape)
 
 
@@ -117,6 +124,7 @@ def candidate_scores(
     *,
     values: bool = False,
     action_values: bool = False,
+    leaves: bool = True,
     pack: bool = True,
 ) -> CandidateScores:
     """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable; with ``values`` V of
@@ -126,9 +134,9 @@ def candidate_scores(
     tree of its candidates' prefixes behind it; prefixes below which nothing branches are not run at all.
     Tokens of padded candidates (-1) and forced tokens get exactly 0.
 
-    Values need every prefix run, the whole candidates as well. ``value[..., l]`` and ``action_value[..., l]``
-    speak of the prefix of ``l + 1`` tokens: V of its own forward, and V + Q of its parent's. 0 for padded
-    candidates.
+    Values need every prefix run, with ``leaves`` the whole candidates as well. ``value[..., l]`` and
+    ``action_value[..., l]`` speak of the prefix of ``l + 1`` tokens: V of its own forward, and V + Q of its
+    parent's. 0 for padded candidates, and without ``leaves`` also ``value`` of whole candidates.
 
     Args:
         model: see :class:`SIDTransformer`.
@@ -136,7 +144,7 @@ def candidate_scores(
         candidates: ints ``[B, G, L]``, legal sequences or rows of -1.
         pack: False for the conventional way, a row of prompt and tokens for each candidate.
     """
-    laid_out = candidate_rows(model, context, trie, candidates, values=values, pack=pack)
+    laid_out = candidate_rows(model, context, trie, candidates, values=values, leaves=leaves, pack=pack)
     return laid_out.scores(
         lambda rows: model.packed(rows, action_values=action_values),
         values=values,

@@ -132,6 +132,8 @@ class ValueHead(nn.Module):
     reads the backbone's hidden states, which it never moves, and embeddings of its own, of the token and of
     the whole prefix since the prompt (hashed into ``buckets`` rows): what makes an item worth something need
     not be in features that were trained on clicks, and tokens of SIDs mean little without those before them.
+    For the same reason every prefix has a read-out of its own (``reader``) on top of the shared one: worth is
+    a product of who asks and what is offered, and a sum of embeddings learns a product slowly.
     """
 
     def __init__(
@@ -143,29 +145,55 @@ class ValueHead(nn.Module):
         self.block = block
         self.norm, self.hidden = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.value = nn.Linear(dim, 1)
-        self.child_value = nn.Linear(dim, vocab) if action_values else None
-        self.child_bias = nn.Embedding(4 * buckets, 1) if action_values else None
+        self.reader = nn.Embedding(buckets, dim)
+        self.child = ChildValues(dim, vocab, 4 * buckets) if action_values else None
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
+        nn.init.zeros_(self.reader.weight)
+        if self.child is not None:
+            self.child.reset()
 
     def embed(self, token: Tensor, prefix: Tensor) -> Tensor:
         """What is added to the hidden states; ``prefix`` as :func:`hash_prefix` makes it."""
         return self.token(token) + self.prefix(prefix % self.prefix.num_embeddings)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """V ``[N]`` of block outputs ``[N, dim]``."""
-        return self.value(self._features(x))[:, 0]
+    def forward(self, x: Tensor, prefix: Tensor) -> Tensor:
+        """V ``[N]`` of block outputs ``[N, dim]`` and the prefixes ``[N]`` they stand for."""
+        features = self._features(x)
+        own = (features * self.reader(prefix % self.reader.num_embeddings)).sum(1)
+        return self.value(features)[:, 0] + own
 
     def corrections(self, x: Tensor, prefix: Tensor) -> Tensor:
-        """Q - V ``[N, vocab]``; a child's own part is one number of a hashed table."""
-        if self.child_value is None or self.child_bias is None:
+        """Q - V ``[N, vocab]``."""
+        if self.child is None:
             raise ValueError("the value head was made without action values")
-        token = torch.arange(self.child_value.out_features, device=x.device)
-        child = hash_prefix(prefix[:, None], token) % self.child_bias.num_embeddings
-        return self.child_value(self._features(x)) + self.child_bias(child)[..., 0]
+        return self.child(self._features(x), prefix)
 
     def _features(self, x: Tensor) -> Tensor:
         return F.gelu(self.hidden(self.norm(x)))
+
+
+class ChildValues(nn.Module):
+    """What each next token adds to V: by the token, and by the child itself, a read-out of low rank."""
+
+    def __init__(self, dim: int, vocab: int, buckets: int, rank: int = 16) -> None:
+        super().__init__()
+        self.token = nn.Linear(dim, vocab)
+        self.query = nn.Linear(dim, rank)
+        self.reader, self.bias = nn.Embedding(buckets, rank), nn.Embedding(buckets, 1)
+
+    def reset(self) -> None:
+        """Nothing is known of any child; the query is large enough for the readers to start moving."""
+        nn.init.zeros_(self.reader.weight)
+        nn.init.zeros_(self.bias.weight)
+        nn.init.normal_(self.query.weight, std=0.1)
+
+    def forward(self, features: Tensor, prefix: Tensor) -> Tensor:
+        """``[N, vocab]`` of ``features[N, dim]`` of the prefixes ``[N]``."""
+        token = torch.arange(self.token.out_features, device=features.device)
+        child = hash_prefix(prefix[:, None], token) % self.bias.num_embeddings
+        own = (self.reader(child) @ self.query(features)[..., None])[..., 0]
+        return self.token(features) + self.bias(child)[..., 0] + own
