@@ -94,7 +94,8 @@ def define(
     _library.impl(name, lambda *arguments: kernels[on_gpu(name)](*arguments), "CUDA")
     if gradient is None:
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        return Op(name, {**backends, **kernels, "reference": torch.no_grad()(reference)})
+        backends.update(kernels)
+        return Op(name, backends | {"reference": torch.no_grad()(reference)})
     torch.library.register_autograd(
         f"vstar_ops::{name}", gradient.formula(None), setup_context=gradient.save, lib=_library
     )
