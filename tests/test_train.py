@@ -17,7 +17,7 @@ import torch
 
 from vstar_ops import Trie, group_advantage, sibling_advantage
 from vstar_ops.decoding import beam_search
-from vstar_ops.train import checkpoint, metrics, objective, report, rewards
+from vstar_ops.train import checkpoint, loop, metrics, objective, report, rewards
 from vstar_ops.train.__main__ import main
 from vstar_ops.train.data import load_minionerec, user_sequences
 from vstar_ops.train.decode import decode
