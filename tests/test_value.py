@@ -77,22 +77,16 @@ def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie, p
     torch.testing.assert_close(scores.action_value[0, 3, 0], q[0], rtol=1e-4, atol=1e-5)
 
 
-def test_leaves_need_not_be_run(model: SIDTransformer, trie: Trie, monkeypatch) -> None:
-    context, rows, extend = torch.tensor([[0, 4, 8], [2, 6, 11]]), [], model.extend
-
-    def counted(state, parent, token):
-        rows.append(len(parent))
-        return extend(state, parent, token)
-
-    monkeypatch.setattr(model, "extend", counted)
-    candidates = CATALOGUE[:5].expand(2, -1, -1)
-    every = objective.candidate_scores(model, context, trie, candidates, values=True, action_values=True)
-    assert rows == [2 * 2, 2 * 4, 2 * 5]  # distinct prefixes
-    rows.clear()
-    inner = objective.candidate_scores(
-        model, context, trie, candidates, values=True, action_values=True, leaves=False
-    )
-    assert rows == [2 * 2, 2 * 4, 0]
+def test_leaves_need_not_be_run(model: SIDTransformer, trie: Trie) -> None:
+    context, candidates = torch.tensor([[0, 4, 8], [2, 6, 11]]), CATALOGUE[:5].expand(2, -1, -1)
+    run = {}
+    for leaves in (True, False):
+        rows = objective.candidate_rows(model, context, trie, candidates, values=True, leaves=leaves).rows
+        run[leaves] = rows.input_ids.shape[1] - rows.prompt_columns
+    assert run == {True: 2 + 4 + 5, False: 2 + 4}  # distinct prefixes
+    asked = {"values": True, "action_values": True}
+    every = objective.candidate_scores(model, context, trie, candidates, **asked)
+    inner = objective.candidate_scores(model, context, trie, candidates, **asked, leaves=False)
     torch.testing.assert_close(inner.logp, every.logp)
     torch.testing.assert_close(inner.action_value, every.action_value)
     torch.testing.assert_close(inner.value[..., :2], every.value[..., :2])
