@@ -78,21 +78,19 @@ def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie, p
 
 
 def test_leaves_need_not_be_run(model: SIDTransformer, trie: Trie, monkeypatch) -> None:
-    context, rows, extend = torch.tensor([[0, 4, 8], [2, 6, 11]]), [], model.extend
+    context, nodes, packed = torch.tensor([[0, 4, 8], [2, 6, 11]]), [], model.packed
 
-    def counted(state, parent, token):
-        rows.append(len(parent))
-        return extend(state, parent, token)
+    def counted(rows, **options):
+        nodes.append(int((rows.depth > 0).sum()))
+        return packed(rows, **options)
 
-    monkeypatch.setattr(model, "extend", counted)
+    monkeypatch.setattr(model, "packed", counted)
     candidates = CATALOGUE[:5].expand(2, -1, -1)
     every = objective.candidate_scores(model, context, trie, candidates, values=True, action_values=True)
-    assert rows == [2 * 2, 2 * 4, 2 * 5]  # distinct prefixes
-    rows.clear()
     inner = objective.candidate_scores(
         model, context, trie, candidates, values=True, action_values=True, leaves=False
     )
-    assert rows == [2 * 2, 2 * 4, 0]
+    assert nodes == [2 * (2 + 4 + 5), 2 * (2 + 4)]  # distinct prefixes of two requests
     torch.testing.assert_close(inner.logp, every.logp)
     torch.testing.assert_close(inner.action_value, every.action_value)
     torch.testing.assert_close(inner.value[..., :2], every.value[..., :2])
