@@ -25,6 +25,7 @@ _ON_GPU = {
     "sibling_advantage": ("cuda", "triton"),  # one launch for all groups, Triton's up to 128 candidates
     "group_advantage": ("cuda", "triton"),
     "prefix_returns": ("cuda", "triton"),  # one launch, Triton's two and more
+    "prefix_tree": ("cuda", "triton"),  # likewise
     "sibling_grpo_loss": ("cuda", "triton"),
     "ved_select": ("cuda", "triton"),
     "ved_insert": ("cuda", "triton"),

@@ -113,6 +113,9 @@ __device__ __forceinline__ void sort_candidates(
   __syncthreads();
 }
 
+// Of a block: one for each candidate, up to 256.
+inline int candidate_threads(int64_t group) { return int(round_up(group < 1 ? 1 : group < 256 ? group : 256, 32)); }
+
 // The distinct prefixes of one depth, numbered in order.
 struct Level {
   int32_t* number;  // [G] p -> prefix

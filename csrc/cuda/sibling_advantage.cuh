@@ -130,8 +130,6 @@ __global__ void __launch_bounds__(256, 3) sibling_advantage_kernel(SiblingAdvant
   }
 }
 
-inline int candidate_threads(int64_t group) { return int(round_up(group < 256 ? group : 256, 32)); }
-
 // Bytes of workspace; 0 where shared memory holds everything.
 inline int64_t sibling_workspace(int64_t batch, int64_t group, int64_t length) {
   const int64_t bytes = SiblingScratch::bytes(group, length);

@@ -61,6 +61,7 @@ class OnDeviceOf {
 
 template <class T> int32_t dtype_of();
 template <> inline int32_t dtype_of<float>() { return aoti_torch_dtype_float32(); }
+template <> inline int32_t dtype_of<int64_t>() { return aoti_torch_dtype_int64(); }
 template <> inline int32_t dtype_of<int32_t>() { return aoti_torch_dtype_int32(); }
 template <> inline int32_t dtype_of<bool>() { return aoti_torch_dtype_bool(); }
 template <> inline int32_t dtype_of<uint8_t>() { return aoti_torch_dtype_uint8(); }
