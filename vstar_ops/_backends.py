@@ -27,6 +27,8 @@ _ON_GPU = {
     "prefix_returns": ("cuda", "triton"),  # one launch, Triton's two and more
     "prefix_tree": ("cuda", "triton"),  # likewise
     "sibling_grpo_loss": ("cuda", "triton"),
+    "token_logp": ("cuda", "triton"),  # one launch a pass, Triton's up to three
+    "token_logp_backward": ("cuda", "triton"),
     "ved_select": ("cuda", "triton"),
     "ved_insert": ("cuda", "triton"),
     "ved_candidates": ("cuda", "triton"),

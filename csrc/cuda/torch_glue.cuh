@@ -63,6 +63,8 @@ template <class T> int32_t dtype_of();
 template <> inline int32_t dtype_of<float>() { return aoti_torch_dtype_float32(); }
 template <> inline int32_t dtype_of<int64_t>() { return aoti_torch_dtype_int64(); }
 template <> inline int32_t dtype_of<int32_t>() { return aoti_torch_dtype_int32(); }
+template <> inline int32_t dtype_of<BFloat16>() { return aoti_torch_dtype_bfloat16(); }
+template <> inline int32_t dtype_of<Float16>() { return aoti_torch_dtype_float16(); }
 template <> inline int32_t dtype_of<bool>() { return aoti_torch_dtype_bool(); }
 template <> inline int32_t dtype_of<uint8_t>() { return aoti_torch_dtype_uint8(); }
 

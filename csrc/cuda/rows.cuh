@@ -1,0 +1,233 @@
+// A row of logits, read once: eight neighbouring entries a thread at a time, by 16-byte loads where they lie together,
+// and the statistics from which its softmax and entropy are found. A warp a row, or a block.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace vstar {
+namespace cuda {
+
+// 2^x for x <= 0.
+__device__ __forceinline__ float power_of_2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+// Of a set of logits: the largest; the sums of p = 2^x and p x with x = (z - top) / temperature * log2(e).
+struct RowStats {
+  float top = -kInf, total = 0, moment = 0;
+};
+
+// x for z; what is infinitely below is far enough below to add nothing.
+__device__ __forceinline__ float below(float z, float top, float inverse) { return fmaxf((z - top) * inverse, -160.0f); }
+
+__device__ __forceinline__ RowStats rescaled(const RowStats& s, float top, float inverse) {
+  const float off = below(s.top, top, inverse), scale = power_of_2(off);
+  return {top, s.total * scale, (s.moment + s.total * off) * scale};
+}
+
+// Joined over the threads of a row. `scratch` holds 3 * kWarps floats.
+template <int kWarps>
+__device__ __forceinline__ RowStats joined(RowStats s, float inverse, float* scratch) {
+  s = rescaled(s, warp_max(s.top), inverse);
+  s.total = warp_sum(s.total);
+  s.moment = warp_sum(s.moment);
+  if (kWarps == 1) return s;
+  if (lane() == 0) {
+    scratch[3 * warp()] = s.top;
+    scratch[3 * warp() + 1] = s.total;
+    scratch[3 * warp() + 2] = s.moment;
+  }
+  __syncthreads();
+  float top = -kInf;
+  for (int i = 0; i < kWarps; ++i) top = fmaxf(top, scratch[3 * i]);
+  RowStats all{top, 0, 0};
+  for (int i = 0; i < kWarps; ++i) {
+    const RowStats one = rescaled({scratch[3 * i], scratch[3 * i + 1], scratch[3 * i + 2]}, top, inverse);
+    all.total += one.total;
+    all.moment += one.moment;
+  }
+  __syncthreads();
+  return all;
+}
+
+// NaN reads as -inf, +inf as the largest finite float: `clean` in two instructions.
+__device__ __forceinline__ float cleaned(float z) { return fminf(fmaxf(z, -kInf), kFloatMax); }
+
+template <class T> constexpr uint32_t kNone = 0;  // the bits of -inf
+template <> inline constexpr uint32_t kNone<BFloat16> = 0xFF80;
+template <> inline constexpr uint32_t kNone<Float16> = 0xFC00;
+
+__device__ __forceinline__ float read_one(const float* from) { return __ldg(from); }
+template <class Half>
+__device__ __forceinline__ Half read_one(const Half* from) {
+  return {__ldg(reinterpret_cast<const uint16_t*>(from))};
+}
+
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ float widened(BFloat16 x) { return to_float(x); }
+__device__ __forceinline__ float widened(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  return to_float(x);
+#endif
+}
+
+// Eight logits as they lie in memory, which saves registers; NaN and infinity are dealt with where they are used.
+template <class T>
+struct Eight {
+  uint32_t word[4];
+
+  __device__ __forceinline__ float at(int i) const { return widened(T{uint16_t(word[i / 2] >> (i % 2 * 16))}); }
+  __device__ __forceinline__ void read(const T* from) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
+    word[0] = v.x;
+    word[1] = v.y;
+    word[2] = v.z;
+    word[3] = v.w;
+  }
+  // The eight from `skip` bytes after a multiple of 16 on; reads the 32 bytes that hold them.
+  __device__ __forceinline__ void read_skewed(const T* from, int skip) {
+    const uint4* const aligned = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(from) - uintptr_t(skip));
+    const uint4 x = __ldg(aligned), y = __ldg(aligned + 1);
+    const uint64_t a = x.x | uint64_t(x.y) << 32, b = x.z | uint64_t(x.w) << 32;
+    const uint64_t c = y.x | uint64_t(y.y) << 32, d = y.z | uint64_t(y.w) << 32;
+    const int right = skip % 8 * 8, left = 63 - right;
+    const uint64_t low = skip < 8 ? a : b, middle = skip < 8 ? b : c, high = skip < 8 ? c : d;
+    const uint64_t first = low >> right | middle << left << 1, second = middle >> right | high << left << 1;
+    word[0] = uint32_t(first);
+    word[1] = uint32_t(first >> 32);
+    word[2] = uint32_t(second);
+    word[3] = uint32_t(second >> 32);
+  }
+  static constexpr bool kSkewed = true;
+  __device__ __forceinline__ void clear() {
+    const uint32_t lowest = kNone<T> | kNone<T> << 16;
+    word[0] = word[1] = word[2] = word[3] = lowest;
+  }
+  __device__ __forceinline__ void put(int i, T x) {
+    const uint32_t bits = x.bits;
+    word[i / 2] = i % 2 ? (word[i / 2] & 0xFFFFu) | bits << 16 : (word[i / 2] & 0xFFFF0000u) | bits;
+  }
+};
+template <>
+struct Eight<float> {
+  float z[8];
+
+  __device__ __forceinline__ float at(int i) const { return z[i]; }
+  __device__ __forceinline__ void read(const float* from) {
+    for (int half = 0; half < 2; ++half) {
+      const float4 v = __ldg(reinterpret_cast<const float4*>(from) + half);
+      z[4 * half] = v.x;
+      z[4 * half + 1] = v.y;
+      z[4 * half + 2] = v.z;
+      z[4 * half + 3] = v.w;
+    }
+  }
+  __device__ __forceinline__ void read_skewed(const float*, int) {}
+  static constexpr bool kSkewed = false;  // floats are read one by one instead: that is half as many as of halves
+  __device__ __forceinline__ void clear() {
+    for (int i = 0; i < 8; ++i) z[i] = -kInf;
+  }
+  __device__ __forceinline__ void put(int i, float x) { z[i] = x; }
+};
+
+// Columns of a row of logits: those of a list of tokens, or `count` from `first` on.
+template <class T>
+struct RowReader {
+  const T* from;
+  int64_t stride;
+  const int32_t* token;  // null: consecutive
+  int64_t first, columns;
+  int32_t count, skip;  // bytes from a multiple of 16 to the first
+  bool plain;           // consecutive in memory and inside of the row
+
+  __device__ __forceinline__ RowReader(
+      const T* from, int64_t stride, const int32_t* token, int64_t first, int64_t last, int64_t columns, int32_t count)
+      : from(from), stride(stride), token(token), first(first), columns(columns), count(count) {
+    const bool consecutive = count > 0 && first >= 0 && last < columns && last - first + 1 == count;
+    plain = consecutive && stride == 1;
+    if (consecutive) this->token = nullptr;
+    skip = plain ? int32_t(reinterpret_cast<uintptr_t>(from + first) % 16) : 0;
+  }
+  __device__ __forceinline__ int64_t column(int32_t c) const { return token ? int64_t(token[c]) : first + c; }
+
+  // The logits of the children c .. c + 7, a multiple of 8; -inf where there is none.
+  __device__ __forceinline__ void read(int32_t c, Eight<T>& z) const {
+    if (plain && skip == 0 && c + 8 <= count) {
+      z.read(from + first + c);
+      return;
+    }
+    if (Eight<T>::kSkewed && plain && c >= 8 && c + 16 <= count) {  // all that is read belongs to the row
+      z.read_skewed(from + first + c, skip);
+      return;
+    }
+    z.clear();
+    if (c >= count) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (c + i >= count) continue;
+      const int64_t v = column(c + i);
+      if (v >= 0 && v < columns) z.put(i, read_one(from + v * stride));
+    }
+  }
+};
+
+// The largest of a segment, in all of its lanes, of which each brings the largest of its eight.
+template <int kLanes>
+__device__ __forceinline__ float segment_max(float x) {
+  for (int step = 1; step < kLanes; step *= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
+  return x;
+}
+
+// Statistics of what `reader` reads; with `best`, also the largest logit of every segment up to the last tile's end.
+template <class T, int kWarps, int kVectors, int kLanes>
+__device__ __forceinline__ RowStats read_row(
+    const RowReader<T>& reader, int thread, float inverse, float* best, int32_t segments, float* scratch) {
+  constexpr int kThreads = 32 * kWarps;
+  RowStats s;
+  for (int32_t tile = 0; tile < reader.count; tile += 8 * kThreads * kVectors) {
+    Eight<T> z[kVectors];
+    float top = -kInf;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) reader.read(tile + 8 * (v * kThreads + thread), z[v]);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      float mine = z[v].at(0);
+#pragma unroll
+      for (int i = 1; i < 8; ++i) mine = fmaxf(mine, z[v].at(i));
+      mine = cleaned(mine);
+      top = fmaxf(top, mine);
+      if (best) {
+        mine = segment_max<kLanes>(mine);
+        const int32_t segment = (tile / 8 + v * kThreads + thread) / kLanes;
+        if (thread % kLanes == 0 && segment < segments) best[segment] = mine;
+      }
+    }
+    s = rescaled(s, fmaxf(s.top, top), inverse);
+    float total = 0, moment = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float x = fminf(below(z[v].at(i), s.top, inverse), 0.0f), p = power_of_2(x);  // +inf is at the top
+        total += p;
+        moment = fmaf(p, x, moment);
+      }
+    }
+    s.total += total;
+    s.moment += moment;
+  }
+  return joined<kWarps>(s, inverse, scratch);
+}
+
+}  // namespace cuda
+}  // namespace vstar
