@@ -14,7 +14,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import vstar_ops
-from vstar_ops._backends import has_cuda_kernel
 from vstar_ops.ops._library import Op
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/oracles.py
@@ -82,19 +81,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name = request.param
     if request.node.get_closest_marker("large") and (INTERPRETING or name == "emulated"):
         pytest.skip("takes minutes")
-    module = f"vstar_ops.ops.{request.module.__name__.removeprefix('test_')}"
-    own = [run for m, _, run in ops() if m.__name__ == module]
-    if name in ("cuda", "emulated") and own and not any(map(has_cuda_kernel, (run.name for run in own))):
-        pytest.skip(f"{own[0].name} has no CUDA C++ kernel")
     if name in ("triton", "cuda"):
         request.getfixturevalue("poisoned")
     if name == "emulated":
         emulated.load()
-        everywhere(name, monkeypatch, lambda run: run.backends["cuda"])
+        everywhere(monkeypatch, lambda run: run.backends["cuda"])
     elif name in ON_GPU:
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
-        everywhere(name, monkeypatch, functools.partial(through_gpu, name))
+        everywhere(monkeypatch, functools.partial(through_gpu, name))
     with vstar_ops.use_backend("auto" if name == "emulated" or name in ON_GPU else name):
         yield name
 
@@ -107,9 +102,7 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def everywhere(
-    name: str, monkeypatch: pytest.MonkeyPatch, kernel: Callable[[Op], Callable[..., Any]]
-) -> None:
+def everywhere(monkeypatch: pytest.MonkeyPatch, kernel: Callable[[Op], Callable[..., Any]]) -> None:
     """Let ``kernel(run)`` stand in for what runs an op, but for ``use_backend`` inside of the test."""
 
     def patched(run: Op) -> Callable[..., Any]:
@@ -121,8 +114,7 @@ def everywhere(
         return call
 
     for module, attribute, run in ops():
-        if has_cuda_kernel(run.name) or name == "triton":
-            monkeypatch.setattr(module, attribute, patched(run))
+        monkeypatch.setattr(module, attribute, patched(run))
 
 
 def ops() -> list[tuple[Any, str, Op]]:

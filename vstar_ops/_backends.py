@@ -17,9 +17,8 @@ import torch
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 
-# What runs an op on CUDA tensors, best first, where there is a choice; Triton runs the others, and the
-# reference those of which no kernel is on. To be set by measurement: neither backend has run on a GPU yet.
-# Until then the one with fewer launches and limits comes first.
+# What runs an op on CUDA tensors, best first; where neither is on, the reference does. To be set by measurement:
+# neither backend has run on a GPU yet. Until then the one with fewer launches and limits comes first.
 _ON_GPU = {
     "expand_topk": ("cuda", "triton"),  # both two launches; Triton's takes up to 2,048 winners
     "sibling_advantage": ("cuda", "triton"),  # one launch for all groups, Triton's up to 128 candidates
@@ -104,13 +103,7 @@ def library_path(name: str = "_C") -> Path | None:
 
 def on_gpu(op: str) -> str:
     """The backend that runs an op on CUDA tensors where none is asked for."""
-    order = _ON_GPU.get(op, ("triton",))
-    return next((name for name in order if _backends[name].available), "reference")
-
-
-def has_cuda_kernel(op: str) -> bool:
-    """Whether an op has CUDA C++ kernels, built or not."""
-    return op in _ON_GPU
+    return next((name for name in _ON_GPU[op] if _backends[name].available), "reference")
 
 
 def _status() -> dict[str, BackendStatus]:

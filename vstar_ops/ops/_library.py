@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _triton
-from .._backends import has_cuda_kernel, on_gpu, wanted
+from .._backends import on_gpu, wanted
 from ..reference import derive_seeds
 from ..trie import Trie
 
@@ -81,15 +81,17 @@ def define(
 
     Without ``gradient`` the outputs are selections and statistics, and the autograd keys fall through.
     """
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for library in (_library, _cuda_library):
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
     _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vstar_ops::{name}", fake, lib=_library)
+    _cuda_library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     dispatched = getattr(torch.ops.vstar_ops, name).default
     backends: dict[str | None, Callable[..., Any]] = {None: dispatched, "cpp": dispatched}
     kernels: dict[str, Callable[..., Any]] = {
         "reference": reference,
         "triton": functools.partial(_triton.run, name, reference.__module__.rpartition(".")[2]),
-        "cuda": _cuda_kernel(name, schema, fake),
+        "cuda": getattr(torch.ops.vstar_ops_cuda, name).default,
     }
     _library.impl(name, lambda *arguments: kernels[on_gpu(name)](*arguments), "CUDA")
     if gradient is None:
@@ -100,21 +102,6 @@ def define(
         f"vstar_ops::{name}", gradient.formula(None), setup_context=gradient.save, lib=_library
     )
     return Op(name, backends | {b: _differentiable(f, gradient, b) for b, f in kernels.items()})
-
-
-def _cuda_kernel(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """What csrc/cuda registers for an op, as ``vstar_ops_cuda::name``."""
-    if not has_cuda_kernel(name):
-
-        def missing(*_: Any) -> Any:
-            raise RuntimeError(f"the backend 'cuda' has no kernel of {name!r}; 'triton' and 'reference' do")
-
-        return missing
-    _cuda_library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _cuda_library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"vstar_ops_cuda::{name}", fake, lib=_cuda_library)
-    kernel: Callable[..., Any] = getattr(torch.ops.vstar_ops_cuda, name).default
-    return kernel
 
 
 def _differentiable(forward: Callable[..., Any], gradient: Gradient, backend: str) -> Callable[..., Any]:
