@@ -17,7 +17,7 @@ import torch
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 
-# What runs an op on CUDA tensors, best first; where neither is on, the reference does. To be set by measurement:
+# What runs an op on CUDA tensors, best first; where neither is on, the reference. To be set by measurement:
 # neither backend has run on a GPU yet. Until then the one with fewer launches and limits comes first.
 _ON_GPU = {
     "expand_topk": ("cuda", "triton"),  # both two launches; Triton's takes up to 2,048 winners
