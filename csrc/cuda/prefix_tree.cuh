@@ -28,7 +28,7 @@ __device__ __forceinline__ void store_token(const PrefixTree& a, int64_t slot, i
   }
 }
 
-__global__ void __launch_bounds__(256) prefix_tree_kernel(PrefixTree a) {
+__global__ void __launch_bounds__(256, 4) prefix_tree_kernel(PrefixTree a) {
   VSTAR_SHARED(memory);
   const int64_t b = blockIdx.x, capacity = a.group * a.length, base = b * capacity;  // of slots and nodes alike
   const int group = int(a.group), threads = int(blockDim.x), thread = int(threadIdx.x);

@@ -68,7 +68,7 @@ struct TokenRow {
 };
 
 template <class T, int kWarps>
-__global__ void __launch_bounds__(256) token_logp_kernel(TokenLogp a) {
+__global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogp a) {
   constexpr int kThreads = 32 * kWarps, kVectors = kWarps == 1 ? 1 : 4;
   VSTAR_SHARED(memory);
   const int thread = kWarps == 1 ? lane() : int(threadIdx.x);
@@ -139,7 +139,7 @@ __device__ __forceinline__ void write_eight(Half* to, const float* x, bool whole
 constexpr int kGradientWarps = 8;
 
 template <class T>
-__global__ void __launch_bounds__(32 * kGradientWarps) token_logp_backward_kernel(TokenLogp a) {
+__global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_kernel(TokenLogp a) {
   constexpr int kThreads = 32 * kGradientWarps;
   VSTAR_SHARED(memory);
   double* const scratch = reinterpret_cast<double*>(memory);
