@@ -138,6 +138,38 @@ def cases():
         expansion(logits, trie, 150, seed=derive_seeds(1, 3, torch.device("cpu")), vocab=True),
     )
     yield "expand_topk", expansion(torch.randn(1, 2, 1300, generator=generator).bfloat16(), flat(1300), 9)
+    mask = torch.rand(3, 40, generator=generator) > 0.2
+    yield "prefix_tree", (tokens, mask)
+    yield "token_logp", scored_tokens(generator)
+    yield "token_logp_backward", differentiated_tokens(generator)
+    yield "sibling_grpo_loss", loss_arguments(tokens, rewards, mask, generator)
+
+
+def scored_tokens(generator, rows=3, columns=2100):
+    """Arguments of the op ``token_logp``: whole rows, targets of which some are equal."""
+    logits = torch.randn(1, rows, columns, generator=generator).bfloat16()
+    return logits, torch.randint(-1, 5, (1, rows, 40), generator=generator), None, None, None, 0.7, 0
+
+
+def differentiated_tokens(generator, **sizes):
+    logits, targets, *where, temperature, most = scored_tokens(generator, **sizes)
+    given = (
+        torch.randn(targets.shape, generator=generator),
+        torch.randn(targets.shape[:2], generator=generator),
+    )
+    found = vstar_ops.reference.token_logp(logits, targets, *where, temperature, most)
+    return *given, logits, targets, *where, *found, temperature, most
+
+
+def loss_arguments(tokens, rewards, mask, generator):
+    logp, old, ref = (-torch.rand(tokens.shape, generator=generator) for _ in range(3))
+    siblings, group = (
+        vstar_ops.sibling_advantage(tokens, rewards, mask),
+        vstar_ops.group_advantage(rewards, mask),
+    )
+    there = None if mask is None else mask[:, :, None].expand(tokens.shape)
+    given = siblings.advantage, siblings.valid, siblings.count, group, there
+    return logp, old, ref, *given, None, 1.0, 1.0, 1e-3, 0.2, 0.2, 2, True, 0
 
 
 @pytest.mark.parametrize(
@@ -213,6 +245,40 @@ def test_prefix_returns_reads_an_embedding_once_a_level():
     assert own <= found.bytes <= own + (nodes + 2 * 8) * (64 * 4 + 3 * 8)  # the target's, once a bucket
 
 
+def test_prefix_tree_reads_the_tokens_once():
+    tokens = torch.randint(0, 6, (2, 64, 3), generator=torch.Generator().manual_seed(9))
+    found = counted("prefix_tree", tokens, None)
+    assert (found.launches, found.blocks, found.atomics) == (1, 2, 0)
+    assert found.bytes == tokens.numel() * 8
+
+
+def test_token_logp_reads_the_logits_once_a_pass():
+    """A launch a pass, a block a row; of everything else a target and a few numbers a row."""
+    generator, sizes = torch.Generator().manual_seed(10), {"rows": 4, "columns": 8192}
+    for name, case in (
+        ("token_logp", scored_tokens(generator, **sizes)),
+        ("token_logp_backward", differentiated_tokens(generator, **sizes)),
+    ):
+        found = counted(name, *case)
+        assert (found.launches, found.blocks, found.atomics) == (1, 4, 0)
+        logits = 4 * 8192 * 2
+        targets = 4 * 40 * (8 + 4)
+        # Backward, a target looks for the others that are equal to it.
+        assert logits <= found.bytes <= logits + targets * (3 if name == "token_logp" else 100)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_reads_everything_once(masked):
+    """Two launches, one more to count the tokens of a mask."""
+    generator = torch.Generator().manual_seed(11)
+    tokens, rewards = torch.randint(0, 4, (3, 40, 3), generator=generator), torch.rand(3, 40)
+    mask = torch.rand(3, 40, generator=generator) > 0.2 if masked else None
+    found = counted("sibling_grpo_loss", *loss_arguments(tokens, rewards, mask, generator))
+    assert (found.launches, found.blocks, found.atomics) == (2 + masked, 3 * (1 + masked) + 1, 0)
+    # logp, old, ref, advantage, count, valid, and the group's advantage for every token; the mask twice
+    assert found.bytes <= tokens.numel() * (5 * 4 + 1 + 4 + 2 * masked)
+
+
 def test_a_round_of_the_search_is_two_launches():
     trees = SearchTrees.empty(8, 20, 3, children=4, leaves=2)
     select = [getattr(trees, name) for name in vstar_ops.ops.ved._SELECT]
@@ -226,7 +292,10 @@ def test_a_round_of_the_search_is_two_launches():
 
 # ---------------------------------------------------------------- sanitizers
 
-SANITIZED = "group_advantage", "sibling_advantage", "prefix_returns", "expand_topk", "ved"
+SANITIZED = (
+    "group_advantage", "sibling_advantage", "sibling_grpo_loss", "prefix_returns", "prefix_tree",
+    "token_logp", "expand_topk", "ved",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(bool(emulated.SANITIZERS), reason="this is the inner run")
