@@ -142,9 +142,8 @@ def build_cuda(targets: list[str], objects: Path, library: Path) -> None:
     import torch
 
     folder = Path(torch.__file__).parent
-    host = [word for word in shlex.split(os.environ["CXX"]) if not word.startswith("-")][
-        -1
-    ]  # of "ccache g++ -m64"
+    words = [word for word in shlex.split(os.environ["CXX"]) if not word.startswith("-")]
+    host = words[-1]  # of "ccache g++ -m64"
     command = [str(nvcc()), *NVCC_FLAGS, *targets, "-ccbin", host]
     headers = [*Path("csrc/common").iterdir(), *Path("csrc/cuda").glob("*.cuh"), Path("setup.py")]
     objects.mkdir(parents=True, exist_ok=True)

@@ -103,9 +103,7 @@ def cuda_table(compiler: str) -> tuple[str, list[str]]:
     lines = ["| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
     lines.append("|---|" + "---|" * len(ARCHITECTURES))
     spills = []
-    for name, key in sorted(
-        (name.replace("vstar::", "").replace("cuda::", ""), x) for name, x in zip(names, mangled)
-    ):
+    for name, key in sorted(zip(names, mangled)):
         cells = []
         for architecture in ARCHITECTURES:
             registers, spilled = found[key, architecture]

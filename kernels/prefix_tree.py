@@ -2,7 +2,8 @@
 
 A program looks, level by level, for the first candidate of each of its candidates' nodes; where that is the
 candidate itself it writes the node, so every slot has one writer. The slots past the last node are cleared by
-all programs of the request, each a share. Two launches; the one workspace is the numbering's.
+all programs of the request, each a share. Two launches. The one workspace, int32 ``[2 + L, B, G]``, is the
+numbering's and holds the size of every candidate's nodes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ def prefix_tree(
     batch, group, length = tokens.shape
     token = tokens.new_empty(batch, group * length)
     parent, depth, first, count = (torch.empty_like(token, dtype=torch.int32) for _ in range(4))
-    node, members = (tokens.new_empty(tokens.shape, dtype=torch.int32) for _ in range(2))
-    size = tokens.new_zeros(batch, dtype=torch.int32)
+    node = tokens.new_empty(tokens.shape, dtype=torch.int32)
     if not tokens.numel():
-        return parent, token, depth, first, count, node, size
-    workspace = tokens.new_empty(2, batch, group, dtype=torch.int32)
+        return parent, token, depth, first, count, node, tokens.new_zeros(batch, dtype=torch.int32)
+    size = tokens.new_empty(batch, dtype=torch.int32)
+    workspace = tokens.new_empty(2 + length, batch, group, dtype=torch.int32)
+    members = workspace[2:].view(tokens.shape)
     number_prefixes(tokens, mask, workspace[0], workspace[1], node, members)
     blocks = triton.cdiv(group, _OWN)
     _prefix_tree[(batch * blocks,)](

@@ -46,25 +46,19 @@ def sibling_grpo_loss(
     """The dispatcher's signature; see :func:`vstar_ops.sibling_grpo_loss`."""
     batch, group, length = logp.shape
     device = logp.device
-    loss, terms = torch.zeros((), device=device), torch.zeros(7, device=device)
     gradient = torch.empty(logp.shape, device=device)
     if logp.numel() == 0:
-        return loss, terms, gradient
-    counts = torch.empty(batch * (group + 2) if mask is not None else 1, dtype=torch.int32, device=device)
+        return torch.zeros((), device=device), torch.zeros(7, device=device), gradient
+    loss, terms = torch.empty((), device=device), torch.empty(7, device=device)
+    blocks = triton.cdiv(logp.numel(), _BLOCK)
+    sizes = (64 * blocks, 4 * batch * (group + 2) if mask is not None else 0)
+    workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+    sums, counts = workspace[0].view(torch.float64), workspace[1].view(torch.int32)
     if mask is not None:
         _count[(batch,)](
-            *array(mask),
-            counts,
-            batch,
-            group,
-            length,
-            *mask.stride(),
-            SEQUENCES=_SEQUENCES,
-            num_warps=1,
-            **OPTIONS,
-        )
-    blocks = triton.cdiv(logp.numel(), _BLOCK)
-    sums = torch.empty(blocks, 8, dtype=torch.float64, device=device)
+            *array(mask), counts, batch, group, length, *mask.stride(),
+            SEQUENCES=_SEQUENCES, num_warps=1, **OPTIONS,
+        )  # fmt: skip
     contiguous = [x if x is None else x.contiguous() for x in (logp, old_logp, ref_logp, depth_weight)]
     pairs = [y for x in (*contiguous, mask) for y in array(x)]
     others = [x.contiguous() for x in (advantage, valid, count, group_advantage)]

@@ -7,7 +7,6 @@ first call: the import of Triton takes a second.
 from __future__ import annotations
 
 import importlib
-import itertools
 import logging
 import re
 import subprocess
@@ -53,9 +52,8 @@ def _kernels(module: str) -> Any:
 
 def specialisations(modules: Iterable[str] = MODULES) -> Iterator[Any]:
     """All that the library compiles, for contiguous inputs whose rows are multiples of 16 long."""
-    make = _kernels("_specialisation").Specialisation
     for module in modules:
-        yield from itertools.starmap(make, _kernels(module).specialisations())
+        yield from _kernels(module).specialisations()
 
 
 def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
@@ -136,8 +134,8 @@ def resources(item: Any, architecture: int) -> Resources:
         dict(item.constants),
         {index: [["tt.divisibility", 16]] for index in aligned},
     )
-    options = item.options
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options=item.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

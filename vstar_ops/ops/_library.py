@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -204,6 +204,28 @@ def finite(name: str, value: Any) -> float:
     if not _LOWEST <= value <= -_LOWEST:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
+
+
+def level_weights(name: str, weights: Any, length: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """``L`` finite numbers as a tensor ``[L]`` on the device of ``like``.
+
+    On a GPU it is kept: a copy from the host would wait for all work before it, and cannot be captured in a
+    graph. What is made while tracing, where ``like`` is no plain tensor, is not kept.
+    """
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"{name} must be L = {length} numbers, got {type(weights).__name__}")
+    levels = tuple(finite(name, w) for w in weights)
+    if len(levels) != length:
+        raise ValueError(f"{name} must be L = {length} numbers, got {len(levels)}")
+    kept = like.device.type == "cuda" and type(like) in (Tensor, torch.nn.Parameter)
+    return (_kept_numbers if kept else _numbers)(levels, dtype, like.device)
+
+
+def _numbers(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(levels, dtype=dtype, device=device)
+
+
+_kept_numbers = functools.lru_cache(maxsize=64)(_numbers)
 
 
 def positive(name: str, value: Any) -> float:

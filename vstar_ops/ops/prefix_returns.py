@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import FLOATS, check, check_tokens, define, finite
+from ._library import FLOATS, check, check_tokens, define, level_weights
 
 
 class PrefixReturns(NamedTuple):
@@ -101,22 +100,8 @@ def prefix_returns(
         check("mask", mask, (batch, group), "[B, G]", (torch.bool,), device)
     if weights is None:
         weights = _default_weights(length)
-    if not isinstance(weights, Iterable):
-        raise TypeError(f"weights must be L = {length} numbers, got {type(weights).__name__}")
-    levels = [finite("weights", w) for w in weights]
-    if len(levels) != length:
-        raise ValueError(f"weights must be L = {length} numbers, got {len(levels)}")
-    # On a GPU a copy from the host would wait for all work before it, and cannot be captured in a graph.
-    make = _kept_weights if device.type == "cuda" and type(tokens) is Tensor else _make_weights
-    weight = make(tuple(levels), device)
+    weight = level_weights("weights", weights, length, torch.float64, tokens)
     return PrefixReturns(*_run(device, tokens, embedding, target, target_embedding, mask, weight))
-
-
-def _make_weights(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(levels, dtype=torch.float64, device=device)
-
-
-_kept_weights = functools.lru_cache(maxsize=64)(_make_weights)
 
 
 def _default_weights(length: int) -> list[float]:

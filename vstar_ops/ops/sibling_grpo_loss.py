@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..trie import Trie
-from ._library import FLOATS, INTS, Gradient, check, check_tokens, define, finite, validating
+from ._library import FLOATS, INTS, Gradient, check, check_tokens, define, finite, level_weights, validating
 from .group_advantage import group_advantage
 from .sibling_advantage import SiblingAdvantage, sibling_advantage
 from .token_logp import token_logp
@@ -122,7 +122,7 @@ def sibling_grpo_loss(
         clip: None, or ``(low, high)``, both >= 0; ``math.inf`` leaves a side open.
         kl: ``"k1"``, ``"k2"`` or ``"k3"``.
         weighting: ``"node"``, or ``"candidate"``: :math:`n = 1`, every candidate counts once.
-        depth_weights: :math:`w_\ell`, ``L`` numbers (1). A tensor on the device saves a copy.
+        depth_weights: :math:`w_\ell`, ``L`` numbers (1), or a tensor of them.
         loss_type: ``"grpo"``, ``"bnpo"`` or ``"dr_grpo"``.
 
     Returns:
@@ -189,7 +189,7 @@ def sibling_grpo_loss(
         sibling.count,
         group,
         tokens_there,
-        _depth_weights(depth_weights, shape[2], device),
+        _depth_weights(depth_weights, logp),
         finite("w_global", w_global),
         finite("w_sib", w_sib),
         finite("beta", beta),
@@ -223,15 +223,13 @@ def _clip(clip: Any) -> tuple[float, float]:
     return float(clip[0]), float(clip[1])
 
 
-def _depth_weights(weights: Any, length: int, device: torch.device) -> Tensor | None:
+def _depth_weights(weights: Any, logp: Tensor) -> Tensor | None:
     if weights is None:
         return None
+    length = logp.shape[2]
     if isinstance(weights, Tensor):
-        return check("depth_weights", weights, (length,), "[L]", FLOATS, device).float()
-    levels = [finite("depth_weights", w) for w in weights]
-    if len(levels) != length:
-        raise ValueError(f"depth_weights must be L = {length} numbers, got {len(levels)}")
-    return torch.tensor(levels, dtype=torch.float32, device=device)
+        return check("depth_weights", weights, (length,), "[L]", FLOATS, logp.device).float()
+    return level_weights("depth_weights", weights, length, torch.float32, logp)
 
 
 def sibling_grpo_loss_from_logits(
