@@ -113,6 +113,29 @@ __device__ __forceinline__ void sort_candidates(
   __syncthreads();
 }
 
+// Where a block finds its scratch: in shared memory, or where it does not fit, in a workspace.
+struct RequestScratch {
+  unsigned char* workspace;  // null: shared memory
+  int64_t bytes;             // a request
+  int slots;                 // of the order
+
+  __device__ __forceinline__ unsigned char* of(int64_t b, unsigned char* shared) const {
+    return workspace ? workspace + b * bytes : shared;
+  }
+};
+
+// Bytes of workspace for `bytes` of scratch a request.
+inline int64_t request_workspace(int64_t batch, int64_t bytes) { return bytes <= kMostShared ? 0 : batch * bytes; }
+
+// A block a request, in one launch. The workspace has request_workspace() bytes; `a.scratch` is filled in.
+template <class Arguments>
+inline void launch_requests(
+    void (*kernel)(Arguments), Arguments a, int64_t bytes, int threads, void* workspace, const Launcher& launch) {
+  const bool fits = request_workspace(a.batch, bytes) == 0;
+  a.scratch = {fits ? nullptr : static_cast<unsigned char*>(workspace), bytes, int(next_power_of_2(a.group))};
+  launch(kernel, dim3{unsigned(a.batch)}, threads, fits ? bytes : 0, a);
+}
+
 // Of a block: one for each candidate, up to 256.
 inline int candidate_threads(int64_t group) { return int(round_up(group < 1 ? 1 : group < 256 ? group : 256, 32)); }
 

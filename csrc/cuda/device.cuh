@@ -61,13 +61,15 @@ struct IntView {
   }
 };
 
-// Which candidates are there; all of them without a mask.
+// A bool array, such as which candidates are there; all true without one.
 struct MaskView {
   const unsigned char* data;
-  int64_t stride[2];
+  int64_t stride[3];
 
-  __device__ __forceinline__ bool at(int64_t i, int64_t j) const {
-    return data == nullptr || __ldg(data + i * stride[0] + j * stride[1]) != 0;
+  __device__ __forceinline__ bool at(int64_t position) const { return data == nullptr || __ldg(data + position) != 0; }
+  __device__ __forceinline__ bool at(int64_t i, int64_t j) const { return at(i * stride[0] + j * stride[1]); }
+  __device__ __forceinline__ bool at(int64_t i, int64_t j, int64_t l) const {
+    return at(i * stride[0] + j * stride[1] + l * stride[2]);
   }
 };
 
@@ -97,6 +99,23 @@ __device__ __forceinline__ T warp_min(T x) {
     x = other < x ? other : x;
   }
   return x;
+}
+
+// Sums over a block of kWarps warps, in all threads. `scratch` holds kNumbers * kWarps numbers, free to be used again
+// at once.
+template <int kWarps, int kNumbers, class T>
+__device__ __forceinline__ void block_sums(T (&x)[kNumbers], T* scratch) {
+  for (int n = 0; n < kNumbers; ++n) x[n] = warp_sum(x[n]);
+  if (kWarps == 1) return;
+  if (lane() == 0) {
+    for (int n = 0; n < kNumbers; ++n) scratch[n * kWarps + warp()] = x[n];
+  }
+  __syncthreads();
+  for (int n = 0; n < kNumbers; ++n) {
+    x[n] = 0;
+    for (int i = 0; i < kWarps; ++i) x[n] += scratch[n * kWarps + i];
+  }
+  __syncthreads();
 }
 
 // Sum of the lanes before this one.

@@ -16,38 +16,25 @@ struct GroupAdvantage {
   double eps, std_floor;
 };
 
-// The sum over a block of kWarps warps, in all threads. `scratch` holds kWarps numbers.
-template <int kWarps>
-__device__ __forceinline__ double block_sum(double x, double* scratch) {
-  x = warp_sum(x);
-  if (kWarps == 1) return x;
-  if (lane() == 0) scratch[warp()] = x;
-  __syncthreads();
-  double sum = 0;
-  for (int i = 0; i < kWarps; ++i) sum += scratch[i];
-  __syncthreads();
-  return sum;
-}
-
 template <int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advantage_kernel(GroupAdvantage a) {
   VSTAR_SHARED(memory);
   double* const scratch = reinterpret_cast<double*>(memory);
   const int64_t b = blockIdx.x;
-  double sum = 0, count = 0;
+  double totals[2] = {0, 0};  // of the rewards, and how many there are
   float top = -kInf, bottom = kInf;
   bool ordinary = true;
   for (int64_t g = threadIdx.x; g < a.group; g += 32 * kWarps) {
     if (!a.mask.at(b, g)) continue;
     const float x = a.reward.at(b, g);
-    sum += double(x);
-    count += 1;
+    totals[0] += double(x);
+    totals[1] += 1;
     top = x > top ? x : top;
     bottom = x < bottom ? x : bottom;
     ordinary = ordinary && x == x;
   }
-  sum = block_sum<kWarps>(sum, scratch);
-  count = block_sum<kWarps>(count, scratch);
+  block_sums<kWarps>(totals, scratch);
+  const double count = totals[1], mean = totals[0] / count;
   // Whether some rewards differ: from the first one's side, extremes and NaN of all threads.
   top = warp_max(top);
   bottom = warp_min(bottom);
@@ -67,16 +54,15 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advan
   }
   equal = equal && top == bottom;
 
-  const double mean = sum / count;
-  double squares = 0;
+  double squares[1] = {0};
   for (int64_t g = threadIdx.x; g < a.group; g += 32 * kWarps) {
     if (!a.mask.at(b, g)) continue;
     const double off = double(a.reward.at(b, g)) - mean;
-    squares += off * off;
+    squares[0] += off * off;
   }
-  squares = block_sum<kWarps>(squares, scratch);
+  block_sums<kWarps>(squares, scratch);
   const bool signal = count > double(a.ddof) && !equal;
-  const double std = sqrt(squares / (count - double(a.ddof)));
+  const double std = sqrt(squares[0] / (count - double(a.ddof)));
   const double scale = 1.0 / ((std > a.std_floor || std != std ? std : a.std_floor) + a.eps);
   for (int64_t g = threadIdx.x; g < a.group; g += 32 * kWarps) {
     const bool there = signal && a.mask.at(b, g);
@@ -91,7 +77,7 @@ inline void group_advantage(const GroupAdvantage& a, const Launcher& launch) {
   if (a.group <= 1024) {
     launch(group_advantage_kernel<1>, grid, 32, 0, a);
   } else {
-    launch(group_advantage_kernel<8>, grid, 256, 8 * 8, a);
+    launch(group_advantage_kernel<8>, grid, 256, 2 * 8 * 8, a);
   }
 }
 

@@ -20,9 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_returns_op(
   Tensor similarity = new_tensor<float>(tokens, {batch, group, length});
   Tensor node = new_tensor<int32_t>(tokens, {batch, group, length});
   Tensor count = new_tensor<int32_t>(tokens, {batch, group, length});
-  const int64_t bytes = prefix_returns_workspace(batch, group, length);
-  std::optional<Tensor> workspace;
-  if (bytes > 0) workspace = new_tensor<uint8_t>(tokens, {bytes});
+  const Workspace workspace(tokens, request_workspace(batch, prefix_returns_scratch(group, length)));
   PrefixReturns a{};
   a.token = view_ints(tokens);
   a.embedding = view_floats(embedding);
@@ -38,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_returns_op(
   a.group = group;
   a.length = length;
   a.width = embedding.size(2);
-  prefix_returns(a, workspace ? data<uint8_t>(*workspace) : nullptr, guard.launcher());
+  prefix_returns(a, workspace.data(), guard.launcher());
   return {returns, similarity, node, count};
 }
 

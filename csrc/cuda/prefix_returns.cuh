@@ -19,9 +19,7 @@ struct PrefixReturns {
   float *returns, *similarity;
   int32_t *node, *count;
   int64_t batch, group, length, width;
-  unsigned char* workspace;  // null: the scratch is in shared memory
-  int64_t scratch;           // bytes a request
-  int slots;                 // of the order
+  RequestScratch scratch;
 };
 
 inline int64_t prefix_returns_scratch(int64_t group, int64_t length) {
@@ -32,12 +30,12 @@ __global__ void __launch_bounds__(256, 3) prefix_returns_kernel(PrefixReturns a)
   VSTAR_SHARED(memory);
   const int64_t b = blockIdx.x;
   const int group = int(a.group), warps = int(blockDim.x / 32);
-  unsigned char* const scratch = a.workspace ? a.workspace + b * a.scratch : memory;
-  Candidates c = lay_out_candidates(scratch, group, a.length, a.slots);
+  unsigned char* const scratch = a.scratch.of(b, memory);
+  Candidates c = lay_out_candidates(scratch, group, a.length, a.scratch.slots);
   Level level{c.sums + 33, c.sums + 33 + group, 0};
   const int64_t base = b * group * a.length;
 
-  sort_candidates(c, a.token, a.mask, b, group, a.length, a.slots, [&](int g) {
+  sort_candidates(c, a.token, a.mask, b, group, a.length, a.scratch.slots, [&](int g) {
     for (int64_t slot = base + g * a.length; slot < base + (g + 1) * a.length; ++slot) {
       a.returns[slot] = 0.0f;
       a.similarity[slot] = 0.0f;
@@ -86,20 +84,10 @@ __global__ void __launch_bounds__(256, 3) prefix_returns_kernel(PrefixReturns a)
   }
 }
 
-// Bytes of workspace; 0 where shared memory holds everything.
-inline int64_t prefix_returns_workspace(int64_t batch, int64_t group, int64_t length) {
-  const int64_t bytes = prefix_returns_scratch(group, length);
-  return bytes <= kMostShared ? 0 : batch * bytes;
-}
-
-// One launch. `a.workspace`, `scratch` and `slots` are filled in here.
-inline void prefix_returns(PrefixReturns a, void* workspace, const Launcher& launch) {
+// One launch. The workspace has request_workspace() bytes.
+inline void prefix_returns(const PrefixReturns& a, void* workspace, const Launcher& launch) {
   if (a.batch == 0 || a.group == 0 || a.length == 0) return;
-  a.scratch = prefix_returns_scratch(a.group, a.length);
-  a.slots = int(next_power_of_2(a.group));
-  const bool fits = prefix_returns_workspace(a.batch, a.group, a.length) == 0;
-  a.workspace = fits ? nullptr : static_cast<unsigned char*>(workspace);
-  launch(prefix_returns_kernel, dim3{unsigned(a.batch)}, 256, fits ? a.scratch : 0, a);
+  launch_requests(prefix_returns_kernel, a, prefix_returns_scratch(a.group, a.length), 256, workspace, launch);
 }
 
 }  // namespace cuda

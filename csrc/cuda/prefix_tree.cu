@@ -20,9 +20,7 @@ Result prefix_tree_op(Tensor tokens, std::optional<Tensor> mask) {
   Tensor depth = new_tensor<int32_t>(tokens, {batch, capacity}), first = new_tensor<int32_t>(tokens, {batch, capacity});
   Tensor count = new_tensor<int32_t>(tokens, {batch, capacity});
   Tensor node = new_tensor<int32_t>(tokens, {batch, group, length}), size = new_tensor<int32_t>(tokens, {batch});
-  const int64_t bytes = prefix_tree_workspace(batch, group, length);
-  std::optional<Tensor> workspace;
-  if (bytes > 0) workspace = new_tensor<uint8_t>(tokens, {bytes});
+  const Workspace workspace(tokens, request_workspace(batch, prefix_tree_scratch(group, length)));
   a.mask = view_mask(mask);
   a.parent = data<int32_t>(parent);
   a.depth = data<int32_t>(depth);
@@ -34,7 +32,7 @@ Result prefix_tree_op(Tensor tokens, std::optional<Tensor> mask) {
   a.batch = batch;
   a.group = group;
   a.length = length;
-  prefix_tree(a, workspace ? data<uint8_t>(*workspace) : nullptr, guard.launcher());
+  prefix_tree(a, workspace.data(), guard.launcher());
   return {parent, token, depth, first, count, node, size};
 }
 

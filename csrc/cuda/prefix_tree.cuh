@@ -15,9 +15,7 @@ struct PrefixTree {
   void* node_token;                         // [B, G * L], as wide as the tokens
   int32_t *node, *size;                     // [B, G, L], [B]
   int64_t batch, group, length;
-  unsigned char* workspace;  // null: the scratch is in shared memory
-  int64_t scratch;           // bytes a request
-  int slots;                 // of the order
+  RequestScratch scratch;
 };
 
 __device__ __forceinline__ void store_token(const PrefixTree& a, int64_t slot, int64_t token) {
@@ -32,14 +30,14 @@ __global__ void __launch_bounds__(256, 4) prefix_tree_kernel(PrefixTree a) {
   VSTAR_SHARED(memory);
   const int64_t b = blockIdx.x, capacity = a.group * a.length, base = b * capacity;  // of slots and nodes alike
   const int group = int(a.group), threads = int(blockDim.x), thread = int(threadIdx.x);
-  Candidates c = lay_out_candidates(a.workspace ? a.workspace + b * a.scratch : memory, group, a.length, a.slots);
+  Candidates c = lay_out_candidates(a.scratch.of(b, memory), group, a.length, a.scratch.slots);
   Level above, here;
   above.number = c.sums + 33;
   above.begin = above.number + group;
   here.number = above.begin + group + 1;
   here.begin = here.number + group;
 
-  sort_candidates(c, a.token, a.mask, b, group, a.length, a.slots, [&](int g) {
+  sort_candidates(c, a.token, a.mask, b, group, a.length, a.scratch.slots, [&](int g) {
     for (int64_t slot = base + g * a.length; slot < base + (g + 1) * a.length; ++slot) a.node[slot] = -1;
   });
   int id = 0, above_id = -1;  // the numbers of the first nodes of both levels; the root's is -1
@@ -82,20 +80,10 @@ inline int64_t prefix_tree_scratch(int64_t group, int64_t length) {
   return Candidates::bytes(group, length) + round_up(4 * (4 * group + 2), 16);
 }
 
-// Bytes of workspace; 0 where shared memory holds everything.
-inline int64_t prefix_tree_workspace(int64_t batch, int64_t group, int64_t length) {
-  const int64_t bytes = prefix_tree_scratch(group, length);
-  return bytes <= kMostShared ? 0 : batch * bytes;
-}
-
-// One launch. `a.workspace`, `scratch` and `slots` are filled in here.
-inline void prefix_tree(PrefixTree a, void* workspace, const Launcher& launch) {
+// One launch. The workspace has request_workspace() bytes.
+inline void prefix_tree(const PrefixTree& a, void* workspace, const Launcher& launch) {
   if (a.batch == 0) return;
-  a.scratch = prefix_tree_scratch(a.group, a.length);
-  a.slots = int(next_power_of_2(a.group));
-  const bool fits = prefix_tree_workspace(a.batch, a.group, a.length) == 0;
-  a.workspace = fits ? nullptr : static_cast<unsigned char*>(workspace);
-  launch(prefix_tree_kernel, dim3{unsigned(a.batch)}, candidate_threads(a.group), fits ? a.scratch : 0, a);
+  launch_requests(prefix_tree_kernel, a, prefix_tree_scratch(a.group, a.length), candidate_threads(a.group), workspace, launch);
 }
 
 }  // namespace cuda

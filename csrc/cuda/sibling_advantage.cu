@@ -25,9 +25,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sibling_advantage_op(
   Tensor valid = new_tensor<bool>(tokens, {batch, group, length});
   Tensor node = new_tensor<int32_t>(tokens, {batch, group, length});
   Tensor count = new_tensor<int32_t>(tokens, {batch, group, length});
-  const int64_t bytes = sibling_workspace(batch, group, length);
-  std::optional<Tensor> workspace;
-  if (bytes > 0) workspace = new_tensor<uint8_t>(tokens, {bytes});
+  const Workspace workspace(tokens, request_workspace(batch, SiblingScratch::bytes(group, length)));
   SiblingAdvantage a{};
   a.token = view_ints(tokens);
   a.reward = view_floats(rewards);
@@ -44,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sibling_advantage_op(
   a.ddof = ddof;
   a.min_siblings = min_siblings;
   a.baseline = parse_baseline(baseline);
-  sibling_advantage(a, workspace ? data<uint8_t>(*workspace) : nullptr, guard.launcher());
+  sibling_advantage(a, workspace.data(), guard.launcher());
   return {advantage, valid, node, count};
 }
 

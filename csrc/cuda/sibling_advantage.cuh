@@ -27,9 +27,7 @@ struct SiblingAdvantage {
   double eps, std_floor;
   int64_t ddof, min_siblings;
   int baseline;
-  unsigned char* workspace;  // null: the scratch is in shared memory
-  int64_t scratch;           // bytes a request
-  int slots;                 // of the order
+  RequestScratch scratch;
 };
 
 // (mean - base) * scale is a child's advantage; a scale of 0 stands for no signal.
@@ -68,12 +66,12 @@ __global__ void __launch_bounds__(256, 3) sibling_advantage_kernel(SiblingAdvant
   VSTAR_SHARED(memory);
   const int64_t b = blockIdx.x;
   const int group = int(a.group), threads = int(blockDim.x), thread = int(threadIdx.x);
-  unsigned char* const scratch = a.workspace ? a.workspace + b * a.scratch : memory;
+  unsigned char* const scratch = a.scratch.of(b, memory);
   SiblingScratch s;
   s.parent = reinterpret_cast<Standardiser*>(scratch);
   s.mean = reinterpret_cast<double*>(s.parent + group);
   s.reward = s.mean + group;
-  s.candidates = lay_out_candidates(reinterpret_cast<unsigned char*>(s.reward + group), group, a.length, a.slots);
+  s.candidates = lay_out_candidates(reinterpret_cast<unsigned char*>(s.reward + group), group, a.length, a.scratch.slots);
   Candidates& c = s.candidates;
   s.above.number = c.sums + 33;
   s.above.begin = s.above.number + group;
@@ -81,7 +79,7 @@ __global__ void __launch_bounds__(256, 3) sibling_advantage_kernel(SiblingAdvant
   s.here.begin = s.here.number + group;
   const int64_t base = b * group * a.length;
 
-  sort_candidates(c, a.token, a.mask, b, group, a.length, a.slots, [&](int g) {
+  sort_candidates(c, a.token, a.mask, b, group, a.length, a.scratch.slots, [&](int g) {
     for (int64_t slot = base + g * a.length; slot < base + (g + 1) * a.length; ++slot) {
       a.advantage[slot] = 0.0f;
       a.valid[slot] = false;
@@ -130,20 +128,10 @@ __global__ void __launch_bounds__(256, 3) sibling_advantage_kernel(SiblingAdvant
   }
 }
 
-// Bytes of workspace; 0 where shared memory holds everything.
-inline int64_t sibling_workspace(int64_t batch, int64_t group, int64_t length) {
-  const int64_t bytes = SiblingScratch::bytes(group, length);
-  return bytes <= kMostShared ? 0 : batch * bytes;
-}
-
-// One launch. `a.workspace`, `scratch` and `slots` are filled in here.
-inline void sibling_advantage(SiblingAdvantage a, void* workspace, const Launcher& launch) {
+// One launch. The workspace has request_workspace() bytes.
+inline void sibling_advantage(const SiblingAdvantage& a, void* workspace, const Launcher& launch) {
   if (a.batch == 0 || a.group == 0 || a.length == 0) return;
-  a.scratch = SiblingScratch::bytes(a.group, a.length);
-  a.slots = int(next_power_of_2(a.group));
-  const bool fits = sibling_workspace(a.batch, a.group, a.length) == 0;
-  a.workspace = fits ? nullptr : static_cast<unsigned char*>(workspace);
-  launch(sibling_advantage_kernel, dim3{unsigned(a.batch)}, candidate_threads(a.group), fits ? a.scratch : 0, a);
+  launch_requests(sibling_advantage_kernel, a, SiblingScratch::bytes(a.group, a.length), candidate_threads(a.group), workspace, launch);
 }
 
 }  // namespace cuda

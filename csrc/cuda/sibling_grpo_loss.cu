@@ -8,13 +8,6 @@ namespace vstar {
 namespace cuda {
 namespace {
 
-BoolView view_bools(const std::optional<Tensor>& tensor) {
-  if (!tensor) return {nullptr, {}};
-  return {
-      static_cast<const unsigned char*>(tensor->const_data_ptr()),
-      {tensor->stride(0), tensor->stride(1), tensor->stride(2)}};
-}
-
 using Result = std::tuple<Tensor, Tensor, Tensor>;
 
 Result sibling_grpo_loss_op(
@@ -27,15 +20,15 @@ Result sibling_grpo_loss_op(
   const LossPlan plan = plan_sibling_grpo_loss(batch, group, mask.has_value());
   Tensor loss = new_tensor<float>(logp, {}), terms = new_tensor<float>(logp, {7});
   Tensor gradient = new_tensor<float>(logp, {batch, group, length});
-  Tensor workspace = new_tensor<uint8_t>(logp, {plan.bytes()});
+  const Workspace workspace(logp, plan.bytes());
 
   SiblingGRPOLoss a{};
   a.logp = view_floats(logp);
   a.old_logp = view_floats(old_logp);
   a.ref_logp = view_floats(ref_logp);
   a.advantage = view_floats(advantage);
-  a.valid = view_bools(valid);
-  a.mask = view_bools(mask);
+  a.valid = view_mask(valid);
+  a.mask = view_mask(mask);
   a.count = view_ints(count);
   a.group_advantage = view_floats(group_advantage);
   a.depth_weight = view_floats(depth_weight);
@@ -53,7 +46,7 @@ Result sibling_grpo_loss_op(
   a.loss = data<float>(loss);
   a.terms = data<float>(terms);
   a.gradient = data<float>(gradient);
-  sibling_grpo_loss(a, plan, workspace.mutable_data_ptr(), guard.launcher());
+  sibling_grpo_loss(a, plan, workspace.data(), guard.launcher());
   return {loss, terms, gradient};
 }
 

@@ -11,25 +11,15 @@
 namespace vstar {
 namespace cuda {
 
-// A bool array [B, G, L]; all true where it is absent.
-struct BoolView {
-  const unsigned char* data;
-  int64_t stride[3];
-
-  __device__ __forceinline__ bool at(int64_t i, int64_t j, int64_t l) const {
-    return data == nullptr || __ldg(data + i * stride[0] + j * stride[1] + l * stride[2]) != 0;
-  }
-};
-
 enum LossType { kGrpo, kBnpo, kDrGrpo };
 enum Divergence { kK1, kK2, kK3 };
 
-constexpr int kLossThreads = 256;
+constexpr int kLossWarps = 8, kLossThreads = 32 * kLossWarps;
 constexpr int kLossSums = 7;
 
 struct SiblingGRPOLoss {
   FloatView logp, old_logp, ref_logp, advantage;  // [B, G, L]; old_logp and ref_logp may be null
-  BoolView valid, mask;
+  MaskView valid, mask;
   IntView count;
   FloatView group_advantage;  // [B, G]
   FloatView depth_weight;     // [L], or null
@@ -46,26 +36,10 @@ struct SiblingGRPOLoss {
   int32_t* lengths;   // [B, G], tokens of a sequence
 };
 
-// Sums over the block, in all threads. `scratch` holds kNumbers * warps numbers.
-template <int kNumbers, class T>
-__device__ __forceinline__ void block_sums(T* x, T* scratch) {
-  const int warps = int(blockDim.x / 32);
-  for (int n = 0; n < kNumbers; ++n) {
-    x[n] = warp_sum(x[n]);
-    if (lane() == 0) scratch[n * warps + warp()] = x[n];
-  }
-  __syncthreads();
-  for (int n = 0; n < kNumbers; ++n) {
-    x[n] = 0;
-    for (int i = 0; i < warps; ++i) x[n] += scratch[n * warps + i];
-  }
-  __syncthreads();
-}
-
 __device__ __forceinline__ double over(int64_t n) { return 1.0 / double(n > 1 ? n : 1); }
 
 // The tokens and sequences of all requests, in all threads.
-__device__ __forceinline__ void total_counts(const SiblingGRPOLoss& a, int64_t* all, int64_t* scratch) {
+__device__ __forceinline__ void total_counts(const SiblingGRPOLoss& a, int64_t (&all)[2], int64_t* scratch) {
   if (a.mask.data == nullptr) {
     all[0] = a.batch * a.group * a.length;
     all[1] = a.length > 0 ? a.batch * a.group : 0;
@@ -76,7 +50,7 @@ __device__ __forceinline__ void total_counts(const SiblingGRPOLoss& a, int64_t* 
     all[0] += a.counts[2 * b];
     all[1] += a.counts[2 * b + 1];
   }
-  block_sums<2>(all, scratch);
+  block_sums<kLossWarps>(all, scratch);
 }
 
 __global__ void __launch_bounds__(kLossThreads) count_tokens_kernel(SiblingGRPOLoss a) {
@@ -90,7 +64,7 @@ __global__ void __launch_bounds__(kLossThreads) count_tokens_kernel(SiblingGRPOL
     here[0] += n;
     here[1] += n > 0;
   }
-  block_sums<2>(here, reinterpret_cast<int64_t*>(memory));
+  block_sums<kLossWarps>(here, reinterpret_cast<int64_t*>(memory));
   if (threadIdx.x == 0) {
     a.counts[2 * b] = here[0];
     a.counts[2 * b + 1] = here[1];
@@ -164,7 +138,7 @@ __global__ void __launch_bounds__(kLossThreads) loss_kernel(SiblingGRPOLoss a) {
     }
     *slope = float(0.0 - up);
   }
-  block_sums<kLossSums>(s, reinterpret_cast<double*>(memory));
+  block_sums<kLossWarps>(s, reinterpret_cast<double*>(memory));
   if (threadIdx.x < kLossSums) {
     for (int n = 0; n < kLossSums; ++n) {  // a register array is indexed by constants alone
       if (n == int(threadIdx.x)) a.sums[b * kLossSums + n] = s[n];
@@ -180,7 +154,7 @@ __global__ void __launch_bounds__(kLossThreads) add_up_kernel(SiblingGRPOLoss a)
   for (int64_t b = threadIdx.x; b < a.batch; b += kLossThreads) {
     for (int n = 0; n < kLossSums; ++n) s[n] += a.sums[b * kLossSums + n];
   }
-  block_sums<kLossSums>(s, reinterpret_cast<double*>(memory));
+  block_sums<kLossWarps>(s, reinterpret_cast<double*>(memory));
   if (threadIdx.x != 0) return;
   *a.loss = float(a.beta * s[2] - a.w_global * s[0] - a.w_sib * s[1]);
   for (int n = 0; n < 3; ++n) a.terms[n] = float(s[n]);
@@ -207,7 +181,7 @@ inline void sibling_grpo_loss(SiblingGRPOLoss a, const LossPlan& p, void* worksp
   a.counts = p.count_bytes ? reinterpret_cast<int64_t*>(memory + p.sum_bytes) : nullptr;
   a.lengths = p.length_bytes ? reinterpret_cast<int32_t*>(memory + p.sum_bytes + p.count_bytes) : nullptr;
   const dim3 grid{unsigned(a.batch)};
-  const int64_t scratch = 8 * kLossSums * (kLossThreads / 32);
+  const int64_t scratch = 8 * kLossSums * kLossWarps;
   if (a.batch > 0 && a.mask.data) launch(count_tokens_kernel, grid, kLossThreads, scratch, a);
   if (a.batch > 0) launch(loss_kernel, grid, kLossThreads, scratch, a);
   launch(add_up_kernel, dim3{1}, kLossThreads, scratch, a);

@@ -153,18 +153,14 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
     const bool there = a.target.at(row.b, row.w, t) >= 0 && a.logp[r * a.targets + t] > -kInf;
     return there ? double(a.grad_logp.at(row.b, row.w, t)) : 0.0;
   };
-  double total = 0;
+  double total[1] = {0};
   if (a.grad_logp.data) {
-    for (int64_t t = thread; t < a.targets; t += kThreads) total += weight(t);
-    total = warp_sum(total);
-    if (lane() == 0) scratch[warp()] = total;
-    __syncthreads();
-    total = 0;
-    for (int i = 0; i < kGradientWarps; ++i) total += scratch[i];
+    for (int64_t t = thread; t < a.targets; t += kThreads) total[0] += weight(t);
+    block_sums<kGradientWarps>(total, scratch);
   }
   const float top = a.top[r];
   const RowGradient gradient{
-      top > -kInf ? top : 0.0f, a.log_mass[r], a.inverse, float(total),
+      top > -kInf ? top : 0.0f, a.log_mass[r], a.inverse, float(total[0]),
       a.grad_entropy.data ? a.grad_entropy.at(row.b, row.w) : 0.0f, a.entropy[r]};
 
   const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0;

@@ -124,9 +124,24 @@ inline IntView view_ints(const Tensor& tensor) {
 }
 
 inline MaskView view_mask(const std::optional<Tensor>& mask) {
-  if (!mask) return {nullptr, {}};
-  return {static_cast<const unsigned char*>(mask->const_data_ptr()), {mask->stride(0), mask->stride(1)}};
+  MaskView view{nullptr, {}};
+  if (!mask) return view;
+  view.data = static_cast<const unsigned char*>(mask->const_data_ptr());
+  for (int64_t i = 0; i < mask->dim(); ++i) view.stride[i] = mask->stride(i);
+  return view;
 }
+
+// Room for a launch's scratch; null for no bytes.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes) {
+    if (bytes > 0) tensor_ = new_tensor<uint8_t>(like, {bytes});
+  }
+  void* data() const { return tensor_ ? tensor_->mutable_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
 
 }  // namespace cuda
 }  // namespace vstar
