@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from vstar_ops import Trie
 from vstar_ops.decoding import beam_search, topk_sampling, ved
@@ -17,6 +18,7 @@ from vstar_ops.train.synthetic import synthetic
 from vstar_ops.train.value import (
     DenseReturn,
     ItemEmbeddings,
+    ItemPrior,
     RewardReturn,
     cooccurrence_embeddings,
     load_embeddings,
@@ -38,7 +40,8 @@ def trie() -> Trie:
 def model() -> SIDTransformer:
     torch.manual_seed(0)
     model = SIDTransformer(12, 12, dim=32, layers=2, heads=2, dropout=0.0)
-    model.add_value_head(action_values=True)
+    items = ItemEmbeddings(Trie.from_sequences(CATALOGUE), CATALOGUE, torch.randn(len(CATALOGUE), 5))
+    model.add_value_head(action_values=True, items=items)
     for parameter in model.parameters():  # far from the initial, almost constant outputs
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
@@ -134,6 +137,7 @@ def test_td_target() -> None:
 def test_ved_of_the_model_is_the_sequential_search(model, trie, evaluate_leaves, action_values) -> None:
     context = torch.tensor([[0, 4, 8], [2, 6, 11], [-1, -1, -1]])
     options = {"budget": 9, "width": 2, "evaluate_leaves": evaluate_leaves, "action_values": action_values}
+    options["guided"] = int(action_values)
     out = ved(model, context, trie, 5, seed=torch.tensor([5, 6, 7]), **options)
     for b in range(3):
         leaves, tree = ved_search(model, context[b : b + 1], trie, 5, seed=5 + b, **options)
@@ -165,6 +169,60 @@ def test_whose_candidates(model, trie, options) -> None:
         want = [n for n in best_below.values() if n not in out.node[b, :own].tolist()]
         want += [n for n in everything.node[b].tolist() if n not in want + out.node[b, :own].tolist()]
         assert out.node[b, own:].tolist() == want[: 5 - own]
+
+
+def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
+    """Weights a level times the user's mean direction times that of a prefix, from the definition."""
+    torch.manual_seed(0)
+    vectors = torch.randn(8, 5)
+    sequences = torch.cat([CATALOGUE, CATALOGUE[:1]])  # a collision
+    prior = ItemPrior(ItemEmbeddings(trie, sequences, vectors))
+    prior.weight.data = torch.tensor([0.1, 0.2, 0.3])
+    leaf = vectors[:7].clone()
+    leaf[0] = (vectors[0] + vectors[7]) / 2
+
+    def direction(prefix: list[int]) -> torch.Tensor:
+        parts = []
+        for depth in range(1, len(prefix) + 1):
+            below = [v for v, s in zip(leaf, CATALOGUE.tolist()) if s[:depth] == prefix[:depth]]
+            parts.append(functional.normalize(sum(below), dim=0))
+        return functional.normalize(sum(parts), dim=0)
+
+    mean = sum(direction(s) for s in CATALOGUE.tolist()) / 7
+    prompt = torch.tensor(
+        [[99, 0, 4, 9, 3, 7, 11], [99, 2, 6, 11, -1, -1, -1], [99, -1, -1, -1, 1, 6, 10], [99] + [-1] * 6]
+    )
+    found = prior(prompt, prompt >= 0)
+    histories = [[[0, 4, 9], [3, 7, 11]], [[2, 6, 11]], [[1, 6, 10]], []]
+    for b, history in enumerate(histories):
+        user = functional.normalize(sum((direction(s) - mean for s in history), torch.zeros(5)), dim=0)
+        for prefix in ([0], [3], [0, 4], [2, 6], [0, 4, 8], [1, 7, 10]):
+            want = [1.0, 2.0, 3.0][len(prefix) - 1] * (user @ (direction(prefix) - mean))
+            got = found[b, trie.lookup(torch.tensor(prefix)).item()]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert not found[:, 0].any() and not found[:, -1].any() and not found[3].any()
+    node = torch.tensor([trie.lookup(torch.tensor([0])).item(), -1, 0, trie.num_nodes - 1])
+    below = prior.below(found, node, 12)
+    for row, (at, tokens) in enumerate(zip(node.tolist(), ([4, 5], [], [0, 1, 2, 3], []))):
+        want = torch.zeros(12)
+        for token in tokens:
+            prefix = [0, token] if at else [token]
+            want[token] = found[row, trie.lookup(torch.tensor(prefix)).item()]
+        assert torch.equal(below[row], want)
+
+
+def test_guided_searches_start_from_the_best_by_value(model, trie) -> None:
+    """The first beams are ranked by log pi + w (V + Q)."""
+    context = torch.tensor([[0, 4, 8], [2, 6, 11]])
+    options = {"evaluate_leaves": False, "action_values": True, "logp_weight": 0.5, "value_weight": 3.0}
+    out = ved(model, context, trie, 2, budget=5, width=2, guided=2, **options)
+    logits, state = model.prefill(context)
+    root = torch.arange(2)
+    q = 3 * (model.value(state, root)[:, None] + model.child_value(state, root))[:, :4]
+    rank = 0.5 * logits[:, :4].log_softmax(1) + q  # the first tokens of the catalogue are 0 to 3
+    assert torch.equal(out.trees.node[:, 1:3].long() - 1, rank.topk(2, 1).indices)
+    with pytest.raises(ValueError, match="guided needs action_values=True, got guided=1"):
+        ved(model, context, trie, 2, guided=1)
 
 
 def test_topk_sampling_draws_from_the_policy(model: SIDTransformer, trie: Trie) -> None:

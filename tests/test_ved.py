@@ -81,6 +81,7 @@ def random_options(rng: np.random.Generator, length: int) -> dict:
     }
     flags = ("evaluate_leaves", "action_values", "expand_root", "skip_forced")
     options |= {name: bool(rng.integers(2)) for name in flags}
+    options["guided"] = int(rng.choice([0, 1, 4, 20])) if options["action_values"] else 0
     return options | {"completions": 0 if options["skip_forced"] else int(rng.choice([0, 1, 3]))}
 
 

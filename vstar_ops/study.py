@@ -31,7 +31,7 @@ from .decoding import beam_search
 from .train import checkpoint
 from .train.__main__ import SYNTHETIC
 from .train.data import Dataset, Split, load_minionerec
-from .train.decode import PAPER, TUNED, at_test
+from .train.decode import PAPER, at_test
 from .train.loop import Config, Job, reinforce, supervised
 from .train.model import SIDTransformer
 from .train.objective import candidate_scores
@@ -41,12 +41,13 @@ from .trie import Trie
 
 Scores = dict[str, float]
 
-# (a): name -> decoder+objective, and what differs from TUNED in the search.
-NO_VALUE = {"value_weight": 0.0, "action_values": False}
+# (a): name -> decoder+objective, and what differs from the config's search; `item_prior` is the config's.
+NO_VALUE = {"value_weight": 0.0, "action_values": False, "guided": 0}
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO, beam search": ("beam+grpo", {}),
     "joint, beam search": ("beam+joint", {}),
     "joint, top-k sampling": ("topk+joint", {}),
+    "GRPO, beam search, V learned beside": ("ved+grpo", {"guided": 0, "width": 16, "own": 16}),
     "GRPO, VED": ("ved+grpo", {}),
     "sibling only, VED": ("ved+sibling", {}),
     "V-STAR: joint, VED": ("ved+joint", {}),
@@ -54,20 +55,23 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "V-STAR, score V": ("ved+joint", {"entropy_weight": 0.0}),
     "V-STAR, score H": ("ved+joint", {**NO_VALUE, "entropy_weight": 1.0, "logp_weight": 0.0}),
     "best-first, V = 0": ("ved+joint", NO_VALUE),
-    "V-STAR, leaves evaluated": ("ved+joint", {"evaluate_leaves": True, "action_values": False}),
-    "V-STAR, leaves by their parent's V": ("ved+joint", {"action_values": False}),
-    "V-STAR, candidates by rank alone": ("ved+joint", at_test({})),
+    "V-STAR without the item prior": ("ved+joint", {"item_prior": False}),
+    "V-STAR, not guided": ("ved+joint", {"guided": 0}),
+    "not guided, leaves evaluated": (
+        "ved+joint",
+        {"guided": 0, "evaluate_leaves": True, "action_values": False},
+    ),
+    "not guided, leaves by their parent's V": ("ved+joint", {"guided": 0, "action_values": False}),
 }
 REFERENCE, PLAIN = "V-STAR: joint, VED", "GRPO, beam search"
+WITHOUT = "log pi, V = 0"
 PAPERS = "V-STAR, the paper's own search"  # evaluates leaves, so its policy is the one whose V knows them
 
-# (b), (c): what may be chosen for the search, on the valid split.
+# (b), (c): what may be chosen for the search, on the valid split; what differs from that of training.
 SEARCHES: dict[str, dict[str, Any]] = {
-    "log pi, V = 0": at_test({**TUNED, **NO_VALUE}),
-    "log pi + 2 V": at_test({**TUNED, "value_weight": 2.0}),
-    "log pi + 10 V": at_test({**TUNED, "value_weight": 10.0}),
-    "log pi + 30 V": at_test({**TUNED, "value_weight": 30.0}),
-    "log pi + 10 V, leaves by their parent's V": at_test({**TUNED, "action_values": False}),
+    "log pi, V = 0": NO_VALUE,
+    **{f"log pi + {weight:g} V": {"value_weight": weight} for weight in (1.0, 3.0, 30.0, 100.0)},
+    "beams by value alone": {"width": 10**6, "guided": 10**6},  # as wide as the budget allows
 }
 COLUMNS = ("HR@10", "NDCG@10", "true_reward@10", "best_reward", "diversity", "forward_tokens")
 
@@ -91,16 +95,17 @@ class Study:
         """The policy of an ablation, from its weights if it is done, and the job that trained it."""
         variant, changes = ABLATIONS[name]
         changes = dict(changes)
-        base = PAPER if changes.pop("paper", False) else TUNED
+        base = PAPER if changes.pop("paper", False) else self.job.config.ved
+        prior = changes.pop("item_prior", True)
         folder = self.job.folder / _slug(name)
         folder.mkdir(parents=True, exist_ok=True)
-        config = dataclasses.replace(self.job.config, ved={**base, **changes})
+        config = dataclasses.replace(self.job.config, ved={**base, **changes}, item_prior=prior)
         job = dataclasses.replace(self.job, config=config, folder=folder)
         model, weights = job.model(), folder / "weights.pt"
         if weights.exists():
             state = checkpoint.load(weights)
             if any(key.startswith("value_head") for key in state):
-                model.add_value_head(action_values="value_head.child.token.weight" in state)
+                job.add_value_head(model, action_values="value_head.child.token.weight" in state)
             model.load_state_dict(state)
         else:
             model, _ = reinforce(job, variant, self.supervised())
@@ -120,26 +125,36 @@ class Study:
 
     # ------------------------------------------------------------------ the parts
 
-    def ablations(self) -> dict[str, Scores]:
-        """(a): the policies, decoded by beam search on the test split, and V-STAR's by its own search too."""
+    def ablations(self) -> dict[str, dict[str, Scores]]:
+        """(a): the policies on the test split, all decoded by beam search and those with V by VED as well."""
 
-        def measure(name: str, decoder: str = "beam") -> Scores:
+        def measure(name: str, decoder: str) -> Scores:
             model, job = self.trained(name)
+            if decoder == "ved" and model.value_head is None:
+                return {}
             options = at_test(job.config.ved) if decoder == "ved" else {}
             return self.scores(model, "test", job.config.candidates, decoder, options)
 
-        cells = {n: self.cell(f"a-{_slug(n)}", functools.partial(measure, n)) for n in ABLATIONS}
-        searched = f"{REFERENCE}; VED at test"
-        return cells | {searched: self.cell("a-ved-at-test", functools.partial(measure, REFERENCE, "ved"))}
+        result: dict[str, dict[str, Scores]] = {"beam": {}, "ved": {}}
+        for name in ABLATIONS:
+            for decoder, cells in result.items():
+                cells[name] = self.cell(
+                    f"a-{_slug(name)}-{decoder}", functools.partial(measure, name, decoder)
+                )
+        return {decoder: {n: c for n, c in cells.items() if c} for decoder, cells in result.items()}
 
     def chosen(self, model: SIDTransformer, candidates: int, budget: int) -> tuple[str, dict[str, Any]]:
         """The search of the highest best reward on the valid split."""
         best, found = -math.inf, ""
-        for name, options in SEARCHES.items():
-            scores = self.scores(model, "valid", candidates, "ved", {**options, "budget": budget})
+        for name in SEARCHES:
+            scores = self.scores(model, "valid", candidates, "ved", self.search(name, budget))
             if scores["best_reward"] > best:
                 best, found = scores["best_reward"], name
-        return found, {**SEARCHES[found], "budget": budget}
+        return found, self.search(found, budget)
+
+    def search(self, name: str, budget: int) -> dict[str, Any]:
+        """The options of one of :data:`SEARCHES`."""
+        return at_test({**self.job.config.ved, **SEARCHES[name], "budget": budget})
 
     def many(self) -> dict[str, Scores]:
         """(b): 64 candidates of V-STAR's policy; the paper's search has the policy trained with it."""
@@ -150,19 +165,22 @@ class Study:
             "beam search": self.scores(model, "test", 64, "beam", {}),
             "top-k sampling": self.scores(model, "test", 64, "topk", {}),
             "VED, the paper's": self.scores(paper, "test", 64, "ved", {**PAPER, "budget": budget}),
+            "VED, V = 0": self.scores(model, "test", 64, "ved", self.search(WITHOUT, budget)),
             f"VED, {name}": self.scores(model, "test", 64, "ved", options),
         }
 
     def budgets(self) -> dict[str, dict[str, Scores]]:
         """(c): the first 16 candidates at 1x to 4x the forward tokens of a beam search of width 16."""
         (model, _), (paper, _) = self.trained(REFERENCE), self.trained(PAPERS)
-        rows: dict[str, dict[str, Scores]] = {"beam search": {}, "VED, the paper's": {}, "VED, chosen": {}}
+        names = ("beam search", "VED, the paper's", "VED, V = 0", "VED, chosen")
+        rows: dict[str, dict[str, Scores]] = {name: {} for name in names}
         for times in (1, 2, 3, 4):
             budget = 1 + (self.job.trie.length - 1) * 16 * times
             _, options = self.chosen(model, 16, budget)
-            papers = {**PAPER, "budget": budget}
+            papers, without = {**PAPER, "budget": budget}, self.search(WITHOUT, budget)
             rows["beam search"][str(times)] = self.scores(model, "test", 16, "beam", {"width": 16 * times})
             rows["VED, the paper's"][str(times)] = self.scores(paper, "test", 16, "ved", papers)
+            rows["VED, V = 0"][str(times)] = self.scores(model, "test", 16, "ved", without)
             rows["VED, chosen"][str(times)] = self.scores(model, "test", 16, "ved", options)
         return rows
 
@@ -237,13 +255,18 @@ def write(folder: Path, title: str, seeds: dict[int, dict[str, Any]]) -> str:
     text = f"# {title}\n\nTest split, {len(seeds)} seeds: mean and 95 % interval.\n"
     first = next(iter(seeds.values()))
     if "a" in first:
-        text += "\n## (a) Trained with, decoded by beam search, 16 candidates\n\n"
-        text += _table({s: parts["a"] for s, parts in seeds.items()})
-        text += f"\nPaired differences to {PLAIN}:\n\n"
-        text += _table({s: parts["a"] for s, parts in seeds.items()}, against=PLAIN)
+        text += "\n## (a) Trained with, 16 candidates\n"
+        for decoder, title in (("beam", "beam search"), ("ved", "VED, as in training")):
+            cells = {s: {PLAIN: p["a"]["beam"][PLAIN]} | p["a"][decoder] for s, p in seeds.items()}
+            text += f"\nDecoded by {title} at test:\n\n" + _table(cells)
+            text += f"\nPaired differences to {PLAIN}, decoded by beam search:\n\n"
+            text += _table(cells, against=PLAIN)
     if "b" in first:
         text += "\n## (b) 64 candidates of the V-STAR policy\n\n"
-        text += _table({s: _one_name(parts["b"]) for s, parts in seeds.items()})
+        cells = {s: _one_name(parts["b"]) for s, parts in seeds.items()}
+        text += _table(cells)
+        for against in ("beam search", "VED, V = 0"):
+            text += f"\nPaired differences to {against}:\n\n" + _table(cells, against=against)
         names = {s: [n for n in parts["b"] if n.startswith("VED")][-1] for s, parts in seeds.items()}
         text += f"\nChosen on valid: {', '.join(f'seed {s}: {n}' for s, n in names.items())}.\n"
     if "c" in first:
@@ -251,7 +274,8 @@ def write(folder: Path, title: str, seeds: dict[int, dict[str, Any]]) -> str:
         for times in next(iter(first["c"].values())):
             text += f"\n{times}x\n\n"
             cells = {s: {n: row[times] for n, row in p["c"].items()} for s, p in seeds.items()}
-            text += _table(cells)
+            text += _table(cells) + "\nPaired differences to VED, V = 0:\n\n"
+            text += _table(cells, against="VED, V = 0")
     if "d" in first:
         text += "\n## (d) Spearman's correlation with the reward, by level\n\n"
         text += _table(
@@ -295,7 +319,7 @@ def _plots(folder: Path, seeds: dict[int, dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     first = next(iter(seeds.values()))
-    figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(18, 6), constrained_layout=True)
 
     def bars(axis: Any, cells: dict[int, dict[str, Scores]], column: str) -> None:
         names = list(next(iter(cells.values())))[::-1]
@@ -305,10 +329,13 @@ def _plots(folder: Path, seeds: dict[int, dict[str, Any]]) -> None:
         axis.set(xlabel=column.replace("_", " "))
 
     if "a" in first:
-        scores = next(iter(first["a"].values()))
+        scores = first["a"]["beam"][PLAIN]
         bars(
             axes[0],
-            {s: p["a"] for s, p in seeds.items()},
+            {
+                s: p["a"]["beam"] | {f"{n}, VED at test": c for n, c in p["a"]["ved"].items()}
+                for s, p in seeds.items()
+            },
             next(c for c in COLUMNS[::-1] if c in scores and "@10" in c),
         )
         axes[0].set(title="(a) trained with")
@@ -394,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.out or Path("runs") / f"study-{dataset.name}"
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    config = Config(seeds=seeds, threads=args.threads, **changes)
+    config = Config(seeds=seeds, threads=args.threads, test_decoder="ved", **changes)
     settings = json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k != "seeds"}, indent=1)
     known = folder / "config.json"
     if known.exists() and known.read_text() != settings:

@@ -42,6 +42,7 @@ def ved(
     logp_weight: float = 0.0,
     evaluate_leaves: bool = True,
     action_values: bool = False,
+    guided: int = 0,
     expand_root: bool = True,
     skip_forced: bool = False,
     completions: int = 0,
@@ -80,6 +81,10 @@ def ved(
             whole budget goes to inner prefixes, and a leaf is ranked by its parent's value.
         action_values: leaves without a value of their own are ranked by ``V + Q``, Q the model's
             ``child_value``, a correction to V for each child; with ``evaluate_leaves=False`` these are all.
+        guided: of the initial beams so many are the best of the others by :math:`w_p \log\pi + w_v (V + Q)`,
+            what a prefix is thought to be worth before it is evaluated; needs ``action_values``. 0 is the
+            paper, all by log pi. With ``guided`` and ``width`` at ``candidates`` the whole budget is a beam
+            search by value.
         expand_root: False leaves the root out of the expansion: no first tokens beyond the initial ones.
         skip_forced: a leaf that is an only child is not evaluated; it is ranked among the evaluated leaves by
             its parent's value, and its token is saved. Only with ``evaluate_leaves`` and ``"legal"``, and
@@ -115,7 +120,7 @@ def ved(
     length = trie.length
     for name, number, low in (
         ("candidates", candidates, 1), ("budget", budget, length), ("width", width, 1),
-        ("completions", completions, 0), ("own", own, 0),
+        ("completions", completions, 0), ("own", own, 0), ("guided", guided, 0),
     ):  # fmt: skip
         whole(name, number, low)
     if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0):
@@ -124,6 +129,8 @@ def ved(
         raise ValueError(f"skip_forced needs normalize='legal', got {normalize!r}")
     if skip_forced and completions:
         raise ValueError(f"skip_forced needs completions=0, got {completions}")
+    if guided and not action_values:
+        raise ValueError(f"guided needs action_values=True, got guided={guided} without")
     value_weight, logp_weight = finite("value_weight", value_weight), finite("logp_weight", logp_weight)
     entropy_weight = finite("entropy_weight", entropy_weight)
     for name, needed in (("value", value_weight != 0), ("child_value", action_values)):
@@ -148,7 +155,7 @@ def ved(
     )
     search = _Search(
         model, state, trie, trees, seeds, levels, value_weight, entropy_weight, logp_weight, action_values,
-        expand_root, skip_forced and evaluate_leaves, normalize, temperature,
+        guided, expand_root, skip_forced and evaluate_leaves, normalize, temperature,
     )  # fmt: skip
 
     search.plant(logits, min(width, max(1, (budget - 1) // max(levels, 1))), budget)
@@ -163,24 +170,28 @@ def ved(
     best = ved_candidates(trees, length, candidates, **ranking)
     if completions > 0:
         few = replace(trees, num_leaves=trees.num_leaves.clamp(max=completions))
-        best = _before(ved_candidates(few, length, candidates, **ranking), best)
+        best = _ranked_before(ved_candidates(few, length, candidates, **ranking), best)
     if own > 0:
         ranking["logp_weight"] = 1.0
         probable = replace(trees, value=torch.zeros_like(trees.value), leaf_score=trees.leaf_logp)
-        best = _before(ved_candidates(probable, length, min(own, candidates), **ranking), best)
+        best = _ranked_before(ved_candidates(probable, length, min(own, candidates), **ranking), best)
     return VEDResult(trie.sequences(best.node), *best, trees.size, trees)
 
 
-def _before(first: Candidates, others: Candidates) -> Candidates:
-    """``first``, then those of the others that are not among them; as many as the others are."""
+def _before(first: Any, others: Any, names: tuple[str, ...]) -> list[Tensor]:
+    """``node`` and the named fields of ``first``, then of those of the others that are not among them.
+
+    As many as the others are; dead ones come last."""
     again = (others.node[:, :, None] == first.node[:, None]).any(2)
     node = torch.cat([first.node, others.node.masked_fill(again, -1)], 1)
     order = (node < 0).int().argsort(dim=1, stable=True)[:, : others.node.shape[1]]
-    node = node.gather(1, order)
-    logp, score = (
-        torch.cat(pair, 1).gather(1, order).masked_fill(node < 0, -torch.inf)
-        for pair in ((first.logp, others.logp), (first.score, others.score))
-    )
+    fields = (torch.cat([getattr(part, name) for part in (first, others)], 1) for name in names)
+    return [node.gather(1, order), *(field.gather(1, order) for field in fields)]
+
+
+def _ranked_before(first: Candidates, others: Candidates) -> Candidates:
+    node, logp, score = _before(first, others, ("logp", "score"))
+    logp, score = (x.masked_fill(node < 0, -torch.inf) for x in (logp, score))
     return Candidates(node, logp, score, (node >= 0).sum(1).int())
 
 
@@ -196,6 +207,7 @@ class _Search:
     entropy_weight: float
     logp_weight: float
     action_values: bool
+    guided: int
     expand_root: bool
     skip_forced: bool
     normalize: str
@@ -207,21 +219,13 @@ class _Search:
         batch, device = len(logits), logits.device
         root = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         rows = Rows(root - 1, root, torch.zeros(batch, 1, device=device))
-        self.evaluate(rows, logits, torch.arange(batch, device=device))
+        scores = self.evaluate(rows, logits, torch.arange(batch, device=device))
         frontier, at, spent = logits[:, None], root, 1
         for _ in range(self.levels):
             width = min(width, budget - spent)
             if width < 1:
                 break
-            beams = expand_topk(
-                frontier,
-                trie,
-                rows.node,
-                width,
-                cum_logp=rows.logp,
-                normalize=self.normalize,
-                temperature=self.temperature,
-            )
+            beams = self.extensions(frontier, rows, width, scores)
             above = at.gather(1, beams.parent.clamp(min=0).long())
             single = trie.num_children(rows.node.gather(1, beams.parent.clamp(min=0).long())) == 1
             drop = (beams.node < 0) | (single & (beams.node >= self._first(trie.length)) & self.skip_forced)
@@ -229,9 +233,21 @@ class _Search:
             rows = Rows(above.masked_fill(drop, -1), node, beams.logp)
             at = trees.size[:, None] + (node >= 0).cumsum(1).int() - 1
             new, slot = self.forward(rows)
-            self.evaluate(rows, new, slot)
+            scores = self.evaluate(rows, new, slot)
             frontier = new.view(batch, width, -1)
             spent += width
+
+    def extensions(self, logits: Tensor, rows: Rows, width: int, scores: dict[str, Any]) -> Rows:
+        """The next beams; their parents are places among ``rows``."""
+        given: dict[str, Any] = {"cum_logp": rows.logp, "normalize": self.normalize}
+        given["temperature"] = self.temperature
+        probable = width - min(self.guided, width)
+        best = expand_topk(logits, self.trie, rows.node, width, **given, **(scores if self.guided else {}))
+        if not self.guided or not probable:
+            return Rows(best.parent, best.node, best.logp)
+        first = expand_topk(logits, self.trie, rows.node, probable, **given)
+        node, parent, logp = _before(first, best, ("parent", "logp"))
+        return Rows(parent.masked_fill(node < 0, -1), node, logp)
 
     def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Logits ``[B * P, V]`` and slots ``[B * P]`` of the rows."""
@@ -241,8 +257,11 @@ class _Search:
         logits, slot = self.model.extend(self.state, parent.flatten(), token.flatten())
         return logits, slot.masked_fill(~live.flatten(), -1)
 
-    def evaluate(self, rows: Rows, logits: Tensor, slot: Tensor) -> None:
-        """Value, entropy and the lists of children of the rows; insert them into the trees."""
+    def evaluate(self, rows: Rows, logits: Tensor, slot: Tensor) -> dict[str, Any]:
+        """Value, entropy and the lists of children of the rows; insert them into the trees.
+
+        Returns what :func:`expand_topk` needs to rank their children by value; nothing without action values.
+        """
         trie, trees, length = self.trie, self.trees, self.trie.length
         shape = rows.node.shape
         node, logp = rows.node.reshape(-1, 1), rows.logp.reshape(-1, 1)
@@ -266,8 +285,8 @@ class _Search:
         if self.skip_forced:
             num_children = num_children.masked_fill((before_leaf[:, 0] >= 0) & (drawn.count == 1), 0)
         ranking: dict[str, Any] = {}
+        scale = self.value_weight if self.value_weight != 0 else 1.0
         if self.action_values:
-            scale = self.value_weight if self.value_weight != 0 else 1.0
             ranking = {"child_value": self.model.child_value(self.state, slot).unsqueeze(1)}
             ranking |= {"value_weight": scale, "logp_weight": self.logp_weight}
         listed = expand_topk(
@@ -295,6 +314,10 @@ class _Search:
             num_leaves=rowwise(listed.count),
         )
         ved_insert(trees, rows, evaluation, entropy_weight=self.entropy_weight, logp_weight=self.logp_weight)
+        if not self.action_values:
+            return {}
+        child_value = rowwise(ranking["child_value"][:, 0])
+        return {**ranking, "value": rowwise(value) / scale, "child_value": child_value}
 
     def _first(self, depth: int) -> int:
         """The first trie node of a depth."""

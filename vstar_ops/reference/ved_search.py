@@ -63,6 +63,7 @@ def ved_search(
     logp_weight: float = 0.0,
     evaluate_leaves: bool = True,
     action_values: bool = False,
+    guided: int = 0,
     expand_root: bool = True,
     skip_forced: bool = False,
     completions: int = 0,
@@ -119,6 +120,11 @@ def ved_search(
     def is_forced(parent: Node) -> bool:
         return skip_forced and evaluate_leaves and parent.depth == length - 1 and len(parent.child_logp) == 1
 
+    def worth(parent: Node, child: int) -> float:
+        """Of a prefix before it is evaluated."""
+        logp = parent.logp + parent.child_logp[child]
+        return logp_weight * logp + parent.value + (value_weight or 1.0) * parent.action_value[child]
+
     # 1. The initial beam search.
     frontier = [evaluate(0, None, 0.0, logits[0], 0)]
     width = min(width, max(1, (budget - 1) // max(levels, 1)))
@@ -126,9 +132,13 @@ def ved_search(
     for _ in range(levels):
         width = min(width, budget - reserved)
         reserved += width
-        extensions = [(p.logp + lp, i, c) for i, p in enumerate(frontier) for c, lp in p.child_logp.items()]
-        extensions.sort(key=lambda e: (-e[0], e[1], e[2]))
-        best = [(frontier[i], c) for _, i, c in extensions[: max(width, 0)]]
+        extensions = [(i, child) for i, p in enumerate(frontier) for child in p.child_logp]
+        extensions.sort(key=lambda e: (-(frontier[e[0]].logp + frontier[e[0]].child_logp[e[1]]), *e))
+        by_logp = max(width - guided, 0)
+        others = extensions[by_logp:]
+        if guided:
+            others.sort(key=lambda e: (-worth(frontier[e[0]], e[1]), *e))
+        best = [(frontier[i], c) for i, c in (extensions[:by_logp] + others)[: max(width, 0)]]
         frontier = [extend(parent, child)[0] for parent, child in best if not is_forced(parent)]
 
     # 2 to 4. Rounds of one traversal.
@@ -170,7 +180,7 @@ def ved_search(
             for child, lp in s.child_logp.items():
                 score = w * s.value + weight * (s.logp + lp)
                 if action_values and not by_logp:
-                    score += (value_weight if value_weight != 0 else 1.0) * s.action_value[child]
+                    score += (value_weight or 1.0) * s.action_value[child]
                 below.append(Leaf(child, s.logp + lp, score))
             below.sort(key=lambda leaf: (-leaf.score if action_values else -leaf.logp, leaf.node))
             expanded = {child.node for child in s.children}

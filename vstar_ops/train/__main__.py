@@ -23,8 +23,10 @@ from .rewards import NAMES
 from .synthetic import synthetic
 from .value import load_embeddings
 
-# What differs from Config on the embedded catalogue, which is easier to fit and has a denser reward.
-SYNTHETIC: dict[str, float] = {"sft_epochs": 12, "rl_steps": 150, "rl_lr": 6e-4, "sibling_weight": 0.1}
+# What differs from Config on the embedded catalogue, which is easier to fit and has a denser reward. V learns
+# that reward itself, and knows more of it than the clicks do.
+SYNTHETIC: dict[str, Any] = {"sft_epochs": 12, "rl_steps": 150, "rl_lr": 6e-4, "sibling_weight": 0.1}
+SYNTHETIC["ved"] = {**TUNED, "value_weight": 30.0}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,15 +57,31 @@ def parser() -> argparse.ArgumentParser:
         help=f"some of {','.join(OBJECTIVES)}, each with each decoder (default: joint; without --decoder and "
         f"--objective {', '.join(Config().variants)}, the last being V-STAR)",
     )
-    add("--test-decoder", "beam, or ved for what has a value head (default: beam)", choices=("beam", "ved"))
+    add(
+        "--test-decoder",
+        "in early stopping and at test: beam, or ved for what has a value head, which then has a row for "
+        "beam search too (default: %(default)s)",
+        choices=("beam", "ved"),
+    )
     p.add_argument(
         "--ved",
         nargs="+",
         metavar="OPTION=VALUE",
         help="options of the tree search, or paper for the paper's own: "
-        f"{', '.join(VED_OPTIONS)}; default: {_ved_text(TUNED)}",
+        f"{', '.join(VED_OPTIONS)}; default: {_ved_text(TUNED)}, on synthetic data "
+        f"value_weight={SYNTHETIC['ved']['value_weight']}",
     )
-    add("--item-embeddings", "E numbers an item, for the dense return (default: from clicks)", metavar="NPY")
+    add(
+        "--item-embeddings",
+        "E numbers an item, for V and the dense return (default: from clicks)",
+        metavar="NPY",
+    )
+    p.add_argument(
+        "--no-item-prior",
+        dest="item_prior",
+        action="store_false",
+        help="V learns from nothing how near the user's items are to a prefix",
+    )
     add(
         "--value-return",
         "what V learns from: the reward, or the dense return of Eq. 8 (default: reward for true, else dense)",
@@ -126,7 +144,7 @@ def _main(argv: list[str] | None, world: parallel.World) -> int:
             pairs = itertools.product(args.decoder or ("beam",), args.objective or ("joint",))
             values["variants"] = tuple(f"{decoder}+{objective}" for decoder, objective in pairs)
         try:
-            values["ved"] = _ved(args.ved)
+            values["ved"] = _ved(args.ved, SYNTHETIC["ved"] if args.data is None else TUNED)
         except ValueError as error:
             p.error(str(error))
         if args.seed is not None:
@@ -205,9 +223,9 @@ def _some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def _ved(words: list[str] | None) -> dict[str, Any]:
-    """The options of ``--ved``; what is not given is as in TUNED, or as in PAPER after the word ``paper``."""
-    options: dict[str, Any] = dict(TUNED)
+def _ved(words: list[str] | None, default: dict[str, Any]) -> dict[str, Any]:
+    """The options of ``--ved``; what is not given is the default, or as in PAPER after the word ``paper``."""
+    options = dict(default)
     for word in words or ():
         name, equals, text = word.partition("=")
         if word == "paper":

@@ -13,10 +13,11 @@ from .model import SIDTransformer
 
 DECODERS = ("beam", "topk", "ved")
 
-# Options of `ved`: the paper's own setting, and ours. The log-probability keeps the search near the policy; V
-# decides among what the policy would propose, and action values among leaves, so that no tokens go to these.
-# In training half of the candidates, at first, are what the policy would answer anyway: its mistakes are only
-# unlearned in sight. The others are the best leaf of each other prefix.
+# Options of `ved`: the paper's own setting, and ours. Half of the first beams are the most probable prefixes,
+# half the most valuable of the others. So is a training batch: half of the candidates, at first, are what the
+# policy would answer anyway, since its mistakes are only unlearned in sight, and the others are the best leaf
+# of each other prefix, which spreads what V learns from. Action values rank the leaves, so that no tokens go
+# to these.
 PAPER: dict[str, Any] = {
     "entropy_weight": 0.1,
     "exploration": 1.0,
@@ -27,9 +28,11 @@ TUNED: dict[str, Any] = {
     "entropy_weight": 0.1,
     "exploration": 1.0,
     "logp_weight": 1.0,
-    "value_weight": 10.0,
+    "value_weight": 3.0,
     "evaluate_leaves": False,
     "action_values": True,
+    "width": 12,
+    "guided": 6,
     "completions": 1,
     "own": 8,
 }

@@ -8,6 +8,7 @@ deterministic).
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -70,6 +71,7 @@ class Config:
     value_return: str | None = None
     gamma: float = 0.99
     item_embeddings: str | None = None
+    item_prior: bool = True
     test_decoder: str = "beam"
     dropout: float = 0.2
     label_smoothing: float = 0.1
@@ -96,6 +98,10 @@ class Job:
     def model(self) -> SIDTransformer:
         return SIDTransformer(self.dataset.vocab, self.dataset.max_tokens, dropout=self.config.dropout)
 
+    def decoder(self, model: SIDTransformer) -> str:
+        """At test. VED needs a value head: what was trained without one is decoded by beam search."""
+        return self.config.test_decoder if model.value_head is not None else "beam"
+
     @property
     def reward_name(self) -> str:
         return self.config.reward or ("true" if self.dataset.reward else "ranking")
@@ -103,14 +109,22 @@ class Job:
     def returns(self, reward: Reward) -> DenseReturn | RewardReturn:
         """What V is trained on: the reward itself where it says something of every candidate."""
         kind = self.config.value_return or ("reward" if self.reward_name == "true" else "dense")
-        if kind == "reward":
-            return RewardReturn(reward)
+        return RewardReturn(reward) if kind == "reward" else DenseReturn(self.items)
+
+    @functools.cached_property
+    def items(self) -> ItemEmbeddings:
+        """From the config's file, or from the clicks."""
         path, data = self.config.item_embeddings, self.dataset
         if path:
             vectors = load_embeddings(path, len(data.sequences))
         else:
             vectors = cooccurrence_embeddings(data, self.trie)
-        return DenseReturn(ItemEmbeddings(self.trie, data.sequences, vectors))
+        return ItemEmbeddings(self.trie, data.sequences, vectors)
+
+    def add_value_head(self, model: SIDTransformer, action_values: bool) -> None:
+        model.add_value_head(
+            action_values=action_values, items=self.items if self.config.item_prior else None
+        )
 
     def evaluate(
         self,
@@ -209,7 +223,7 @@ def fit(
     def validate() -> None:
         scores: dict[str, float] = {}
         if world.leads:
-            scores = job.evaluate(model, "valid", job.config.valid_rows)
+            scores = job.evaluate(model, "valid", job.config.valid_rows, job.decoder(model))
         scores = world.same(scores)
         write({"step": now["step"], "seconds": round(now["seconds"], 2), "valid": scores})
         now["bad"] += 1
@@ -341,7 +355,7 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
     valued = decoder == "ved" and options.get("value_weight", 1) != 0
     action_values = valued and options.get("action_values", False)
     if valued:
-        model.add_value_head(action_values=action_values)
+        job.add_value_head(model, action_values)
         returns_of = job.returns(reward_of)
     run = job.world.wrap(model)
     w_global = 0.0 if objective == "sibling" else 1.0
@@ -467,12 +481,11 @@ def run_seed(job: Job) -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {}
     for stage, (model, seconds) in stages.items() if job.world.leads else ():
         checkpoint.save(job.folder / f"{stage}.weights.pt", model.state_dict())
-        # VED needs a value head: what was trained without one is decoded by beam search.
-        decoder = job.config.test_decoder if model.value_head or job.config.test_decoder != "ved" else "beam"
+        decoder = job.decoder(model)
         valid = job.evaluate(model, "valid", decoder=decoder)
-        results[row_name(stage)] = {
-            **job.evaluate(model, "test", decoder=decoder),
-            "seconds": seconds,
-            "valid_NDCG@10": valid["NDCG@10"],
-        }
+        known = {"seconds": seconds, "valid_NDCG@10": valid["NDCG@10"]}
+        results[row_name(stage)] = {**job.evaluate(model, "test", decoder=decoder), **known}
+        if decoder != "beam":
+            name = f"{row_name(stage)}, beam search at test"
+            results[name] = {**job.evaluate(model, "test"), **known}
     return results

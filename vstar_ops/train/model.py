@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..packing import PackedRows, pack_prompts
-from .value import ValueHead, hash_prefix, hash_prefixes
+from .value import ItemEmbeddings, ValueHead, hash_prefix, hash_prefixes
 
 
 @dataclass
@@ -36,6 +36,7 @@ class PrefixCache:
         position: int64 ``[slots]``, the number of tokens before the slot's own.
         prefix: int64 ``[slots]``, hash of the tokens since the prompt, 0 for none.
         valued: ``[slots, dim]``, outputs of the value head's block, None without one.
+        prior: ``[B, T + 1]``, what the head's prior says of the catalogue, None without one.
     """
 
     keys: list[Tensor]
@@ -45,6 +46,7 @@ class PrefixCache:
     position: Tensor
     prefix: Tensor
     valued: Tensor | None
+    prior: Tensor | None
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add the columns ``[B, heads, width, head_dim]`` to a layer; returns all of it.
@@ -114,11 +116,12 @@ class SIDTransformer(nn.Module):
                 deep = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * layers) ** 0.5 if deep else 0.02)
 
-    def add_value_head(self, *, action_values: bool = False) -> None:
-        """Value prefixes from now on. The head reads the backbone's hidden states and never moves them."""
+    def add_value_head(self, *, action_values: bool = False, items: ItemEmbeddings | None = None) -> None:
+        """Value prefixes from now on. The head reads the backbone's hidden states and never moves them; with
+        ``items`` it starts from what the prompt's items say, see :class:`ItemPrior`."""
         dim, block = self.token.weight.shape[1], self.blocks[0]
         own = Block(dim, block.heads, block.rate)  # type: ignore[arg-type]
-        self.value_head = ValueHead(own, dim, self.vocab, action_values=action_values)
+        self.value_head = ValueHead(own, dim, self.vocab, action_values=action_values, items=items)
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters of the policy and of the value head."""
@@ -154,7 +157,11 @@ class SIDTransformer(nn.Module):
         if self.value_head is None or valued is None:
             return PackedScores(logits, None, None)
         valued = rows.select(valued)
-        shape, of = valued.shape[:2], (valued.flatten(0, 1), rows.select(prefix).flatten())
+        shape, prompt = valued.shape[:2], slice(rows.prompt_columns)
+        prior = self._prior(token[:, prompt], rows.real[:, prompt])
+        if prior is not None:
+            prior = prior.repeat_interleave(shape[1], 0)
+        of = (valued.flatten(0, 1), rows.select(prefix).flatten(), prior)
         value = self.value_head(*of).view(shape)
         if not action_values:
             return PackedScores(logits, value, None)
@@ -162,20 +169,28 @@ class SIDTransformer(nn.Module):
 
     def value(self, state: PrefixCache, slot: Tensor) -> Tensor:
         """V of evaluated prefixes; see :class:`ValueModel`."""
-        head, valued = self._valued(state)
-        slot = slot.clamp(min=0)
-        return head(valued[slot], state.prefix[slot])
+        head, of = self._valued(state, slot)
+        return head(*of)
 
     def child_value(self, state: PrefixCache, slot: Tensor) -> Tensor:
         """Q - V of evaluated prefixes and every token; see :class:`ValueModel`."""
-        head, valued = self._valued(state)
-        slot = slot.clamp(min=0)
-        return head.corrections(valued[slot], state.prefix[slot])
+        head, of = self._valued(state, slot)
+        return head.corrections(*of)
 
-    def _valued(self, state: PrefixCache) -> tuple[ValueHead, Tensor]:
+    def _valued(
+        self, state: PrefixCache, slot: Tensor
+    ) -> tuple[ValueHead, tuple[Tensor, Tensor, Tensor | None]]:
         if self.value_head is None or state.valued is None:
             raise ValueError("the model has no value head: call add_value_head() before prefill")
-        return self.value_head, state.valued
+        slot = slot.clamp(min=0)
+        prior = state.prior[state.request[slot]] if state.prior is not None else None
+        return self.value_head, (state.valued[slot], state.prefix[slot], prior)
+
+    def _prior(self, prompt: Tensor, real: Tensor) -> Tensor | None:
+        """What the value head's prior says after prompts with their begin token, ``[B, T + 1]``."""
+        if self.value_head is None or self.value_head.prior is None:
+            return None
+        return self.value_head.prior(prompt, real)
 
     def prefill(self, context: Tensor) -> tuple[Tensor, PrefixCache]:
         """Evaluate prompts ``context[B, T]``; see :class:`PrefixModel`."""
@@ -183,7 +198,10 @@ class SIDTransformer(nn.Module):
         # The last real token stands in the column with the highest position (the begin token if none).
         batch, last = torch.arange(len(x), device=x.device), position.argmax(1)
         valued = valued[batch, last] if valued is not None else None
-        cache = PrefixCache(keys, values, seen[batch, last], batch, position[batch, last], batch * 0, valued)
+        prompt = F.pad(context.long(), (1, 0), value=self.vocab)
+        prior = self._prior(prompt, prompt >= 0)
+        position = position[batch, last]
+        cache = PrefixCache(keys, values, seen[batch, last], batch, position, batch * 0, valued, prior)
         return self._head(x[batch, last]), cache
 
     def extend(self, state: PrefixCache, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,92 @@ def hash_prefixes(tokens: Tensor) -> Tensor:
     return torch.stack(hashes[1:], -1)
 
 
+class ItemPrior(nn.Module):
+    r"""What the user's own items say of every prefix of the catalogue, before anything is learned of it.
+
+    :math:`w_\ell \langle u, e(y_{\le\ell}) \rangle` with a learned weight a level. :math:`e` is the direction
+    of the mean embedding of the items below a prefix, added to those of the prefixes before it, since few
+    clicks make the embedding of an item but many that of a prefix; :math:`u` is the mean direction of the
+    items in the prompt. One number a level generalises over all users and prefixes from the first step on,
+    where embeddings of prefixes learn what everybody likes and know nothing of what was never tried.
+    """
+
+    # The optimizer moves all weights by steps of one size, and those of few inputs have far to go.
+    SCALE = 10.0
+
+    direction: Tensor
+    level: Tensor
+    offset: Tensor
+    token: Tensor
+    key: Tensor
+    node: Tensor
+
+    def __init__(self, items: ItemEmbeddings) -> None:
+        super().__init__()
+        trie, leaf = items.trie, items.trie.level_offset[-2]
+        children = trie.offset[1:].long() - trie.offset[:-1].long()
+        parent = F.pad(torch.arange(len(children)).repeat_interleave(children), (1, 0), value=-1)
+        total = torch.zeros(trie.num_nodes, items.vectors.shape[1])
+        total[leaf:] = items.vectors
+        for first, last in reversed(_levels(trie)):
+            total.index_add_(0, parent[first:last], total[first:last].clone())
+        total[0] = 0
+        direction, key = F.normalize(total, dim=1), torch.zeros(trie.num_nodes, dtype=torch.int64)
+        level = torch.zeros(trie.num_nodes, dtype=torch.int64)
+        for depth, (first, last) in enumerate(_levels(trie), 1):
+            above = parent[first:last]
+            direction[first:last] += direction[above]
+            key[first:last] = hash_prefix(key[above], trie.token[first - 1 : last - 1].long())
+            level[first:last] = depth
+        direction = F.normalize(direction, dim=1)
+        direction[1:] -= direction[leaf:].mean(0)
+        key, order = key.sort()
+        self.length = trie.length
+        self.weight = nn.Parameter(torch.zeros(trie.length))
+        self.register_buffer("direction", direction)  # [T, E]
+        self.register_buffer("level", level)  # [T]
+        self.register_buffer("offset", trie.offset.long())  # [T + 1], the trie's
+        self.register_buffer("token", trie.token.long())
+        self.register_buffer("key", key)  # hashes of the prefixes, sorted, and their nodes
+        self.register_buffer("node", order)
+
+    def find(self, prefix: Tensor) -> Tensor:
+        """The nodes of hashed prefixes, -1 where there is none."""
+        at = torch.searchsorted(self.key, prefix).clamp(max=len(self.key) - 1)
+        return torch.where(self.key[at] == prefix, self.node[at], -1)
+
+    def forward(self, prompt: Tensor, real: Tensor) -> Tensor:
+        """float32 ``[B, T + 1]`` of every node, the last column 0; ``prompt[B, P]`` begins with a token that
+        is no item's."""
+        place = real.cumsum(1) - 2  # the first token of the first item is 0
+        prefix = torch.zeros_like(prompt)
+        for _ in range(self.length):
+            above = torch.where(place % self.length > 0, F.pad(prefix, (1, -1)), 0)
+            prefix = hash_prefix(above, prompt)
+        whole = real & (place >= 0) & (place % self.length == self.length - 1)
+        node = torch.where(whole, self.find(prefix), -1)
+        chosen = self.direction[node.clamp(min=0)] * (node >= 0)[..., None]
+        near = F.normalize(chosen.sum(1), dim=1) @ self.direction.T
+        weight = F.pad(self.SCALE * self.weight, (1, 0))[self.level]  # nothing is said of the root
+        return F.pad(near * weight, (0, 1))
+
+    def below(self, prior: Tensor, node: Tensor, vocab: int) -> Tensor:
+        """What ``prior[N, T + 1]`` says of the children of ``node[N]``, ``[N, vocab]``; else 0."""
+        at = node.clamp(min=0)
+        begin, end = self.offset[at], torch.where(node >= 0, self.offset[at + 1], 0)
+        edge = begin[:, None] + torch.arange(int((end - begin).max().clamp(min=0)), device=node.device)
+        there = edge < end[:, None]
+        edge = edge.clamp(max=len(self.token) - 1)
+        value = prior.gather(1, torch.where(there, edge + 1, prior.shape[1] - 1))
+        result = prior.new_zeros(len(node), vocab + 1)
+        return result.scatter(1, torch.where(there, self.token[edge], vocab), value)[:, :vocab]
+
+
+def _levels(trie: Trie) -> list[tuple[int, int]]:
+    """First node and end of every level below the root."""
+    return list(zip(trie.level_offset[1:], trie.level_offset[2:]))
+
+
 class ValueHead(nn.Module):
     """An MLP over the hidden states of a causal block of its own: V(s), and Q(s, v) - V(s) if asked for.
 
@@ -137,7 +223,14 @@ class ValueHead(nn.Module):
     """
 
     def __init__(
-        self, block: nn.Module, dim: int, vocab: int, *, action_values: bool = False, buckets: int = 2**14
+        self,
+        block: nn.Module,
+        dim: int,
+        vocab: int,
+        *,
+        action_values: bool = False,
+        items: ItemEmbeddings | None = None,
+        buckets: int = 2**14,
     ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab + 1, dim)
@@ -155,22 +248,32 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.reader.weight)
         if self.child is not None:
             self.child.reset()
+        self.prior = ItemPrior(items) if items is not None else None
 
     def embed(self, token: Tensor, prefix: Tensor) -> Tensor:
         """What is added to the hidden states; ``prefix`` as :func:`hash_prefix` makes it."""
         return self.token(token) + self.prefix(prefix % self.prefix.num_embeddings)
 
-    def forward(self, x: Tensor, prefix: Tensor) -> Tensor:
-        """V ``[N]`` of block outputs ``[N, dim]`` and the prefixes ``[N]`` they stand for."""
+    def forward(self, x: Tensor, prefix: Tensor, prior: Tensor | None) -> Tensor:
+        """V ``[N]`` of block outputs ``[N, dim]``, the prefixes ``[N]`` they stand for, and the prior's
+        ``[N, T + 1]`` for the requests they belong to."""
         features = self._features(x)
         own = (features * self.reader(prefix % self.reader.num_embeddings)).sum(1)
-        return self.value(features)[:, 0] + own
+        value = self.value(features)[:, 0] + own
+        if self.prior is None or prior is None:
+            return value
+        return value + prior.gather(1, self.prior.find(prefix)[:, None] % prior.shape[1])[:, 0]
 
-    def corrections(self, x: Tensor, prefix: Tensor) -> Tensor:
+    def corrections(self, x: Tensor, prefix: Tensor, prior: Tensor | None) -> Tensor:
         """Q - V ``[N, vocab]``."""
         if self.child is None:
             raise ValueError("the value head was made without action values")
-        return self.child(self._features(x), prefix)
+        result = self.child(self._features(x), prefix)
+        if self.prior is None or prior is None:
+            return result
+        node = self.prior.find(prefix)
+        above = prior.gather(1, node[:, None] % prior.shape[1])
+        return result + self.prior.below(prior, node, result.shape[1]) - above
 
     def _features(self, x: Tensor) -> Tensor:
         return F.gelu(self.hidden(self.norm(x)))
