@@ -49,6 +49,16 @@ def load(data: str | None, category: str) -> tuple[str, Tensor]:
     return category, torch.as_tensor(load_minionerec(data, category).sequences)
 
 
+def histories(data: str | None, category: str, most: int) -> Tensor | None:
+    """Prompts ``[<= most, T]`` of random test requests; None for the made catalogue, which has no users."""
+    if data is None:
+        return None
+    from vstar_ops.train.data import load_minionerec
+
+    test = load_minionerec(data, category).test
+    return test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:most]].context
+
+
 def frontiers(trie: Trie, batch: int, width: int, columns: int) -> list[tuple[Tensor, Tensor]]:
     """``(node, cum_logp)`` of the beams that random logits leave at depths 0, 1, 2 …"""
     import vstar_ops

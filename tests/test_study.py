@@ -27,7 +27,7 @@ def test_spearman_is_pearson_of_average_ranks() -> None:
 def test_all_parts_and_resume(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
     options = ["--data", str(toy), "--category", "Toy", "--seeds", "0,1", "--out", str(out)]
-    options += ["--rl-steps", "1", "--sft-epochs", "1", "--valid-rows", "5"]
+    options += ["--rl-steps", "1", "--sft-epochs", "1", "--valid-rows", "5", "--test-rows", "6"]
     assert main(options) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ABLATIONS)

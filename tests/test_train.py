@@ -302,6 +302,24 @@ def test_intervals_and_tables() -> None:
     assert "+0.0500 ± 0.0000" in report.table(results, against="SFT")
 
 
+def test_gains_by_step(tmp_path: Path) -> None:
+    for seed, base in ((3, 0.1), (4, 0.2)):
+        for variant, gain in (("beam+grpo", 0.0), ("ved+joint", 0.05 * seed)):
+            folder = tmp_path / f"seed-{seed}"
+            folder.mkdir(exist_ok=True)
+            steps = (0, 5, 10) if variant == "ved+joint" or seed == 4 else (0, 5)  # one has stopped early
+            valid = [{"NDCG@10": base, "best_reward": base + gain * step} for step in steps]
+            records = [{"step": 1, "loss": 0.5}] + [{"step": s, "valid": v} for s, v in zip(steps, valid)]
+            text = "\n".join(json.dumps(r) for r in records) + "\n"
+            (folder / f"{variant}.jsonl").write_text(text)
+    lines = report.gains_by_step(tmp_path, [3, 4], ("beam+grpo", "ved+joint")).split("\n")
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["0", "5"]
+    assert lines[0].split("|")[2:4] == [" NDCG@10, beam+grpo ", " NDCG@10, ved+joint "]
+    _, _, base, no_gain, _, gain, _ = lines[3].split("|")
+    assert base.startswith(" 0.1500 ± ") and no_gain == " +0.0000 ± 0.0000 "
+    assert gain.startswith(" +0.8750 ± ")  # 0.75 and 1, paired
+
+
 # ------------------------------------------------------------------ checkpoints and the loop
 
 
@@ -380,6 +398,40 @@ def test_the_policys_share_of_the_candidates_rises(toy: Path, tmp_path: Path, mo
     assert seen == [None] * 4
 
 
+@pytest.mark.parametrize("prior", [True, False])
+def test_ved_at_test(toy: Path, tmp_path: Path, monkeypatch, prior: bool) -> None:
+    """It stops early by the decoder of the test, and beam search is one more row."""
+    asked, evaluate = [], loop.evaluate
+
+    def spy(*arguments, **options):
+        asked.append((options["title"], options["decoder"]))
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(loop, "evaluate", spy)
+    run = tmp_path / "run"
+    options = [
+        "--data",
+        str(toy),
+        *OPTIONS.split(),
+        "--rl-steps",
+        "2",
+        "--sft-epochs",
+        "1",
+        "--out",
+        str(run),
+    ]
+    assert main([*options, "--test-decoder", "ved", *([] if prior else ["--no-item-prior"])]) == 0
+    results = json.loads((run / "results.json").read_text())["0"]
+    row = "V-STAR: Sibling-GRPO with VED"
+    assert list(results) == ["SFT", row, f"{row}, beam search at test"]
+    assert results[row]["forward_tokens"] <= 13
+    stopping = asked[: asked.index(("test", "beam"))]
+    assert {decoder for _, decoder in stopping} == {"beam", "ved"} and stopping[0][1] == "beam"
+    assert asked[-2:] == [("test", "ved"), ("test", "beam")]
+    weights = torch.load(run / "seed-0" / "ved+joint.weights.pt", weights_only=True)
+    assert ("value_head.prior.weight" in weights) == prior
+
+
 def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     options = (
@@ -388,6 +440,7 @@ def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     options += " --sft-epochs 1 --rl-steps 2 --candidates 4"
     assert main(["--data", str(toy), "--out", str(run), *options.split()]) == 0
     text = capsys.readouterr().out
+    assert "| valid, step | NDCG@10, beam+grpo | NDCG@10, beam+sibling |" in text
     assert "interval over 2 seeds" in text and text.count("+ GRPO with beam candidates") == 2
     results = json.loads((run / "results.json").read_text())
     assert set(results) == {"0", "1"} and len(results["0"]) == 5

@@ -202,7 +202,7 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert not found[:, 0].any() and not found[:, -1].any() and not found[3].any()
     node = torch.tensor([trie.lookup(torch.tensor([0])).item(), -1, 0, trie.num_nodes - 1])
-    below = prior.below(found, node, 12)
+    below = prior.below(found, torch.arange(4), node, 12)
     for row, (at, tokens) in enumerate(zip(node.tolist(), ([4, 5], [], [0, 1, 2, 3], []))):
         want = torch.zeros(12)
         for token in tokens:

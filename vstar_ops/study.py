@@ -81,7 +81,7 @@ class Study:
     """One data set, one folder, one seed."""
 
     job: Job
-    rows: int  # of valid, to choose by
+    rows: dict[str, int | None]  # of each split, a fixed random part; None for all
 
     def cell(self, name: str, measure: Callable[[], Any]) -> Any:
         """The content of ``name``.json, measured if it is not there."""
@@ -119,9 +119,8 @@ class Study:
     def scores(
         self, model: SIDTransformer, split: str, candidates: int, decoder: str, options: dict[str, Any]
     ) -> Scores:
-        """Metrics of a decoder on a split; on a fixed random part of valid."""
-        rows = self.rows if split == "valid" else None
-        return self.job.evaluate(model, split, rows, decoder, candidates, options)
+        """Metrics of a decoder on what is looked at of a split."""
+        return self.job.evaluate(model, split, self.rows[split], decoder, candidates, options)
 
     # ------------------------------------------------------------------ the parts
 
@@ -188,7 +187,7 @@ class Study:
         """(d): within a request, over the distinct prefixes of 64 beams; mean over the requests."""
         model, job = self.trained(REFERENCE)
         parts: dict[str, list[Tensor]] = {}
-        split = self.job.dataset.test
+        split = self.job.part("test", self.rows["test"])
         for rows in tqdm(torch.arange(len(split)).split(128), desc="correlations", leave=False, disable=None):
             for name, values in _correlations(model, job, split[rows]).items():
                 parts.setdefault(name, []).append(values)
@@ -367,7 +366,7 @@ def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def run(dataset: Dataset, config: Config, folder: Path, parts: str, rows: int) -> str:
+def run(dataset: Dataset, config: Config, folder: Path, parts: str, rows: dict[str, int | None]) -> str:
     """All parts for all seeds, then the report."""
     trie = Trie.from_sequences(dataset.sequences)
     seeds: dict[int, dict[str, Any]] = {}
@@ -407,6 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--rl-steps", type=int, help="default: as in python -m vstar_ops.train")
     p.add_argument("--sft-epochs", type=int, help="default: as in python -m vstar_ops.train")
     p.add_argument("--valid-rows", type=int, default=500, help="to choose a search by (default: %(default)s)")
+    p.add_argument("--test-rows", type=int, help="a fixed random part of the test split (default: all)")
     args = p.parse_args(argv)
     if not args.parts or set(args.parts) - set("abcd"):
         p.error(f"--parts: expected some of a, b, c, d, got {args.parts!r}")
@@ -422,12 +422,15 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     config = Config(seeds=seeds, threads=args.threads, test_decoder="ved", **changes)
-    settings = json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k != "seeds"}, indent=1)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "seeds"}
+    settings["study"] = {"valid_rows": args.valid_rows, "test_rows": args.test_rows}
+    text = json.dumps(settings, indent=1)
     known = folder / "config.json"
-    if known.exists() and known.read_text() != settings:
+    if known.exists() and known.read_text() != text:
         p.error(f"{folder} holds a study of other settings: choose another --out")
-    checkpoint.save_text(known, settings)
-    print(run(dataset, config, folder, args.parts, args.valid_rows))
+    checkpoint.save_text(known, text)
+    rows = {"valid": args.valid_rows, "test": args.test_rows}
+    print(run(dataset, config, folder, args.parts, rows))
     print(f"in {folder}: study.md, study.json, study.png")
     return 0
 

@@ -201,7 +201,7 @@ def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -
     if not world.leads:
         return ""
     title = f"{dataset.name}, test split, {config.candidates} candidates a request"
-    return report.write(folder, title, results)
+    return report.write(folder, title, results, config.variants)
 
 
 def _both(name: str, what: str = "") -> str:

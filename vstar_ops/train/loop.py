@@ -24,7 +24,7 @@ from .. import sibling_grpo_loss
 from ..packing import PackedRows
 from ..trie import Trie
 from . import checkpoint
-from .data import Dataset, user_sequences
+from .data import Dataset, Split, user_sequences
 from .decode import TUNED, at_test, decode
 from .metrics import evaluate
 from .model import PackedScores, SIDTransformer
@@ -126,6 +126,13 @@ class Job:
             action_values=action_values, items=self.items if self.config.item_prior else None
         )
 
+    def part(self, split: str, rows: int | None) -> Split:
+        """A split, or a fixed random part of it."""
+        part: Split = getattr(self.dataset, split)
+        if rows is None or rows >= len(part):
+            return part
+        return part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:rows]]
+
     def evaluate(
         self,
         model: SIDTransformer,
@@ -139,12 +146,9 @@ class Job:
         as given."""
         if options is None:
             options = at_test(self.config.ved) if decoder == "ved" else {}
-        part = getattr(self.dataset, split)
-        if rows is not None and rows < len(part):
-            part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:rows]]
         return evaluate(
             model,
-            part,
+            self.part(split, rows),
             self.trie,
             candidates or self.config.candidates,
             decoder=decoder,

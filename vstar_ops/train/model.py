@@ -159,9 +159,8 @@ class SIDTransformer(nn.Module):
         valued = rows.select(valued)
         shape, prompt = valued.shape[:2], slice(rows.prompt_columns)
         prior = self._prior(token[:, prompt], rows.real[:, prompt])
-        if prior is not None:
-            prior = prior.repeat_interleave(shape[1], 0)
-        of = (valued.flatten(0, 1), rows.select(prefix).flatten(), prior)
+        request = torch.arange(shape[0], device=token.device).repeat_interleave(shape[1])
+        of = (valued.flatten(0, 1), rows.select(prefix).flatten(), request, prior)
         value = self.value_head(*of).view(shape)
         if not action_values:
             return PackedScores(logits, value, None)
@@ -179,12 +178,12 @@ class SIDTransformer(nn.Module):
 
     def _valued(
         self, state: PrefixCache, slot: Tensor
-    ) -> tuple[ValueHead, tuple[Tensor, Tensor, Tensor | None]]:
+    ) -> tuple[ValueHead, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         if self.value_head is None or state.valued is None:
             raise ValueError("the model has no value head: call add_value_head() before prefill")
         slot = slot.clamp(min=0)
-        prior = state.prior[state.request[slot]] if state.prior is not None else None
-        return self.value_head, (state.valued[slot], state.prefix[slot], prior)
+        of = (state.valued[slot], state.prefix[slot], state.request[slot], state.prior)
+        return self.value_head, of
 
     def _prior(self, prompt: Tensor, real: Tensor) -> Tensor | None:
         """What the value head's prior says after prompts with their begin token, ``[B, T + 1]``."""

@@ -56,11 +56,47 @@ def table(results: Results, *, against: str | None = None) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def write(folder: Path, title: str, results: Results) -> str:
+def gains_by_step(folder: Path, seeds: list[int], variants: tuple[str, ...]) -> str:
+    """A Markdown table of the valid split: the first variant, and the paired gains of the others over it at
+    equal steps, at those looks that every seed has had."""
+    looks: dict[str, list[dict[int, dict[str, float]]]] = {
+        v: [
+            {
+                r["step"]: r["valid"]
+                for r in read_metrics(folder / f"seed-{seed}" / f"{v}.jsonl")
+                if "valid" in r
+            }
+            for seed in seeds
+        ]
+        for v in variants
+    }
+    first, *others = variants
+    steps = sorted(set.intersection(*(set(look) for seed_looks in looks.values() for look in seed_looks)))
+    known = looks[first][0][steps[0]]
+    columns = ["true_reward@10" if "true_reward@10" in known else "NDCG@10", "best_reward"]
+    head = [f"{COLUMNS[c]}, {v}" for c in columns for v in variants]
+    lines = ["| valid, step | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for step in steps:
+        cells = [str(step)]
+        for column in columns:
+            base = [look[step][column] for look in looks[first]]
+            mean, half = mean_interval(base)
+            cells.append(f"{mean:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}"))
+            for other in others:
+                gain = [look[step][column] - b for look, b in zip(looks[other], base)]
+                mean, half = mean_interval(gain)
+                cells.append(f"{mean:+.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(folder: Path, title: str, results: Results, variants: tuple[str, ...]) -> str:
     """Save ``results.json``, ``results.md`` and ``curves.png`` in the run's folder; returns the text."""
     text = f"{title}\n\n{table(results)}\n"
     if any(len(rows) > 1 for rows in results.values()):
         text += f"\n{table(results, against=next(iter(next(iter(results.values())))))}\n"
+    if len(variants) > 1:
+        text += f"\n{gains_by_step(folder, list(results), variants)}\n"
     if len(results) > 1:
         text += f"\nMean and 95 % interval over {len(results)} seeds; gains are paired by seed.\n"
     save_text(folder / "results.json", json.dumps({str(k): v for k, v in results.items()}, indent=1))

@@ -194,14 +194,19 @@ class ItemPrior(nn.Module):
         weight = F.pad(self.SCALE * self.weight, (1, 0))[self.level]  # nothing is said of the root
         return F.pad(near * weight, (0, 1))
 
-    def below(self, prior: Tensor, node: Tensor, vocab: int) -> Tensor:
-        """What ``prior[N, T + 1]`` says of the children of ``node[N]``, ``[N, vocab]``; else 0."""
-        at = node.clamp(min=0)
-        begin, end = self.offset[at], torch.where(node >= 0, self.offset[at + 1], 0)
+    def at(self, prior: Tensor, request: Tensor, node: Tensor) -> Tensor:
+        """What ``prior[B, T + 1]`` says to requests of nodes, 0 for node -1; all of one shape."""
+        columns = prior.shape[1]
+        return prior.flatten()[request * columns + node % columns]
+
+    def below(self, prior: Tensor, request: Tensor, node: Tensor, vocab: int) -> Tensor:
+        """What it says of the children of ``node[N]``, ``[N, vocab]``; 0 for other tokens."""
+        parent = node.clamp(min=0)
+        begin, end = self.offset[parent], torch.where(node >= 0, self.offset[parent + 1], 0)
         edge = begin[:, None] + torch.arange(int((end - begin).max().clamp(min=0)), device=node.device)
         there = edge < end[:, None]
         edge = edge.clamp(max=len(self.token) - 1)
-        value = prior.gather(1, torch.where(there, edge + 1, prior.shape[1] - 1))
+        value = self.at(prior, request[:, None], torch.where(there, edge + 1, -1))
         result = prior.new_zeros(len(node), vocab + 1)
         return result.scatter(1, torch.where(there, self.token[edge], vocab), value)[:, :vocab]
 
@@ -254,17 +259,17 @@ class ValueHead(nn.Module):
         """What is added to the hidden states; ``prefix`` as :func:`hash_prefix` makes it."""
         return self.token(token) + self.prefix(prefix % self.prefix.num_embeddings)
 
-    def forward(self, x: Tensor, prefix: Tensor, prior: Tensor | None) -> Tensor:
-        """V ``[N]`` of block outputs ``[N, dim]``, the prefixes ``[N]`` they stand for, and the prior's
-        ``[N, T + 1]`` for the requests they belong to."""
+    def forward(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
+        """V ``[N]`` of block outputs ``[N, dim]``, which stand for prefixes ``[N]`` of requests ``[N]``, and
+        the prior's ``[B, T + 1]``."""
         features = self._features(x)
         own = (features * self.reader(prefix % self.reader.num_embeddings)).sum(1)
         value = self.value(features)[:, 0] + own
         if self.prior is None or prior is None:
             return value
-        return value + prior.gather(1, self.prior.find(prefix)[:, None] % prior.shape[1])[:, 0]
+        return value + self.prior.at(prior, request, self.prior.find(prefix))
 
-    def corrections(self, x: Tensor, prefix: Tensor, prior: Tensor | None) -> Tensor:
+    def corrections(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
         """Q - V ``[N, vocab]``."""
         if self.child is None:
             raise ValueError("the value head was made without action values")
@@ -272,8 +277,8 @@ class ValueHead(nn.Module):
         if self.prior is None or prior is None:
             return result
         node = self.prior.find(prefix)
-        above = prior.gather(1, node[:, None] % prior.shape[1])
-        return result + self.prior.below(prior, node, result.shape[1]) - above
+        above = self.prior.at(prior, request, node)[:, None]
+        return result + self.prior.below(prior, request, node, result.shape[1]) - above
 
     def _features(self, x: Tensor) -> Tensor:
         return F.gelu(self.hidden(self.norm(x)))
