@@ -19,7 +19,7 @@ setup: $(READY)
 	@cat $(READY)
 
 demo: setup
-	$(PY) -m vstar_ops.train $(ARGS)
+	$(PY) -m vstar_ops.train $(or $(ARGS),--test-decoder ved)
 
 test: setup
 	$(PY) -m pytest $(ARGS)

@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from vstar_ops import Trie
 from vstar_ops.decoding import beam_search, ved
 from vstar_ops.reference.ved_search import ved_search
+from vstar_ops.train.decode import TUNED, at_test
 from vstar_ops.train.model import SIDTransformer
+from vstar_ops.train.value import ItemEmbeddings
 
 from . import catalogue, harness
 
@@ -40,13 +43,15 @@ class Stopwatch:
         return timed
 
 
-def share_of_search(model: SIDTransformer, context: Tensor, trie: Trie, rounds: int) -> float:
+def share_of_search(
+    model: SIDTransformer, context: Tensor, trie: Trie, rounds: int, options: dict[str, Any]
+) -> float:
     """Median over rounds of the part of a decode that is not the model's."""
     shares = []
     for _ in range(rounds):
         watch = Stopwatch(model)
         start = time.perf_counter()
-        ved(watch, context, trie)  # type: ignore[arg-type]
+        ved(watch, context, trie, **options)  # type: ignore[arg-type]
         total = time.perf_counter() - start
         shares.append(1 - watch.seconds / total)
     return statistics.median(shares)
@@ -70,24 +75,30 @@ def main() -> None:
     if args.weights:
         state = torch.load(args.weights, map_location="cpu", weights_only=True)
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith("value_head")})
-    model.add_value_head()
+    items = ItemEmbeddings(trie, sequences, torch.randn(len(sequences), 64))
+    model.add_value_head(action_values=True, items=items)
     for parameter in model.value_head.parameters():  # type: ignore[union-attr]
         parameter.data += 0.1 * torch.randn_like(parameter)  # values that differ, as trained ones do
     model.eval()
     context = sequences[torch.randint(0, len(sequences), (64, 10))].flatten(1)  # ten items each
 
-    share = share_of_search(model, context, trie, args.rounds)
-    print(f"\nsearch, as a share of the VED decode: {100 * share:.1f} % (target at most 15 %)")
     report = harness.Report()
-    variants: dict[str, Callable[[], Any]] = {
-        "ved": lambda: ved(model, context, trie),
-        "beam search of 33 tokens": lambda: beam_search(model, context, trie, 16, skip_forced=False),
-    }
-    spent = [int(call().forward_tokens.sum()) for call in variants.values()]
-    timing = harness.compare(variants, args.rounds)
-    report.add(f"VED, {spent[0] / 64:.1f} tokens a request, against {spent[1] / 64:.1f}", timing)
-    times = 1 / timing.ratio["beam search of 33 tokens"]
-    print(f"VED takes {times:.2f} times the wall time of that beam search (target at most 1.5)")
+    beams = "beam search of 33 tokens"
+    print()
+    for search, options in (("the defaults", {}), ("as trained", at_test(TUNED))):
+        share = share_of_search(model, context, trie, args.rounds, options)
+        print(f"search, {search}, as a share of the VED decode: {100 * share:.1f} % (target at most 15 %)")
+        variants: dict[str, Callable[[], Any]] = {
+            "ved": partial(ved, model, context, trie, **options),
+            beams: lambda: beam_search(model, context, trie, 16, skip_forced=False),
+        }
+        spent = [int(call().forward_tokens.sum()) for call in variants.values()]
+        timing = harness.compare(variants, args.rounds)
+        report.add(
+            f"VED, {search}, {spent[0] / 64:.1f} tokens a request, against {spent[1] / 64:.1f}", timing
+        )
+        times = 1 / timing.ratio[beams]
+        print(f"VED takes {times:.2f} times the wall time of that beam search (target at most 1.5)")
     few = ved(model, context[:8], trie, seed=torch.arange(8))
     same = 0
     for b in range(8):

@@ -202,13 +202,13 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert not found[:, 0].any() and not found[:, -1].any() and not found[3].any()
     node = torch.tensor([trie.lookup(torch.tensor([0])).item(), -1, 0, trie.num_nodes - 1])
-    below = prior.below(found, torch.arange(4), node, 12)
-    for row, (at, tokens) in enumerate(zip(node.tolist(), ([4, 5], [], [0, 1, 2, 3], []))):
-        want = torch.zeros(12)
-        for token in tokens:
-            prefix = [0, token] if at else [token]
-            want[token] = found[row, trie.lookup(torch.tensor(prefix)).item()]
-        assert torch.equal(below[row], want)
+    child, token = prior.below(node)
+    assert [[t for t in row if t >= 0] for row in token.tolist()] == [[4, 5], [], [0, 1, 2, 3], []]
+    for row, prefix in ((0, [0]), (2, [])):
+        for at, one in enumerate(token[row].tolist()):
+            assert child[row, at] == (trie.lookup(torch.tensor([*prefix, one])) if one >= 0 else -1)
+    request = torch.arange(4)
+    assert torch.equal(prior.at(found, request, node), found[request, node])
 
 
 def test_guided_searches_start_from_the_best_by_value(model, trie) -> None:

@@ -216,7 +216,22 @@ def industrial_size(seed=0, batch=24):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("options", [{}, {"evaluate_leaves": False}, {"logp_weight": 1.0, "paths": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"evaluate_leaves": False},
+        {"logp_weight": 1.0, "paths": 3},
+        {
+            "evaluate_leaves": False,
+            "action_values": True,
+            "guided": 6,
+            "width": 12,
+            "own": 8,
+            "completions": 1,
+        },
+    ],
+)
 def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads, options):
     model, context, trie = industrial_size()
     seeds = torch.arange(len(context)) * 77

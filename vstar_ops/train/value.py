@@ -199,16 +199,14 @@ class ItemPrior(nn.Module):
         columns = prior.shape[1]
         return prior.flatten()[request * columns + node % columns]
 
-    def below(self, prior: Tensor, request: Tensor, node: Tensor, vocab: int) -> Tensor:
-        """What it says of the children of ``node[N]``, ``[N, vocab]``; 0 for other tokens."""
+    def below(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """The children ``[N, C]`` of ``node[N]`` and their tokens, -1 where there are no more."""
         parent = node.clamp(min=0)
         begin, end = self.offset[parent], torch.where(node >= 0, self.offset[parent + 1], 0)
         edge = begin[:, None] + torch.arange(int((end - begin).max().clamp(min=0)), device=node.device)
         there = edge < end[:, None]
-        edge = edge.clamp(max=len(self.token) - 1)
-        value = self.at(prior, request[:, None], torch.where(there, edge + 1, -1))
-        result = prior.new_zeros(len(node), vocab + 1)
-        return result.scatter(1, torch.where(there, self.token[edge], vocab), value)[:, :vocab]
+        token = self.token[edge.clamp(max=len(self.token) - 1)]
+        return torch.where(there, edge + 1, -1), torch.where(there, token, -1)
 
 
 def _levels(trie: Trie) -> list[tuple[int, int]]:
@@ -270,15 +268,22 @@ class ValueHead(nn.Module):
         return value + self.prior.at(prior, request, self.prior.find(prefix))
 
     def corrections(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
-        """Q - V ``[N, vocab]``."""
+        """Q - V ``[N, vocab]``; with a prior 0 for what is no legal child."""
         if self.child is None:
             raise ValueError("the value head was made without action values")
-        result = self.child(self._features(x), prefix)
+        features = self._features(x)
         if self.prior is None or prior is None:
-            return result
+            token = torch.arange(self.child.token.out_features, device=x.device)
+            return self.child(features, prefix, token.expand(len(x), -1))
         node = self.prior.find(prefix)
-        above = self.prior.at(prior, request, node)[:, None]
-        return result + self.prior.below(prior, request, node, result.shape[1]) - above
+        child, token = self.prior.below(node)
+        value = self.child(features, prefix, token.clamp(min=0))
+        value = value + self.prior.at(prior, request[:, None], child)
+        value = value - self.prior.at(prior, request, node)[:, None]
+        result = value.new_zeros(
+            len(x), self.child.token.out_features + 1
+        )  # the last takes what is not there
+        return result.scatter(1, torch.where(child >= 0, token, result.shape[1] - 1), value)[:, :-1]
 
     def _features(self, x: Tensor) -> Tensor:
         return F.gelu(self.hidden(self.norm(x)))
@@ -299,9 +304,8 @@ class ChildValues(nn.Module):
         nn.init.zeros_(self.bias.weight)
         nn.init.normal_(self.query.weight, std=0.1)
 
-    def forward(self, features: Tensor, prefix: Tensor) -> Tensor:
-        """``[N, vocab]`` of ``features[N, dim]`` of the prefixes ``[N]``."""
-        token = torch.arange(self.token.out_features, device=features.device)
+    def forward(self, features: Tensor, prefix: Tensor, token: Tensor) -> Tensor:
+        """``[N, C]`` of ``features[N, dim]`` of the prefixes ``[N]``, for the tokens ``[N, C]``."""
         child = hash_prefix(prefix[:, None], token) % self.bias.num_embeddings
         own = (self.reader(child) @ self.query(features)[..., None])[..., 0]
-        return self.token(features) + self.bias(child)[..., 0] + own
+        return self.token(features).gather(1, token) + self.bias(child)[..., 0] + own
