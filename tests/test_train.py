@@ -441,7 +441,8 @@ def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["--data", str(toy), "--out", str(run), *options.split()]) == 0
     text = capsys.readouterr().out
     assert "| valid, step | NDCG@10, beam+grpo | NDCG@10, beam+sibling |" in text
-    assert "interval over 2 seeds" in text and text.count("+ GRPO with beam candidates") == 2
+    assert "interval over 2 seeds" in text and text.count("+ GRPO with beam candidates") == 3
+    assert "gain over SFT" in text and "gain over + GRPO with beam candidates" in text
     results = json.loads((run / "results.json").read_text())
     assert set(results) == {"0", "1"} and len(results["0"]) == 5
 

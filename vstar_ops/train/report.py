@@ -93,8 +93,11 @@ def gains_by_step(folder: Path, seeds: list[int], variants: tuple[str, ...]) -> 
 def write(folder: Path, title: str, results: Results, variants: tuple[str, ...]) -> str:
     """Save ``results.json``, ``results.md`` and ``curves.png`` in the run's folder; returns the text."""
     text = f"{title}\n\n{table(results)}\n"
-    if any(len(rows) > 1 for rows in results.values()):
-        text += f"\n{table(results, against=next(iter(next(iter(results.values())))))}\n"
+    names = list(next(iter(results.values())))
+    for against in names[: len(variants)][
+        :2
+    ]:  # the supervised policy, and the first variant if there are more
+        text += f"\n{table(results, against=against)}\n"
     if len(variants) > 1:
         text += f"\n{gains_by_step(folder, list(results), variants)}\n"
     if len(results) > 1:
