@@ -222,7 +222,8 @@ class ValueHead(nn.Module):
     the whole prefix since the prompt (hashed into ``buckets`` rows): what makes an item worth something need
     not be in features that were trained on clicks, and tokens of SIDs mean little without those before them.
     For the same reason every prefix has a read-out of its own (``reader``) on top of the shared one: worth is
-    a product of who asks and what is offered, and a sum of embeddings learns a product slowly.
+    a product of who asks and what is offered, and a sum of embeddings learns a product slowly. With ``items``
+    all of this is learned on top of :class:`ItemPrior`.
     """
 
     def __init__(
