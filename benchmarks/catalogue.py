@@ -55,8 +55,7 @@ def histories(data: str | None, category: str, most: int) -> Tensor | None:
         return None
     from vstar_ops.train.data import load_minionerec
 
-    test = load_minionerec(data, category).test
-    return test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:most]].context
+    return load_minionerec(data, category).test.part(most).context
 
 
 def frontiers(trie: Trie, batch: int, width: int, columns: int) -> list[tuple[Tensor, Tensor]]:

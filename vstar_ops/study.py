@@ -35,7 +35,7 @@ from .train.decode import PAPER, at_test
 from .train.loop import Config, Job, reinforce, supervised
 from .train.model import SIDTransformer
 from .train.objective import candidate_scores
-from .train.report import mean_interval
+from .train.report import interval_text, mean_interval
 from .train.synthetic import synthetic
 from .trie import Trie
 
@@ -187,7 +187,7 @@ class Study:
         """(d): within a request, over the distinct prefixes of 64 beams; mean over the requests."""
         model, job = self.trained(REFERENCE)
         parts: dict[str, list[Tensor]] = {}
-        split = self.job.part("test", self.rows["test"])
+        split = self.job.dataset.test.part(self.rows["test"])
         for rows in tqdm(torch.arange(len(split)).split(128), desc="correlations", leave=False, disable=None):
             for name, values in _correlations(model, job, split[rows]).items():
                 parts.setdefault(name, []).append(values)
@@ -304,9 +304,8 @@ def _table(
         row = []
         for column in shown:
             values = [s[name][column] - (s[against][column] if against else 0) for s in cells.values()]
-            mean, half = mean_interval(values)
-            digits, sign = (1 if column == "forward_tokens" else 4), ("+" if against else "")
-            row.append(f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}"))
+            digits = 1 if column == "forward_tokens" else 4
+            row.append(interval_text(values, digits, signed=against is not None))
         lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 

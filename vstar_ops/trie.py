@@ -217,8 +217,8 @@ class Trie:
             the nodes given, padded with ``-1``. For one int this is exactly its children, ``[C]``.
         """
         begin, end = self._edges(self._indices("node", node))
-        edge, present = _ragged(begin, end)
-        return Children(_pick(self.token, edge, present), torch.where(present, edge + 1, -1).to(torch.int32))
+        edge, present = ragged(begin, end)
+        return Children(pick(self.token, edge, present), torch.where(present, edge + 1, -1).to(torch.int32))
 
     def items(self, node: Any) -> Tensor:
         """The ids of all items at or below nodes.
@@ -231,8 +231,8 @@ class Trie:
             with ``-1``, in the order of their sequences. For one int exactly its items, ``[M]``.
         """
         begin, end = self.item_range(node)
-        position, present = _ragged(begin, end)
-        return _pick(self.item_ids, position, present)
+        position, present = ragged(begin, end)
+        return pick(self.item_ids, position, present)
 
     def item_range(self, node: Any) -> tuple[Tensor, Tensor]:
         """int64 ``begin[...]``, ``end[...]``: the items at or below a node are ``item_ids[begin:end]``."""
@@ -275,7 +275,7 @@ class Trie:
         out = torch.full((*index.shape, self.length), -1, dtype=torch.int32, device=self.device)
         for position in reversed(range(self.length)):
             here = level > position
-            out[..., position] = _pick(self.token, index - 1, here)
+            out[..., position] = pick(self.token, index - 1, here)
             index = torch.where(here, self.parent(index).to(torch.int64), index)
         return out
 
@@ -388,14 +388,14 @@ def _lexicographic_order(rows: np.ndarray) -> np.ndarray:
     return np.argsort(keys[0], kind="stable") if len(keys) == 1 else np.lexsort(keys[::-1])
 
 
-def _ragged(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+def ragged(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Positions ``[..., C]`` of the ranges ``begin[...] .. end[...] - 1``, and which of them exist."""
     width = int((end - begin).max()) if begin.numel() else 0
     position = begin.unsqueeze(-1) + torch.arange(width, device=begin.device)
     return position, position < end.unsqueeze(-1)
 
 
-def _pick(source: Tensor, index: Tensor, present: Tensor) -> Tensor:
+def pick(source: Tensor, index: Tensor, present: Tensor) -> Tensor:
     """``source[index]`` where present, else -1."""
     if source.numel() == 0:
         return torch.full(index.shape, -1, dtype=source.dtype, device=source.device)

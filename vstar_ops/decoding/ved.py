@@ -181,7 +181,8 @@ def ved(
 def _before(first: Any, others: Any, names: tuple[str, ...]) -> list[Tensor]:
     """``node`` and the named fields of ``first``, then of those of the others that are not among them.
 
-    As many as the others are; dead ones come last."""
+    As many as the others are; dead ones come last.
+    """
     again = (others.node[:, :, None] == first.node[:, None]).any(2)
     node = torch.cat([first.node, others.node.masked_fill(again, -1)], 1)
     order = (node < 0).int().argsort(dim=1, stable=True)[:, : others.node.shape[1]]
@@ -242,7 +243,7 @@ class _Search:
         given: dict[str, Any] = {"cum_logp": rows.logp, "normalize": self.normalize}
         given["temperature"] = self.temperature
         probable = width - min(self.guided, width)
-        best = expand_topk(logits, self.trie, rows.node, width, **given, **(scores if self.guided else {}))
+        best = expand_topk(logits, self.trie, rows.node, width, **given, **scores)
         if not self.guided or not probable:
             return Rows(best.parent, best.node, best.logp)
         first = expand_topk(logits, self.trie, rows.node, probable, **given)
@@ -260,7 +261,7 @@ class _Search:
     def evaluate(self, rows: Rows, logits: Tensor, slot: Tensor) -> dict[str, Any]:
         """Value, entropy and the lists of children of the rows; insert them into the trees.
 
-        Returns what :func:`expand_topk` needs to rank their children by value; nothing without action values.
+        Returns what :func:`expand_topk` needs to rank their children by value, if beams are guided.
         """
         trie, trees, length = self.trie, self.trees, self.trie.length
         shape = rows.node.shape
@@ -314,7 +315,7 @@ class _Search:
             num_leaves=rowwise(listed.count),
         )
         ved_insert(trees, rows, evaluation, entropy_weight=self.entropy_weight, logp_weight=self.logp_weight)
-        if not self.action_values:
+        if not self.guided:
             return {}
         child_value = rowwise(ranking["child_value"][:, 0])
         return {**ranking, "value": rowwise(value) / scale, "child_value": child_value}

@@ -37,6 +37,12 @@ class Split:
     def __getitem__(self, rows: Tensor | slice) -> Split:
         return Split(self.history[rows], self.target[rows], self.user[rows])
 
+    def part(self, rows: int | None) -> Split:
+        """All of it, or so many rows, a fixed random choice."""
+        if rows is None or rows >= len(self):
+            return self
+        return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:rows]]
+
     @property
     def context(self) -> Tensor:
         """int64 ``[R, H' * L]``: the prompts as tokens, cut to the longest history that occurs."""

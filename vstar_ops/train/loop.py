@@ -24,7 +24,7 @@ from .. import sibling_grpo_loss
 from ..packing import PackedRows
 from ..trie import Trie
 from . import checkpoint
-from .data import Dataset, Split, user_sequences
+from .data import Dataset, user_sequences
 from .decode import TUNED, at_test, decode
 from .metrics import evaluate
 from .model import PackedScores, SIDTransformer
@@ -126,13 +126,6 @@ class Job:
             action_values=action_values, items=self.items if self.config.item_prior else None
         )
 
-    def part(self, split: str, rows: int | None) -> Split:
-        """A split, or a fixed random part of it."""
-        part: Split = getattr(self.dataset, split)
-        if rows is None or rows >= len(part):
-            return part
-        return part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:rows]]
-
     def evaluate(
         self,
         model: SIDTransformer,
@@ -148,7 +141,7 @@ class Job:
             options = at_test(self.config.ved) if decoder == "ved" else {}
         return evaluate(
             model,
-            self.part(split, rows),
+            getattr(self.dataset, split).part(rows),
             self.trie,
             candidates or self.config.candidates,
             decoder=decoder,

@@ -34,6 +34,13 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return mean, _T95[min(n - 1, len(_T95)) - 1] * math.sqrt(variance / n)
 
 
+def interval_text(values: list[float], digits: int = 4, *, signed: bool = False) -> str:
+    """``mean ± half`` of :func:`mean_interval`, the mean alone for a single value."""
+    mean, half = mean_interval(values)
+    text = f"{mean:{'+' if signed else ''}.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
 def table(results: Results, *, against: str | None = None) -> str:
     """A Markdown table over seeds; ``against`` a row name, of the paired differences to that row."""
     first = next(iter(results.values()))
@@ -46,10 +53,8 @@ def table(results: Results, *, against: str | None = None) -> str:
         cells = [name]
         for column in columns:
             values = [r[name][column] - (r[against][column] if against else 0) for r in results.values()]
-            mean, half = mean_interval(values)
-            digits, sign = (1 if column in ("seconds", "forward_tokens") else 4), ("+" if against else "")
-            interval = "" if math.isnan(half) else f" ± {half:.{digits}f}"
-            cells.append(f"{mean:{sign}.{digits}f}{interval}")
+            digits = 1 if column in ("seconds", "forward_tokens") else 4
+            cells.append(interval_text(values, digits, signed=against is not None))
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows]
@@ -80,12 +85,10 @@ def gains_by_step(folder: Path, seeds: list[int], variants: tuple[str, ...]) -> 
         cells = [str(step)]
         for column in columns:
             base = [look[step][column] for look in looks[first]]
-            mean, half = mean_interval(base)
-            cells.append(f"{mean:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}"))
+            cells.append(interval_text(base))
             for other in others:
                 gain = [look[step][column] - b for look, b in zip(looks[other], base)]
-                mean, half = mean_interval(gain)
-                cells.append(f"{mean:+.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}"))
+                cells.append(interval_text(gain, signed=True))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -94,9 +97,8 @@ def write(folder: Path, title: str, results: Results, variants: tuple[str, ...])
     """Save ``results.json``, ``results.md`` and ``curves.png`` in the run's folder; returns the text."""
     text = f"{title}\n\n{table(results)}\n"
     names = list(next(iter(results.values())))
-    for against in names[: len(variants)][
-        :2
-    ]:  # the supervised policy, and the first variant if there are more
+    # Over the supervised policy, and over the first variant if there are more.
+    for against in names[: min(len(variants), 2)]:
         text += f"\n{table(results, against=against)}\n"
     if len(variants) > 1:
         text += f"\n{gains_by_step(folder, list(results), variants)}\n"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import prefix_returns
-from ..trie import Trie
+from ..trie import Trie, pick, ragged
 from .data import Dataset, Split, user_sequences
 from .rewards import Reward
 
@@ -202,11 +202,10 @@ class ItemPrior(nn.Module):
     def below(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """The children ``[N, C]`` of ``node[N]`` and their tokens, -1 where there are no more."""
         parent = node.clamp(min=0)
-        begin, end = self.offset[parent], torch.where(node >= 0, self.offset[parent + 1], 0)
-        edge = begin[:, None] + torch.arange(int((end - begin).max().clamp(min=0)), device=node.device)
-        there = edge < end[:, None]
-        token = self.token[edge.clamp(max=len(self.token) - 1)]
-        return torch.where(there, edge + 1, -1), torch.where(there, token, -1)
+        begin = self.offset[parent]
+        end = torch.where(node >= 0, self.offset[parent + 1], begin)
+        edge, there = ragged(begin, end)
+        return torch.where(there, edge + 1, -1), pick(self.token, edge, there)
 
 
 def _levels(trie: Trie) -> list[tuple[int, int]]:
@@ -281,10 +280,9 @@ class ValueHead(nn.Module):
         value = self.child(features, prefix, token.clamp(min=0))
         value = value + self.prior.at(prior, request[:, None], child)
         value = value - self.prior.at(prior, request, node)[:, None]
-        result = value.new_zeros(
-            len(x), self.child.token.out_features + 1
-        )  # the last takes what is not there
-        return result.scatter(1, torch.where(child >= 0, token, result.shape[1] - 1), value)[:, :-1]
+        nowhere = self.child.token.out_features  # a column for what is not there
+        result = value.new_zeros(len(x), nowhere + 1)
+        return result.scatter(1, torch.where(child >= 0, token, nowhere), value)[:, :nowhere]
 
     def _features(self, x: Tensor) -> Tensor:
         return F.gelu(self.hidden(self.norm(x)))
