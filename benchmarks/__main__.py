@@ -150,7 +150,7 @@ def loss_case(sequences: Tensor, batch: int, group: int) -> dict[str, Callable[[
     logp.requires_grad_()
 
     def ours() -> tuple[Tensor, ...]:
-        given = {"sibling": siblings, "group": over_group}
+        given = {"sibling_advantage": siblings, "group_advantage": over_group}
         out = vstar_ops.sibling_grpo_loss(logp, old_logp=old, ref_logp=ref, clip=(0.2, 0.2), **given)
         return out.loss.detach(), torch.autograd.grad(out.loss, logp)[0]
 

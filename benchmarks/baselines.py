@@ -51,7 +51,7 @@ def expand_dense(logits: Tensor, cum_logp: Tensor, k: int) -> tuple[Tensor, Tens
 
 
 def sibling_advantage(tokens: Tensor, rewards: Tensor, packed: bool = False) -> tuple[Tensor, Tensor]:
-    """Vectorised over all requests: one ``unique`` and a few ``index_add`` a level.
+    """Vectorized over all requests: one ``unique`` and a few ``index_add`` a level.
 
     ``packed=False`` makes rows of (parent prefix, token) unique, which holds for any token values.
     ``packed=True`` packs the two into one integer, which is faster and only right for small tokens.
@@ -161,7 +161,7 @@ def sibling_grpo_loss(
     bounded = ratio.clamp(0.8, 1.2)
     a, s = group[:, :, None], sibling.advantage
     whole = torch.minimum(ratio * a, bounded * a).mean()
-    weight = sibling.valid / sibling.count.clamp(min=1)
+    weight = sibling.valid / sibling.num_candidates.clamp(min=1)
     nodes = (torch.minimum(ratio * s, bounded * s) * weight).sum() / group.numel()
     d = ref_logp - logp
     loss = 1e-3 * (torch.exp(d) - d - 1).mean() - whole - nodes

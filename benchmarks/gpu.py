@@ -236,7 +236,11 @@ def loss(device: str, batch: int, size: int, length: int) -> Case:
     logp.requires_grad_()
 
     def ours(_: int) -> Any:
-        given: dict[str, Any] = {"sibling": siblings, "group": over_group, "clip": (0.2, 0.2)}
+        given: dict[str, Any] = {
+            "sibling_advantage": siblings,
+            "group_advantage": over_group,
+            "clip": (0.2, 0.2),
+        }
         out = vstar_ops.sibling_grpo_loss(logp, old_logp=old, ref_logp=ref, **given)
         return out.loss.detach(), torch.autograd.grad(out.loss, logp)[0]
 
@@ -244,7 +248,7 @@ def loss(device: str, batch: int, size: int, length: int) -> Case:
         f"sibling_grpo_loss B={batch} G={size} L={length} forward, backward",
         ours,
         _agree(lambda: ours(0), (), (0, 1)),
-        _nbytes(logp, old, ref, logp, logp, *siblings[:2], siblings.count, over_group),
+        _nbytes(logp, old, ref, logp, logp, *siblings[:2], siblings.num_candidates, over_group),
         eager=baselines.sibling_grpo_loss,
         inputs=lambda _: (logp, old, ref, siblings, over_group),
     )
@@ -539,7 +543,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU: torch.cuda.is_available() is False")
-    names = ("triton", "cuda") if args.device == "cuda" else ("cpp", "reference")
+    names = ("triton", "cuda") if args.device == "cuda" else ("cpu", "reference")
     on = [name for name in names if vstar_ops.backends()[name].available]
     if not on:
         parser.error("no backend: " + "; ".join(f"{n}: {vstar_ops.backends()[n].detail}" for n in names))

@@ -82,7 +82,7 @@ def machine() -> str:
     except (OSError, StopIteration):
         pass
     cores = torch.get_num_threads()
-    return f"{cpu}, {cores} threads, torch {torch.__version__}, {vstar_ops.backends()['cpp'].detail}"
+    return f"{cpu}, {cores} threads, torch {torch.__version__}, {vstar_ops.backends()['cpu'].detail}"
 
 
 class Report:

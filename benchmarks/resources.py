@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from vstar_ops._files import replacing
-from vstar_ops._triton import ARCHITECTURES, MODULES, resources, specialisations
+from vstar_ops._triton import ARCHITECTURES, MODULES, resources, specializations
 
 TABLE = Path(__file__).parent / "results" / "resources.md"
 CUDA = "# Resources of the CUDA C++ kernels\n"
@@ -30,12 +30,12 @@ ROOT = Path(__file__).parent.parent
 
 def _measure(job: tuple[str, int, int]) -> tuple[int, int, int]:
     module, index, architecture = job
-    return resources(list(specialisations([module]))[index], architecture)
+    return resources(list(specializations([module]))[index], architecture)
 
 
 def table(modules: Iterable[str] = MODULES) -> tuple[str, list[str]]:
     """The table as Markdown, and the kernels that spill."""
-    names = [(m, i, item) for m in modules for i, item in enumerate(specialisations([m]))]
+    names = [(m, i, item) for m in modules for i, item in enumerate(specializations([m]))]
     jobs = [(m, i, architecture) for m, i, _ in names for architecture in ARCHITECTURES]
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), 8)) as pool:
         found = dict(zip(jobs, pool.map(_measure, jobs)))

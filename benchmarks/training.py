@@ -16,7 +16,7 @@ from torch import Tensor
 from vstar_ops import Trie, sibling_grpo_loss
 from vstar_ops.train.loop import optimizer_of
 from vstar_ops.train.model import SIDTransformer
-from vstar_ops.train.objective import candidate_logp, legal_logp
+from vstar_ops.train.scoring import candidate_logp, legal_logp
 
 from . import catalogue, harness
 

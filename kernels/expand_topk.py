@@ -40,7 +40,7 @@ from triton import cdiv, next_power_of_2
 from ..reference import expand_topk as _reference
 from ._array import array, load_float, load_int
 from ._order import from_ordered, ordered
-from ._specialisation import FLOATS, OPTIONS, Specialisation
+from ._specialization import FLOATS, OPTIONS, Specialization
 
 _BLOCKS = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children a block, a segment; warps
 _FEW, _MANY, _MORE = (256, 2), (512, 8), (1024, 8)  # keys a block of the selection, warps
@@ -548,7 +548,7 @@ def _select(
         tl.store(out_child + rest, tl.full((KEYS,), -1, tl.int32), missing)
 
 
-def specialisations() -> Iterator[Specialisation]:
+def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for logits whose last stride is 1 and whose others are multiples of 16."""
     floats = ("cum_logp", "value", "bonus", "stats", "best", "part", "entropies", "out_score", "out_logp")
     ints = ("offset", "token", "edges", "out_parent", "out_token", "out_child", "out_count")
@@ -559,10 +559,10 @@ def specialisations() -> Iterator[Specialisation]:
     for (dtype, logits), (block, segment, warps), own in product(FLOATS.items(), _BLOCKS, (False, True)):
         constants = {"OWN_TERMS": own, "BLOCK": block, "SEGMENT": segment, "s2": 1}
         name = f"expand_topk rows {block}{', own terms' * own}, {dtype}"
-        yield Specialisation(name, _rows, {**rows, "logits": logits}, constants, warps)
+        yield Specialization(name, _rows, {**rows, "logits": logits}, constants, warps)
     for winners, segments in product((1 << i for i in range(4, _MOST_WINNERS.bit_length())), (1, 2**20)):
         size, keys, warps = _selection(winners, segments)
         if size == winners and (size <= 64 or segments == 1):  # each once
             name = f"expand_topk select {size} of {keys}"
             constants = {"LIST": size, "KEYS": keys}
-            yield Specialisation(name, _select, {**types, "logits": "i64"}, constants, warps)
+            yield Specialization(name, _select, {**types, "logits": "i64"}, constants, warps)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ._array import array, load_float, load_int
-from ._specialisation import OPTIONS, Specialisation
+from ._specialization import OPTIONS, Specialization
 
 
 def group_advantage(rewards: Tensor, mask: Tensor | None, eps: float, ddof: int, std_floor: float) -> Tensor:
@@ -83,9 +83,9 @@ def _group_advantage(
         tl.store(advantage + b * group + g, result.to(tl.float32), g < group)
 
 
-def specialisations() -> Iterator[Specialisation]:
+def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
     types = {"rewards": "i64", "present": "i64", "advantage": "*fp32", "eps": "fp64", "std_floor": "fp64"}
     for group in (32, 64, 128, 256, 512, 1024):
         block, warps = _block(group)
-        yield Specialisation(f"group_advantage {block}", _group_advantage, types, {"BLOCK": block}, warps)
+        yield Specialization(f"group_advantage {block}", _group_advantage, types, {"BLOCK": block}, warps)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._array import array, load_int
-from ._specialisation import FLOATS, OPTIONS, Specialisation
+from ._specialization import FLOATS, OPTIONS, Specialization
 from .sibling_advantage import number_prefixes
 
 _ROWS, _COLUMNS, _MEMBERS = 16, 64, 128  # of a tile of embeddings; candidates looked at together
@@ -110,11 +110,11 @@ def _store(returns, similarity, node, b, depth, own, result, cosine, group, leng
         tl.store(similarity + at, tl.zeros((MEMBERS,), tl.float32) + cosine, same)
 
 
-def specialisations() -> Iterator[Specialisation]:
+def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for embeddings whose last stride is 1."""
     constants = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "MEMBERS": _MEMBERS, "e2": 1}
     types = {"weights": "*fp64", "node": "*i32", "returns": "*fp32", "similarity": "*fp32"}
     types |= {"tokens": "i64", "target": "i64"}
     for dtype, floats in FLOATS.items():
         given = {**types, "embedding": floats, "target_embedding": floats}
-        yield Specialisation(f"prefix_returns {dtype}", _prefix_returns, given, constants, 1)
+        yield Specialization(f"prefix_returns {dtype}", _prefix_returns, given, constants, 1)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._specialisation import OPTIONS, Specialisation
+from ._specialization import OPTIONS, Specialization
 from .sibling_advantage import number_prefixes
 
 _OWN, _OTHERS, _SLOTS = 32, 16, 128  # candidates a program; rows of a tile; slots looked at together
@@ -91,10 +91,10 @@ def _prefix_tree(
         tl.store(count + base + slot, nothing + 1, unused)
 
 
-def specialisations() -> Iterator[Specialisation]:
+def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
     outputs = ("node", "members", "parent", "depth", "first", "count", "size")
     constants = {"OWN": _OWN, "OTHERS": _OTHERS, "SLOTS": _SLOTS}
     for width, tokens in {"int32": "*i32", "int64": "*i64"}.items():
         types = {**dict.fromkeys(outputs, "*i32"), "tokens": tokens, "token": tokens}
-        yield Specialisation(f"prefix_tree {width} tokens", _prefix_tree, types, constants, 1)
+        yield Specialization(f"prefix_tree {width} tokens", _prefix_tree, types, constants, 1)

@@ -10,7 +10,7 @@ statistics, result. Up to ``FUSED`` candidates one program a request does all of
 barrier after each phase; larger groups take two launches a level, a program a block of candidates.
 
 The statistics are taken of the differences to the candidate's own mean, in one pass: equal means differ by
-exactly 0, and since that mean is one of the sample, its distance from the centre, squared, is at most n
+exactly 0, and since that mean is one of the sample, its distance from the center, squared, is at most n
 times the variance, so nothing cancels.
 
 Workspace: float64 ``[2, B, G]``, the earlier members and the mean of each candidate's bucket.
@@ -28,7 +28,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ._array import array, load_float, load_int
-from ._specialisation import OPTIONS, Specialisation
+from ._specialization import OPTIONS, Specialization
 
 FUSED = 128  # candidates that one program can hold
 _BASELINES = {"sibling": 0, "parent": 1, "leave_one_out": 2}
@@ -65,7 +65,7 @@ def number_prefixes(
 ) -> None:
     """Only ``node`` and ``count``, and the ``order`` ``[B, G]`` of the candidates by all their tokens.
 
-    Masked candidates come first in that order; the candidates of any prefix are neighbours in it.
+    Masked candidates come first in that order; the candidates of any prefix are neighbors in it.
     ``earlier`` is workspace ``[B, G]``.
     """
     if node.numel():
@@ -237,7 +237,7 @@ def _siblings(
             tl.debug_barrier()
 
 
-def specialisations() -> Iterator[Specialisation]:
+def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
     inputs = dict.fromkeys(("tokens", "rewards", "present"), "i64")
     for group in (16, 32, 64, FUSED, FUSED + 1):
@@ -250,4 +250,4 @@ def specialisations() -> Iterator[Specialisation]:
             constants = {"PHASES": phases, "STATISTICS": statistics, "OWN": own, "OTHERS": others}
             what = "" if statistics else ", numbers only"
             name = f"sibling_advantage {own}{'' if fused else f', phase {phases}'}{what}"
-            yield Specialisation(name, _siblings, types, constants, warps)
+            yield Specialization(name, _siblings, types, constants, warps)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._array import array, load_float, load_int
-from ._specialisation import OPTIONS, Specialisation
+from ._specialization import OPTIONS, Specialization
 
 _BLOCK, _WARPS = 512, 4  # tokens
 _SEQUENCES = 128  # counted together
@@ -34,9 +34,9 @@ def sibling_grpo_loss(
     group_advantage: Tensor,
     mask: Tensor | None,
     depth_weight: Tensor | None,
-    w_global: float,
-    w_sib: float,
-    beta: float,
+    global_weight: float,
+    sibling_weight: float,
+    kl_weight: float,
     clip_low: float,
     clip_high: float,
     kl: int,
@@ -63,7 +63,7 @@ def sibling_grpo_loss(
     pairs = [y for x in (*contiguous, mask) for y in array(x)]
     others = [x.contiguous() for x in (advantage, valid, count, group_advantage)]
     mask_strides = (0, 0, 0) if mask is None else mask.stride()
-    weights = (w_global, w_sib, beta)
+    weights = (global_weight, sibling_weight, kl_weight)
     _tokens[(blocks,)](
         *pairs, *others, counts, gradient, sums, batch, group, length, *mask_strides, *weights, 1 - clip_low,
         1 + clip_high, kl, int(by_node), loss_type,
@@ -131,8 +131,8 @@ def _surrogate(ratio, low, high, a):
 def _tokens(
     logp: tl.int64, logp_type, old: tl.int64, old_type, ref: tl.int64, ref_type, depth: tl.int64, depth_type,
     mask: tl.int64, mask_type, advantage, valid, count, group_advantage, counts, gradient, sums, batch, group,
-    length, m0, m1, m2, w_global: tl.float64, w_sib: tl.float64, beta: tl.float64, low, high, kl, by_node,
-    loss_type, MASKED: tl.constexpr, BLOCK: tl.constexpr, REQUESTS: tl.constexpr,
+    length, m0, m1, m2, global_weight: tl.float64, sibling_weight: tl.float64, kl_weight: tl.float64, low, high,
+    kl, by_node, loss_type, MASKED: tl.constexpr, BLOCK: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
     size = tl.cast(group, tl.int64) * length
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -169,11 +169,11 @@ def _tokens(
         ratio = tl.exp(x - load_float(old, old_type, i, there))
     a = tl.load(group_advantage + sequence, there, 0.0)
     value, slope, cut = _surrogate(ratio, low, high, a)
-    up = w_global * token_share * slope
+    up = global_weight * token_share * slope
     over_sequences = tl.sum(token_share * value, 0)
     global_cuts = tl.sum((cut & there).to(tl.int32), 0)
     value, slope, cut = _surrogate(ratio, low, high, tl.load(advantage + i, used, 0.0))
-    up += tl.where(used, w_sib * node_share * slope, 0.0)
+    up += tl.where(used, sibling_weight * node_share * slope, 0.0)
     over_nodes = tl.sum(tl.where(used, node_share * value, 0.0), 0)
     sibling_cuts = tl.sum((cut & used).to(tl.int32), 0)
     divergence = tl.zeros((), tl.float64)
@@ -191,7 +191,7 @@ def _tokens(
             rise = tl.where(small, difference + series, tl.exp(difference) - 1.0)
             apart = tl.where(small, series, rise - difference)
             falls = -rise
-        up -= beta * token_share * falls
+        up -= kl_weight * token_share * falls
         divergence = tl.sum(token_share * apart, 0)
     tl.store(gradient + i, tl.where(there, 0.0 - up, 0.0).to(tl.float32), inside)
 
@@ -216,8 +216,8 @@ def _column(sums, blocks, column: tl.constexpr, REQUESTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks", "batch", "group", "length"])
 def _add_up(
-    sums, counts, loss, terms, blocks, batch, group, length, w_global: tl.float64, w_sib: tl.float64,
-    beta: tl.float64, MASKED: tl.constexpr, REQUESTS: tl.constexpr,
+    sums, counts, loss, terms, blocks, batch, group, length, global_weight: tl.float64,
+    sibling_weight: tl.float64, kl_weight: tl.float64, MASKED: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
     tokens, _ = _totals(counts, batch, group, length, MASKED, REQUESTS)
     tokens = tl.maximum(tokens, 1.0)
@@ -225,7 +225,12 @@ def _add_up(
     over_nodes = _column(sums, blocks, 1, REQUESTS)
     divergence = _column(sums, blocks, 2, REQUESTS)
     valid = _column(sums, blocks, 6, REQUESTS)
-    tl.store(loss, (beta * divergence - w_global * over_sequences - w_sib * over_nodes).to(tl.float32))
+    tl.store(
+        loss,
+        (kl_weight * divergence - global_weight * over_sequences - sibling_weight * over_nodes).to(
+            tl.float32
+        ),
+    )
     tl.store(terms, over_sequences.to(tl.float32))
     tl.store(terms + 1, over_nodes.to(tl.float32))
     tl.store(terms + 2, divergence.to(tl.float32))
@@ -235,11 +240,17 @@ def _add_up(
     tl.store(terms + 6, (valid / tokens).to(tl.float32))
 
 
-def specialisations() -> Iterator[Specialisation]:
+def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
     addresses = dict.fromkeys(("logp", "old", "ref", "depth", "mask"), "i64")
     arrays = dict.fromkeys(("advantage", "group_advantage", "gradient", "loss", "terms"), "*fp32")
-    numbers = {"w_global": "fp64", "w_sib": "fp64", "beta": "fp64", "low": "fp32", "high": "fp32"}
+    numbers = {
+        "global_weight": "fp64",
+        "sibling_weight": "fp64",
+        "kl_weight": "fp64",
+        "low": "fp32",
+        "high": "fp32",
+    }
     types = {
         **addresses,
         **arrays,
@@ -249,9 +260,9 @@ def specialisations() -> Iterator[Specialisation]:
         "counts": "*i32",
         "sums": "*fp64",
     }
-    yield Specialisation("sibling_grpo_loss count", _count, types, {"SEQUENCES": _SEQUENCES}, 1)
+    yield Specialization("sibling_grpo_loss count", _count, types, {"SEQUENCES": _SEQUENCES}, 1)
     for masked in (False, True):
         constants = {"MASKED": masked, "REQUESTS": _REQUESTS}
         name = f"sibling_grpo_loss{', masked' * masked}"
-        yield Specialisation(name, _tokens, types, constants | {"BLOCK": _BLOCK}, _WARPS)
-        yield Specialisation(f"{name}, sum", _add_up, types, constants, 1)
+        yield Specialization(name, _tokens, types, constants | {"BLOCK": _BLOCK}, _WARPS)
+        yield Specialization(f"{name}, sum", _add_up, types, constants, 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ._array import array, load_float, load_int, store_float
-from ._specialisation import FLOATS, OPTIONS, Specialisation
+from ._specialization import FLOATS, OPTIONS, Specialization
 
 _BLOCK, _WARPS = 4096, 8  # columns that are streamed together, and warps
 _GRADIENT_BLOCK, _GRADIENT_WARPS = 2048, 4
@@ -126,10 +126,10 @@ def _clean(z, inside):
 def _add(z, best, mass, weighted, scale):
     """Take a block of logits into a row's running maximum and sums, a sum a lane."""
     new = tl.maximum(best, tl.max(z, 0))
-    centre = tl.where(new == float("-inf"), 0.0, new)
+    center = tl.where(new == float("-inf"), 0.0, new)
     # What lies far below is 0 either way; bounded, no product is 0 times infinity.
-    fall = tl.where(best == float("-inf"), 0.0, tl.maximum((best - centre) * scale, -100.0))
-    d = tl.maximum((z - centre) * scale, -100.0)
+    fall = tl.where(best == float("-inf"), 0.0, tl.maximum((best - center) * scale, -100.0))
+    d = tl.maximum((z - center) * scale, -100.0)
     e = tl.where(z == float("-inf"), 0.0, tl.exp(d))
     shrink = tl.exp(fall)
     return new, mass * shrink + e, (weighted + fall * mass) * shrink + e * d
@@ -351,7 +351,7 @@ def _target_gradient(
         store_float(gradient, gradient_type, r * columns + target, value.to(tl.float32), target >= 0)
 
 
-def specialisations() -> Iterator[Specialisation]:
+def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for logits whose last stride is 1."""
     addresses = ("logits", "targets", "g_logp", "g_entropy", "node", "gradient")
     types = dict.fromkeys(addresses, "i64") | {"offset": "*i32", "token": "*i32", "scale": "fp32"}
@@ -360,13 +360,13 @@ def specialisations() -> Iterator[Specialisation]:
     gradient = wide | {"BLOCK": _GRADIENT_BLOCK}
     for dtype, floats in FLOATS.items():
         given = types | {"logits": floats, "gradient": floats} | dict.fromkeys(_ROW, "i32:16")
-        yield Specialisation(f"token_logp {dtype}", _vocab_statistics, given, wide, _WARPS)
-        yield Specialisation(
+        yield Specialization(f"token_logp {dtype}", _vocab_statistics, given, wide, _WARPS)
+        yield Specialization(
             f"token_logp gradient {dtype}", _vocab_gradient, given, gradient, _GRADIENT_WARPS
         )
     for most in (32, 64, 128, 256, 512, 1024):
         block, warps = _children(most)
         few = {"BLOCK": block, "TARGETS": _TARGETS}
-        yield Specialisation(f"token_logp legal {block}", _legal_statistics, types, few, warps)
-        yield Specialisation(f"token_logp legal gradient {block}", _legal_gradient, types, few, warps)
-    yield Specialisation("token_logp gradient of targets", _target_gradient, types, {"TARGETS": _TARGETS}, 1)
+        yield Specialization(f"token_logp legal {block}", _legal_statistics, types, few, warps)
+        yield Specialization(f"token_logp legal gradient {block}", _legal_gradient, types, few, warps)
+    yield Specialization("token_logp gradient of targets", _target_gradient, types, {"TARGETS": _TARGETS}, 1)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..reference import ved_select as _select_reference
 from ._order import ordered
-from ._specialisation import OPTIONS, Specialisation
+from ._specialization import OPTIONS, Specialization
 
 _NODES = ((64, 1), (256, 8), (1024, 16), (2048, 16))  # most nodes, warps
 _COPY, _KEYS = 64, 1024  # entries of a row copied together; keys looked at together
@@ -393,7 +393,7 @@ def _ved_candidates(
         tl.store(out_score + b * k + rank, tl.where(own, score, other_score))
 
 
-def specialisations() -> Iterator[Specialisation]:
+def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
     floats = ("logp", "value", "entropy", "priority", "child_logp", "leaf_logp", "leaf_score")
     ints = (
@@ -407,6 +407,6 @@ def specialisations() -> Iterator[Specialisation]:
     types |= dict.fromkeys(("exploration", "logp_weight", "entropy_weight"), "fp64")
     for nodes, warps in _NODES:
         constants = {"NODES": nodes, "OTHERS": _others(nodes)}
-        yield Specialisation(f"ved_select {nodes} nodes", _ved_select, types, constants, warps)
-    yield Specialisation("ved_insert", _ved_insert, types, {"COPY": _COPY}, 1)
-    yield Specialisation("ved_candidates", _ved_candidates, types, {"KEYS": _KEYS}, 4)
+        yield Specialization(f"ved_select {nodes} nodes", _ved_select, types, constants, warps)
+    yield Specialization("ved_insert", _ved_insert, types, {"COPY": _COPY}, 1)
+    yield Specialization("ved_candidates", _ved_candidates, types, {"KEYS": _KEYS}, 4)

@@ -18,12 +18,12 @@ from vstar_ops.ops._library import Op
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/oracles.py
 
-import emulated
+import cuda_emulator
 
 settings.register_profile(
     "vstar_ops",
     deadline=None,
-    max_examples=8 if vstar_ops._backends.interpreting() or emulated.SANITIZERS else 60,
+    max_examples=8 if vstar_ops._backends.interpreting() or cuda_emulator.SANITIZERS else 60,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -32,9 +32,9 @@ settings.load_profile("vstar_ops")
 INTERPRETING = vstar_ops._backends.interpreting()
 BACKENDS = [name for name, status in vstar_ops.backends().items() if status.available]
 ON_GPU = {"triton", "cuda"} if not INTERPRETING else {"cuda"}
-if emulated.COMPILER and not INTERPRETING:
-    BACKENDS.append("emulated")  # the CUDA C++ kernels on the host; see emulated.py
-if emulated.SANITIZERS:
+if cuda_emulator.COMPILER and not INTERPRETING:
+    BACKENDS.append("emulated")  # the CUDA C++ kernels on the host; see cuda_emulator.py
+if cuda_emulator.SANITIZERS:
     BACKENDS = ["emulated"]
 
 
@@ -52,7 +52,7 @@ if vstar_ops._backends.interpreting():
 
     @pytest.fixture(scope="session", autouse=True)
     def launches_are_recorded() -> Iterator[None]:
-        """Whatever the tests launch is among the specialisations that are compiled ahead and measured."""
+        """Whatever the tests launch is among the specializations that are compiled ahead and measured."""
         from triton.runtime.interpreter import InterpretedFunction
 
         launched, run = set(), InterpretedFunction.run
@@ -67,8 +67,8 @@ if vstar_ops._backends.interpreting():
         InterpretedFunction.run = recorded
         yield
         InterpretedFunction.run = run
-        known = {key(x.kernel.fn.__name__, x.warps, x.constants) for x in vstar_ops._triton.specialisations()}
-        assert launched <= known, f"not among the specialisations: {launched - known}"
+        known = {key(x.kernel.fn.__name__, x.warps, x.constants) for x in vstar_ops._triton.specializations()}
+        assert launched <= known, f"not among the specializations: {launched - known}"
 
 
 @pytest.fixture(params=BACKENDS)
@@ -84,7 +84,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if name in ("triton", "cuda"):
         request.getfixturevalue("poisoned")
     if name == "emulated":
-        emulated.load()
+        cuda_emulator.load()
         everywhere(monkeypatch, lambda run: run.backends["cuda"])
     elif name in ON_GPU:
         if not torch.cuda.is_available():
@@ -107,7 +107,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch, kernel: Callable[[Op], Callable[
 
     def patched(run: Op) -> Callable[..., Any]:
         def call(device: torch.device, *arguments: Any) -> Any:
-            if vstar_ops._backends.wanted(device) is not None:
+            if vstar_ops._backends.active_backend(device) is not None:
                 return run(device, *arguments)
             return kernel(run)(*arguments)
 
@@ -142,11 +142,11 @@ def through_gpu(backend: str, run: Op) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def cpp() -> Iterator[None]:
+def cpu() -> Iterator[None]:
     """Run the test on the C++ backend, or skip it."""
-    if "cpp" not in BACKENDS:
-        pytest.skip(vstar_ops.backends()["cpp"].detail)
-    with vstar_ops.use_backend("cpp"):
+    if "cpu" not in BACKENDS:
+        pytest.skip(vstar_ops.backends()["cpu"].detail)
+    with vstar_ops.use_backend("cpu"):
         yield
 
 

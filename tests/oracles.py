@@ -175,7 +175,7 @@ def _std(values: Sequence[Fraction], ddof: int) -> float:
 def group_advantage(
     rewards: np.ndarray, mask: np.ndarray | None, eps: float, ddof: int, std_floor: float
 ) -> np.ndarray:
-    """Standardised rewards within each row, exact until the last step."""
+    """Standardized rewards within each row, exact until the last step."""
     out = np.zeros(rewards.shape)
     for b, row in enumerate(rewards):
         present = [g for g in range(len(row)) if mask is None or mask[b, g]]
@@ -302,9 +302,9 @@ def sibling_grpo_loss(
     old_logp: np.ndarray | None = None,
     ref_logp: np.ndarray | None = None,
     mask: np.ndarray | None = None,
-    w_global: float = 1.0,
-    w_sib: float = 1.0,
-    beta: float = 1e-3,
+    global_weight: float = 1.0,
+    sibling_weight: float = 1.0,
+    kl_weight: float = 1e-3,
     clip: tuple[float, float] | None = None,
     kl: str = "k3",
     weighting: str = "node",
@@ -370,7 +370,7 @@ def sibling_grpo_loss(
         number = sum(n for _, n in requests) if loss_type == "bnpo" else batch * group
         sibling = math.fsum(total for total, _ in requests) / max(number, 1)
     terms = {"global_term": over_tokens(sequences), "sibling_term": sibling, "kl": over_tokens(divergences)}
-    loss = beta * terms["kl"] - w_global * terms["global_term"] - w_sib * sibling
+    loss = kl_weight * terms["kl"] - global_weight * terms["global_term"] - sibling_weight * sibling
 
     def mean(values: Sequence[float]) -> float:
         return float(sum(values)) / max(len(values), 1)
@@ -423,7 +423,7 @@ def prefix_tree(tokens: np.ndarray, mask: np.ndarray | None) -> dict[str, np.nda
     """The fields of the tree by name, from a sorted set of prefixes."""
     batch, group, length = tokens.shape
     out = {name: np.full((batch, group * length), -1, np.int64) for name in ("parent", "token", "first")}
-    out |= {name: np.zeros((batch, group * length), np.int64) for name in ("depth", "count")}
+    out |= {name: np.zeros((batch, group * length), np.int64) for name in ("depth", "num_candidates")}
     out |= {"node": np.full(tokens.shape, -1), "size": np.zeros(batch, np.int64)}
     for b in range(batch):
         rows = {g: tuple(int(t) for t in tokens[b, g]) for g in range(group) if mask is None or mask[b, g]}
@@ -434,6 +434,6 @@ def prefix_tree(tokens: np.ndarray, mask: np.ndarray | None) -> dict[str, np.nda
             through = [g for g, row in rows.items() if row[: len(p)] == p]
             out["parent"][b, n] = number.get(p[:-1], -1)
             out["token"][b, n], out["depth"][b, n] = p[-1], len(p)
-            out["first"][b, n], out["count"][b, n] = min(through), len(through)
+            out["first"][b, n], out["num_candidates"][b, n] = min(through), len(through)
             out["node"][b, through, len(p) - 1] = n
     return out

@@ -30,7 +30,7 @@ def run(value: str | None, code: str) -> subprocess.CompletedProcess[str]:
 
 def test_backends_lists_all_with_a_reason():
     found = vstar_ops.backends()
-    assert list(found) == ["reference", "cpp", "triton", "cuda"]
+    assert list(found) == ["reference", "cpu", "triton", "cuda"]
     assert found["reference"].available
     for status in found.values():
         assert isinstance(status.available, bool)
@@ -68,7 +68,9 @@ def test_what_runs_on_a_gpu(monkeypatch):
         for on in (set(order), {order[1]}, set()):
             status = {name: backends.BackendStatus(name in on, "") for name in order}
             monkeypatch.setattr(backends, "_backends", status)
-            assert backends.on_gpu(op) == next((name for name in order if name in on), "reference")
+            assert backends.default_cuda_backend(op) == next(
+                (name for name in order if name in on), "reference"
+            )
 
 
 def test_cuda_refuses_other_devices(monkeypatch):
@@ -110,13 +112,13 @@ def test_nesting_restores():
 
 
 def test_use_backend_chooses_what_runs(monkeypatch):
-    """The reference runs inside ``use_backend("reference")`` and not inside ``use_backend("cpp")``."""
+    """The reference runs inside ``use_backend("reference")`` and not inside ``use_backend("cpu")``."""
     calls = []
     group = sys.modules["vstar_ops.ops.group_advantage"]
     monkeypatch.setattr(
         group,
         "_run",
-        lambda device, *a: calls.append(vstar_ops._backends.wanted(device)) or torch.zeros(1, 1),
+        lambda device, *a: calls.append(vstar_ops._backends.active_backend(device)) or torch.zeros(1, 1),
     )
     with vstar_ops.use_backend("reference"):
         vstar_ops.group_advantage(torch.zeros(1, 1))
@@ -125,9 +127,9 @@ def test_use_backend_chooses_what_runs(monkeypatch):
     assert calls == ["reference", None]
 
 
-def test_cpp_refuses_other_devices(cpp):
+def test_cpu_refuses_other_devices(cpu):
     trie = Trie.from_sequences([[0]]).to("meta")
-    with pytest.raises(RuntimeError, match="cpp"):
+    with pytest.raises(RuntimeError, match="cpu"):
         vstar_ops.expand_topk(
             torch.zeros(1, 1, 1, device="meta"), trie, torch.zeros(1, 1, dtype=torch.int32, device="meta"), 1
         )

@@ -68,7 +68,7 @@ def check(rows, contexts, width, *, exhaustive=False, normalize="legal", tempera
 
         beam = oracles.beam_search(logits, want, None if exhaustive else width, normalize, temperature)
         n = min(width, len(beam.sequences))
-        assert int(out.count[b]) == n
+        assert int(out.num_valid[b]) == n
         assert [tuple(s) for s in out.sequence[b, :n].tolist()] == beam.sequences[:n]
         assert out.logp[b, :n].tolist() == pytest.approx(beam.logp[:n], abs=1e-5, rel=1e-5)
         assert out.node[b, :n].tolist() == [want.node[s] for s in beam.sequences[:n]]
@@ -124,7 +124,7 @@ def test_skipping_changes_nothing_but_the_cost(backend, seed, num, length, width
     fast, slow = (beam_search(TableModel(), [1, 2, 3], trie, width, skip_forced=s) for s in (True, False))
     assert torch.equal(fast.sequence, slow.sequence)
     assert torch.equal(fast.node, slow.node)
-    assert torch.equal(fast.count, slow.count)
+    assert torch.equal(fast.num_valid, slow.num_valid)
     torch.testing.assert_close(fast.logp, slow.logp, rtol=0, atol=0)
     assert (fast.forward_tokens <= slow.forward_tokens).all()
 
@@ -167,7 +167,7 @@ def test_no_more_than_the_budget(backend):
 @pytest.mark.parametrize("skip_forced", [True, False])
 def test_a_catalogue_smaller_than_the_width(backend, skip_forced):
     out, _ = check(np.array([[1, 2, 3], [1, 2, 4], [1, 2, 4]]), [0], 5, skip_forced=skip_forced)
-    assert out.count.tolist() == [2]
+    assert out.num_valid.tolist() == [2]
     assert out.sequence[0, 2:].tolist() == [[-1] * 3] * 3
 
 
@@ -175,7 +175,7 @@ def test_a_catalogue_smaller_than_the_width(backend, skip_forced):
 @pytest.mark.parametrize("normalize", ["legal", "vocab"])
 def test_an_empty_catalogue(backend, normalize, skip_forced):
     out, model = check(np.zeros((0, 3), np.int64), [0, 1], 2, normalize=normalize, skip_forced=skip_forced)
-    assert out.count.tolist() == [0, 0]
+    assert out.num_valid.tolist() == [0, 0]
     assert model.evaluated == []
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-import emulated
+import cuda_emulator
 import numpy as np
 import pytest
 import torch
@@ -15,13 +15,13 @@ import vstar_ops
 from vstar_ops import SearchTrees, Trie
 from vstar_ops.reference import derive_seeds
 
-pytestmark = pytest.mark.skipif(not emulated.COMPILER, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not cuda_emulator.COMPILER, reason="no C++ compiler")
 OPS = "expand_topk", "sibling_advantage", "prefix_returns"
 REFERENCE = {name: getattr(vstar_ops.reference, name) for name in OPS}
 
 
 def run(name, *arguments):
-    emulated.load()
+    cuda_emulator.load()
     return getattr(torch.ops.vstar_ops_cuda, name).default(*arguments)
 
 
@@ -168,7 +168,7 @@ def loss_arguments(tokens, rewards, mask, generator):
         vstar_ops.group_advantage(rewards, mask),
     )
     there = None if mask is None else mask[:, :, None].expand(tokens.shape)
-    given = siblings.advantage, siblings.valid, siblings.count, group, there
+    given = siblings.advantage, siblings.valid, siblings.num_candidates, group, there
     return logp, old, ref, *given, None, 1.0, 1.0, 1e-3, 0.2, 0.2, 2, True, 0
 
 
@@ -178,8 +178,8 @@ def loss_arguments(tokens, rewards, mask, generator):
 def test_the_order_of_threads_does_not_show(name, case):
     results = []
     for seed in range(5):
-        emulated.load()
-        emulated.seed(seed << 32)
+        cuda_emulator.load()
+        cuda_emulator.seed(seed << 32)
         got = run(name, *case)
         results.append(got if isinstance(got, tuple) else (got,))
     for other in results[1:]:
@@ -191,10 +191,10 @@ def test_the_order_of_threads_does_not_show(name, case):
 
 def counted(name, *case):
     run(name, *case)
-    emulated.count(sectors=True)
+    cuda_emulator.count(sectors=True)
     run(name, *case)
-    found = emulated.counts()
-    emulated.count()
+    found = cuda_emulator.counts()
+    cuda_emulator.count()
     return found
 
 
@@ -298,12 +298,12 @@ SANITIZED = (
 )  # fmt: skip
 
 
-@pytest.mark.skipif(bool(emulated.SANITIZERS), reason="this is the inner run")
+@pytest.mark.skipif(bool(cuda_emulator.SANITIZERS), reason="this is the inner run")
 def test_under_sanitizers():
     """The tests of the ops on kernels built with AddressSanitizer and UBSan, in a process of their own."""
 
     def found(library: str) -> str:
-        command = [emulated.COMPILER, f"-print-file-name={library}"]
+        command = [cuda_emulator.COMPILER, f"-print-file-name={library}"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     if not os.path.isabs(found("libasan.so")):
@@ -328,6 +328,6 @@ def test_under_sanitizers():
         "emulated",
     ]
     done = subprocess.run(
-        [*command, *files], cwd=emulated.ROOT, env=environment, capture_output=True, text=True
+        [*command, *files], cwd=cuda_emulator.ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import subprocess
 
-import emulated
+import cuda_emulator
 import pytest
 
-pytestmark = pytest.mark.skipif(not emulated.COMPILER, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not cuda_emulator.COMPILER, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
 def broken():
     """A program that runs a kernel with a fault."""
-    sources = [emulated.FOLDER / "main.cpp", emulated.FOLDER / "broken.cpp"]
-    return emulated.compiled("broken", sources, sanitizers="address,undefined", program=True)
+    sources = [cuda_emulator.FOLDER / "main.cpp", cuda_emulator.FOLDER / "broken.cpp"]
+    return cuda_emulator.compiled("broken", sources, sanitizers="address,undefined", program=True)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def compare(
     )
     assert [x.dtype for x in out] == [torch.float32] * 2 + [torch.int32] * 4 + [torch.float32]
     assert all(x.shape == (len(ranked), k) for x in out[:5])
-    assert out.count.tolist() == [min(k, len(row)) for row in ranked]
+    assert out.num_valid.tolist() == [min(k, len(row)) for row in ranked]
     got_entropy = out.entropy.double().numpy()
     np.testing.assert_allclose(got_entropy, entropy, rtol=1e-5, atol=1e-5)
     children = [
@@ -122,7 +122,7 @@ def beam_values(rng, shape, dtype, special):
     dtype=st.sampled_from(FLOATS),
     integers=st.sampled_from([torch.int32, torch.int64]),
     normalize=st.sampled_from(["legal", "vocab"]),
-    given_=st.sets(st.sampled_from(["cum_logp", "value", "bonus", "child_value", "gumbel"])),
+    given_=st.sets(st.sampled_from(["cum_logp", "value", "bonus", "child_value", "gumbel_seed"])),
     special=st.booleans(),
     logp_weight=st.sampled_from([1.0, 0.0, 0.5, -1.0, 2.0]),
     value_weight=st.sampled_from([0.0, 1.0, -0.5]),
@@ -172,8 +172,8 @@ def test_oracle(
             options[name] = beam_values(rng, (batch, width), FLOATS[rng.integers(3)], special)
     if "child_value" in given_:
         options["child_value"] = make_logits(rng, shape, "ties", FLOATS[rng.integers(3)], layout)
-    seeds = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, batch)) if "gumbel" in given_ else None
-    out = expand_topk(logits, trie, nodes, k, gumbel=seeds, **options)
+    seeds = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, batch)) if "gumbel_seed" in given_ else None
+    out = expand_topk(logits, trie, nodes, k, gumbel_seed=seeds, **options)
     if seeds is not None:
         options["gumbel_seeds"] = seeds.tolist()
     compare(out, k, want, logits, nodes, **options)
@@ -220,7 +220,7 @@ def test_ties_by_hand(backend):
     for k in range(1, 15):
         out = expand_topk(logits, trie, node, k)
         n = min(k, 12)
-        assert out.count.tolist() == [n]
+        assert out.num_valid.tolist() == [n]
         assert list(zip(out.parent[0].tolist(), out.token[0].tolist()))[:n] == order[:n]
         assert out.node[0, :n].tolist() == [{1: 1, 3: 2, 4: 3, 6: 4}[v] for _, v in order[:n]]
 
@@ -244,7 +244,7 @@ def test_a_single_child_is_certain(backend, logit, temperature):
     assert out.logp[0].tolist() == [0.0, -INF]
     assert out.score[0, 0] == 0
     assert out.entropy[0, 0] == 0
-    assert out.count.tolist() == [1]
+    assert out.num_valid.tolist() == [1]
 
 
 @pytest.mark.parametrize("logit", [NAN, -INF])
@@ -252,7 +252,7 @@ def test_a_child_at_minus_infinity_never_wins(backend, logit):
     trie = Trie.from_sequences([[0], [1]])
     logits = torch.tensor([[[logit, -5.0]], [[logit, logit]]])
     out = expand_topk(logits, trie, torch.zeros(2, 1, dtype=torch.int64), 3)
-    assert out.count.tolist() == [1, 0]
+    assert out.num_valid.tolist() == [1, 0]
     assert out.token.tolist() == [[1, -1, -1], [-1, -1, -1]]
     assert out.logp[0, 0] == 0
     assert out.entropy[0].item() == pytest.approx(0, abs=1e-30)
@@ -279,7 +279,7 @@ def test_infinity_reads_as_the_largest_float(backend, normalize):
     assert out.logp[0, 2].item() == pytest.approx(3e38 - largest, rel=1e-5)
 
 
-def test_uniform_entropy_and_both_normalisers(backend):
+def test_uniform_entropy_and_both_normalizers(backend):
     trie = Trie.from_sequences([[1], [2], [5], [7]])
     logits, node = torch.zeros(1, 1, 10), torch.zeros(1, 1, dtype=torch.int64)
     for normalize, size in (("legal", 4), ("vocab", 10)):
@@ -317,13 +317,13 @@ def test_dead_beams(backend, dead):
         assert out.parent.tolist() == [[1, 1, -1]]
         assert out.node.tolist() == [[3, 4, -1]]
         assert out.entropy[0, 0] == 0
-        assert not expand_topk(logits, trie, torch.full((1, 2), dead, dtype=dtype), 1).count.any()
+        assert not expand_topk(logits, trie, torch.full((1, 2), dead, dtype=dtype), 1).num_valid.any()
 
 
 def test_leaves_have_no_children(backend):
     trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
     out = expand_topk(torch.zeros(1, 3, 5), trie, torch.tensor([[3, 4, 5]]), 2)
-    assert out.count.tolist() == [0]
+    assert out.num_valid.tolist() == [0]
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 4), (2, 0, 4), (0, 0, 4), (2, 3, 0)])
@@ -335,7 +335,7 @@ def test_zero_sizes(backend, shape, normalize):
     )
     assert all(x.shape == (shape[0], 3) for x in out[:5])
     assert out.entropy.shape == shape[:2]
-    assert not out.count.any()
+    assert not out.num_valid.any()
     assert (out.score == -INF).all() and (out.node == -1).all()
 
 
@@ -344,7 +344,7 @@ def test_k_above_the_number_of_children(backend, k):
     trie = Trie.from_sequences([[0], [1], [2]])
     logits = torch.tensor([[[0.0, 2.0, 1.0]]])
     out = expand_topk(logits, trie, torch.zeros(1, 1, dtype=torch.int64), k)
-    assert out.count.tolist() == [3]
+    assert out.num_valid.tolist() == [3]
     assert out.token[0, :3].tolist() == [1, 2, 0]
     assert (out.token[0, 3:] == -1).all() and (out.score[0, 3:] == -INF).all()
 
@@ -363,9 +363,9 @@ def some_case(batch=6, width=3, columns=50, seed=0):
 def test_gumbel_alone_as_in_a_batch(backend):
     logits, trie, node = some_case()
     seeds = vstar_ops.derive_seeds(7, 6)
-    together = expand_topk(logits, trie, node, 9, gumbel=seeds)
+    together = expand_topk(logits, trie, node, 9, gumbel_seed=seeds)
     for b in range(6):
-        alone = expand_topk(logits[b : b + 1], trie, node[b : b + 1], 9, gumbel=seeds[b : b + 1])
+        alone = expand_topk(logits[b : b + 1], trie, node[b : b + 1], 9, gumbel_seed=seeds[b : b + 1])
         assert all(torch.equal(a[0], t[b]) for a, t in zip(alone, together))
 
 
@@ -373,8 +373,8 @@ def test_gumbel_belongs_to_node_and_token(backend):
     """A beam's noise does not depend on where it stands."""
     logits, trie, node = some_case(batch=1, width=4)
     seeds = torch.tensor([123])
-    plain = expand_topk(logits, trie, node, 300, gumbel=seeds)
-    turned = expand_topk(logits.flip(1), trie, node.flip(1), 300, gumbel=seeds)
+    plain = expand_topk(logits, trie, node, 300, gumbel_seed=seeds)
+    turned = expand_topk(logits.flip(1), trie, node.flip(1), 300, gumbel_seed=seeds)
     assert torch.equal(plain.score, turned.score)
     assert torch.equal(plain.node, turned.node)
 
@@ -384,30 +384,30 @@ def test_gumbel_of_an_int(backend):
     for seed in (0, 5, -1, 2**63 - 1, -(2**63)):
         seeds = vstar_ops.derive_seeds(seed, 6)
         assert seeds.tolist() == oracles.splitmix64(seed, 6)
-        a = expand_topk(logits, trie, node, 9, gumbel=seed)
-        b = expand_topk(logits, trie, node, 9, gumbel=seeds)
+        a = expand_topk(logits, trie, node, 9, gumbel_seed=seed)
+        b = expand_topk(logits, trie, node, 9, gumbel_seed=seeds)
         assert all(torch.equal(x, y) for x, y in zip(a, b))
-    other = expand_topk(logits, trie, node, 9, gumbel=1)
+    other = expand_topk(logits, trie, node, 9, gumbel_seed=1)
     assert not torch.equal(other.score, a.score)
 
 
 def test_gumbel_leaves_logp_alone(backend):
     logits, trie, node = some_case(batch=1)
-    noisy = expand_topk(logits, trie, node, 500, gumbel=3)
+    noisy = expand_topk(logits, trie, node, 500, gumbel_seed=3)
     plain = expand_topk(logits, trie, node, 500)
-    n = int(plain.count)
+    n = int(plain.num_valid)
     by_node = [
         dict(zip(zip(o.parent[0].tolist(), o.node[0].tolist()), o.logp[0].tolist())) for o in (noisy, plain)
     ]
-    assert n == int(noisy.count) > 5
+    assert n == int(noisy.num_valid) > 5
     assert by_node[0] == by_node[1]
 
 
-def test_gumbel_backends_agree(cpp):
+def test_gumbel_backends_agree(cpu):
     logits, trie, node = some_case(batch=40, seed=1)
-    got = expand_topk(logits, trie, node, 20, gumbel=11)
+    got = expand_topk(logits, trie, node, 20, gumbel_seed=11)
     with vstar_ops.use_backend("reference"):
-        want = expand_topk(logits, trie, node, 20, gumbel=11)
+        want = expand_topk(logits, trie, node, 20, gumbel_seed=11)
     torch.testing.assert_close(got.score, want.score, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(got[2:6], want[2:6]))
 
@@ -418,7 +418,9 @@ def test_gumbel_samples_the_policy(backend):
     trie = Trie.from_sequences([[v] for v in (1, 2, 4, 5, 6, 9, 10, 11)])
     z = torch.linspace(-1.5, 1.5, 12)
     draws = 20_000
-    out = expand_topk(z.expand(draws, 1, 12), trie, torch.zeros(draws, 1, dtype=torch.int32), 2, gumbel=42)
+    out = expand_topk(
+        z.expand(draws, 1, 12), trie, torch.zeros(draws, 1, dtype=torch.int32), 2, gumbel_seed=42
+    )
     legal = trie.token.long()
     p = z[legal].double().softmax(0)
     seen = torch.bincount(out.token[:, 0].long(), minlength=12)[legal].double()
@@ -436,7 +438,7 @@ def agree_with_reference(logits, trie, node, k, **options):
     got = expand_topk(logits, trie, node, k, **options)
     with vstar_ops.use_backend("reference"):
         want = expand_topk(logits, trie, node, k, **options)
-    assert torch.equal(got.count, want.count)
+    assert torch.equal(got.num_valid, want.num_valid)
     torch.testing.assert_close(got.score, want.score, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-5, atol=1e-5)
     same = (got.parent == want.parent) & (got.token == want.token) & (got.node == want.node)
@@ -448,7 +450,7 @@ def agree_with_reference(logits, trie, node, k, **options):
 
 
 @pytest.mark.parametrize("normalize", ["legal", "vocab"])
-def test_a_language_models_vocabulary(cpp, normalize):
+def test_a_language_models_vocabulary(cpu, normalize):
     rng = np.random.default_rng(3)
     trie = Trie.from_sequences(rng.integers(151_000, 152_064, (3000, 3)))
     logits = torch.from_numpy(rng.standard_normal((2, 4, 152_064), dtype=np.float32)).bfloat16()
@@ -458,11 +460,11 @@ def test_a_language_models_vocabulary(cpp, normalize):
 
 
 @pytest.mark.parametrize("k", [128, 3000])
-def test_every_column_legal(cpp, k):
+def test_every_column_legal(cpu, k):
     rng = np.random.default_rng(4)
     trie = Trie.from_sequences(np.arange(8192)[:, None])
     logits = torch.from_numpy(rng.standard_normal((1, 128, 8192), dtype=np.float32))
-    agree_with_reference(logits, trie, torch.zeros(1, 128, dtype=torch.int32), k, gumbel=5)
+    agree_with_reference(logits, trie, torch.zeros(1, 128, dtype=torch.int32), k, gumbel_seed=5)
 
 
 @pytest.mark.parametrize("k", [10, 4000])
@@ -479,7 +481,7 @@ def test_rising_and_falling_scores(backend, k):
 
 @pytest.mark.parametrize("normalize", ["legal", "vocab"])
 @pytest.mark.parametrize("shape", [(300, 4, 200), (1, 64, 2000), (1, 1, 20_000)])
-def test_threads_give_the_same_bits(cpp, restore_threads, shape, normalize):
+def test_threads_give_the_same_bits(cpu, restore_threads, shape, normalize):
     rng = np.random.default_rng(5)
     batch, width, columns = shape
     trie = Trie.from_sequences(rng.integers(0, columns, (5 * columns, 2)))
@@ -488,7 +490,9 @@ def test_threads_give_the_same_bits(cpp, restore_threads, shape, normalize):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results += [expand_topk(logits, trie, node, 40, normalize=normalize, gumbel=g) for g in (None, 1)]
+        results += [
+            expand_topk(logits, trie, node, 40, normalize=normalize, gumbel_seed=g) for g in (None, 1)
+        ]
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[2]))
     assert all(torch.equal(a, b) for a, b in zip(results[1], results[3]))
 
@@ -565,12 +569,12 @@ BAD = [
     ({"temperature": True}, TypeError, "temperature"),
     ({"normalize": "all"}, ValueError, "normalize"),
     ({"normalize": None}, ValueError, "normalize"),
-    ({"gumbel": 0.5}, TypeError, "gumbel"),
-    ({"gumbel": True}, TypeError, "gumbel"),
-    ({"gumbel": 2**63}, ValueError, "gumbel"),
-    ({"gumbel": torch.zeros(3, dtype=torch.int64)}, ValueError, "gumbel"),
-    ({"gumbel": torch.zeros(2)}, TypeError, "gumbel"),
-    ({"gumbel": torch.zeros(2, dtype=torch.int32)}, TypeError, "gumbel"),
+    ({"gumbel_seed": 0.5}, TypeError, "gumbel_seed"),
+    ({"gumbel_seed": True}, TypeError, "gumbel_seed"),
+    ({"gumbel_seed": 2**63}, ValueError, "gumbel_seed"),
+    ({"gumbel_seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "gumbel_seed"),
+    ({"gumbel_seed": torch.zeros(2)}, TypeError, "gumbel_seed"),
+    ({"gumbel_seed": torch.zeros(2, dtype=torch.int32)}, TypeError, "gumbel_seed"),
 ]
 
 
@@ -593,7 +597,7 @@ def test_validation_looks_at_nodes(backend, bad):
         with pytest.raises(ValueError, match=r"^node "):
             expand_topk(**arguments(node=node))
         fine = expand_topk(**arguments(node=node.clamp(max=5).clamp(min=-1)))
-    assert fine.count.shape == out.count.shape
+    assert fine.num_valid.shape == out.num_valid.shape
     expand_topk(**arguments(node=node))
 
 
@@ -651,8 +655,8 @@ def test_compile(dynamic):
     logits, trie, node = some_case()
 
     def step(z, n, c):
-        out = expand_topk(z * 2, trie, n, 5, cum_logp=c, entropy_weight=0.1, gumbel=3)
-        return out.score + 1, out.node, out.token, out.count
+        out = expand_topk(z * 2, trie, n, 5, cum_logp=c, entropy_weight=0.1, gumbel_seed=3)
+        return out.score + 1, out.node, out.token, out.num_valid
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for size in (6, 4):

@@ -74,7 +74,7 @@ def inputs() -> dict[str, Callable[[], tuple[Any, ...]]]:
     trees = SearchTrees.empty(64, 40, 3, children=64, leaves=64, device="cuda")
     return {
         "legal": lambda: vstar_ops.expand_topk(logits, trie, node, 128, **scoring),
-        "noise": lambda: vstar_ops.expand_topk(logits, trie, node, 16, gumbel=seeds),
+        "noise": lambda: vstar_ops.expand_topk(logits, trie, node, 16, gumbel_seed=seeds),
         "vocab": lambda: vstar_ops.expand_topk(logits, trie, node, 16, normalize="vocab"),
         "dense": lambda: vstar_ops.expand_topk(wide, dense, root, 128),
         "one row": lambda: vstar_ops.expand_topk(wide[:1, :1], dense, root[:1, :1], 1000),
@@ -170,7 +170,7 @@ def test_a_whole_search_in_a_graph(gpu: str) -> None:
         graph.replay()
         want = search()
         assert (want.forward_tokens > 12).all()
-        for name in ("sequence", "node", "logp", "score", "count", "forward_tokens"):
+        for name in ("sequence", "node", "logp", "score", "num_valid", "forward_tokens"):
             assert torch.equal(getattr(captured, name), getattr(want, name)), name
 
 

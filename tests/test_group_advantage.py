@@ -89,7 +89,7 @@ def test_order_permutes_the_result(backend):
     )
 
 
-def test_threads_give_the_same_bits(cpp, restore_threads):
+def test_threads_give_the_same_bits(cpu, restore_threads):
     rewards = torch.randn(3000, 16, generator=torch.Generator().manual_seed(2))
     results = []
     for threads in (1, 2):

@@ -104,7 +104,7 @@ def test_wheel_contents(native: Path, tree: Path) -> None:
 
 def test_native_wheel_runs(native: Path, tmp_path: Path) -> None:
     site = native.parent / "site"
-    code = "import vstar_ops; print(vstar_ops.__file__); assert vstar_ops.backends()['cpp'].available"
+    code = "import vstar_ops; print(vstar_ops.__file__); assert vstar_ops.backends()['cpu'].available"
     assert str(site) in run("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
 
 
@@ -115,8 +115,8 @@ def test_without_a_compiler(pure: Path, tmp_path: Path) -> None:
     code = """
 import torch, vstar_ops
 status = vstar_ops.backends()
-assert status["reference"].available and not status["cpp"].available
-assert "compiler" in status["cpp"].detail
+assert status["reference"].available and not status["cpu"].available
+assert "compiler" in status["cpu"].detail
 advantage = vstar_ops.group_advantage(torch.tensor([[1.0, 0.0]]))
 assert advantage[0, 0] > 0 > advantage[0, 1]
 print(vstar_ops.__file__)
@@ -217,5 +217,5 @@ def test_collect_env(pure: Path, tmp_path: Path) -> None:
             PATH="",
             VSTAR_OPS_BACKEND="reference",
         )
-        for word in ("torch", "python", "simd", "nvcc", "reference", "cpp", "VSTAR_OPS_BACKEND"):
+        for word in ("torch", "python", "simd", "nvcc", "reference", "cpu", "VSTAR_OPS_BACKEND"):
             assert word in printed

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 
 import vstar_ops
 from vstar_ops.packing import PackedRows, pack_prompts
-from vstar_ops.train import objective
+from vstar_ops.train import scoring
 from vstar_ops.train.model import SIDTransformer
 from vstar_ops.trie import Trie
 
@@ -224,7 +224,7 @@ def test_unpacking_repeats_rows() -> None:
     assert torch.autograd.gradcheck(lambda y: packed.unpack(y, packed.source), x, fast_mode=True)
 
 
-def test_no_host_synchronisation() -> None:
+def test_no_host_synchronization() -> None:
     """Without compact, nothing of the values reaches the host: the shapes alone are enough to trace it."""
     prompt, prompt_mask, tokens, mask = make(6, 2, 4, 3, 5, "left")
 
@@ -275,7 +275,7 @@ def test_the_reference_model(dtype: torch.dtype, tolerance: float, values: bool)
     candidates[2, 6:] = -1
     results = []
     for pack in (True, False):
-        laid_out = objective.candidate_rows(model, context, trie, candidates, values=True, pack=pack)
+        laid_out = scoring.candidate_rows(model, context, trie, candidates, values=True, pack=pack)
         rows = laid_out.rows
         if dtype == torch.float32:
             options = {"values": values, "action_values": values}

@@ -41,7 +41,7 @@ def compare(got, sids, item, target, wanted, mask, weights):
     torch.testing.assert_close(got.similarity, torch.from_numpy(want[1]).float(), rtol=1e-5, atol=1e-5)
     buckets = sibling_advantage(sids, torch.zeros(sids.shape[:2]), mask)
     assert torch.equal(got.node, buckets.node)
-    assert torch.equal(got.count, buckets.count)
+    assert torch.equal(got.num_candidates, buckets.num_candidates)
 
 
 @given(
@@ -88,7 +88,7 @@ def test_hand_written(backend):
     out = prefix_returns(tokens, item, target, item[:, 0], weights=(0.5, 1.0))
     assert out.returns.tolist() == [[[0.5, 1.0], [0.5, -1.0], [-0.5, -1.0]]]
     assert out.similarity[0, :, 0].tolist() == pytest.approx([0.5**0.5, 0.5**0.5, 0])
-    assert out.count.tolist() == [[[2, 1], [2, 1], [1, 1]]]
+    assert out.num_candidates.tolist() == [[[2, 1], [2, 1], [1, 1]]]
 
 
 def test_nan_stays_in_its_buckets(backend):
@@ -175,7 +175,7 @@ def test_errors(change, error, message):
         prefix_returns(**(given | change))
 
 
-def test_the_op_checks_the_weights_it_reads(cpp):
+def test_the_op_checks_the_weights_it_reads(cpu):
     sids, item, target, wanted, mask = make(0, 2, 6, 3, 5, 3)
     for weights in (
         torch.ones(3),

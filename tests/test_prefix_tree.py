@@ -65,17 +65,17 @@ def test_hand_written(backend):
     assert tree.parent.tolist() == [[-1, -1, 0, 0, 1, -1, -1, -1]]
     assert tree.depth.tolist() == [[1, 1, 2, 2, 2, 0, 0, 0]]
     assert tree.first.tolist() == [[0, 2, 1, 0, 2, -1, -1, -1]]
-    assert tree.count.tolist() == [[3, 1, 1, 2, 1, 0, 0, 0]]
+    assert tree.num_candidates.tolist() == [[3, 1, 1, 2, 1, 0, 0, 0]]
     assert tree.node.tolist() == [[[0, 3], [0, 2], [1, 4], [0, 3]]] and tree.size.tolist() == [5]
     nobody = prefix_tree(torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool))
-    assert nobody.size.tolist() == [0] and (nobody.node == -1).all() and not nobody.count.any()
+    assert nobody.size.tolist() == [0] and (nobody.node == -1).all() and not nobody.num_candidates.any()
 
 
 def test_order_of_candidates_does_not_matter(backend):
     sids, mask = make(1, 3, 40, 3, 4)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     plain, moved = prefix_tree(sids, mask), prefix_tree(sids[:, order], mask[:, order])
-    for name in ("parent", "token", "depth", "count", "size"):
+    for name in ("parent", "token", "depth", "num_candidates", "size"):
         assert torch.equal(getattr(plain, name), getattr(moved, name))
     assert torch.equal(plain.node[:, order], moved.node)
 

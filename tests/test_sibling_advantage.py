@@ -29,7 +29,7 @@ def compare(got, tokens, rewards, mask, options):
     assert all(x.shape == tokens.shape for x in got)
     assert torch.equal(got.valid, valid)
     assert torch.equal(got.node.long(), node)
-    assert torch.equal(got.count.long(), count)
+    assert torch.equal(got.num_candidates.long(), count)
     torch.testing.assert_close(got.advantage, advantage.float(), rtol=1e-5, atol=1e-5)
     # Elsewhere a child at the mean of unequal siblings may be off by a rounding error.
     kept = rewards if mask is None else rewards.masked_fill(~mask, float("nan"))
@@ -136,7 +136,7 @@ def test_hand_written(backend):
     assert out.advantage[0, :, 1].tolist() == pytest.approx([leaf, -leaf, 0, 0])
     assert out.valid[0].tolist() == [[True, True], [True, True], [True, False], [True, False]]
     assert out.node[0].tolist() == [[0, 2], [0, 3], [1, 4], [1, 4]]
-    assert out.count[0].tolist() == [[2, 1], [2, 1], [2, 2], [2, 2]]
+    assert out.num_candidates[0].tolist() == [[2, 1], [2, 1], [2, 2], [2, 2]]
 
 
 def test_baselines(backend):
@@ -190,18 +190,18 @@ def test_masked_candidates(backend):
     mask = torch.tensor([[True, False, True]])
     out = sibling_advantage(tokens, torch.tensor([[1.0, float("nan"), 0.0]]), mask)
     assert out.node[0, :, 0].tolist() == [0, -1, 1]
-    assert out.count[0, :, 0].tolist() == [1, 0, 1]
+    assert out.num_candidates[0, :, 0].tolist() == [1, 0, 1]
     assert out.valid[0, :, 0].tolist() == [True, False, True]
     assert out.advantage[0, 1, 0] == 0
     assert out.advantage[0, 0, 0] == -out.advantage[0, 2, 0] > 0
     nobody = sibling_advantage(tokens, torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.bool))
-    assert (nobody.node == -1).all() and not nobody.valid.any() and not nobody.count.any()
+    assert (nobody.node == -1).all() and not nobody.valid.any() and not nobody.num_candidates.any()
 
 
 def test_tokens_that_collide_in_32_bits(backend):
     tokens = torch.tensor([[[0], [2**32], [-(2**32)], [2**62], [-(2**62)]]])
     out = sibling_advantage(tokens, torch.arange(5.0).view(1, 5))
-    assert out.count[0, :, 0].tolist() == [1] * 5
+    assert out.num_candidates[0, :, 0].tolist() == [1] * 5
     assert out.node[0, :, 0].tolist() == [2, 3, 1, 4, 0]
 
 
@@ -213,7 +213,7 @@ def test_order_permutes_the_result(backend, group):
     order = torch.randperm(group, generator=generator)
     plain = sibling_advantage(tokens, rewards)
     moved = sibling_advantage(tokens[:, order], rewards[:, order])
-    for name in ("valid", "node", "count"):
+    for name in ("valid", "node", "num_candidates"):
         assert torch.equal(getattr(moved, name), getattr(plain, name)[:, order])
     torch.testing.assert_close(moved.advantage, plain.advantage[:, order], rtol=1e-6, atol=1e-7)
 
@@ -241,7 +241,7 @@ def test_node_ids_are_dense_and_lexicographic(backend, seed, group, vocabulary):
         first += len(distinct)
 
 
-def test_large_groups_like_the_reference(cpp):
+def test_large_groups_like_the_reference(cpu):
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, 40, (1, 4096, 3), generator=generator)
     rewards = torch.randn(1, 4096, generator=generator)
@@ -253,7 +253,7 @@ def test_large_groups_like_the_reference(cpp):
     assert all(torch.equal(a, b) for a, b in zip(got[1:], want[1:]))
 
 
-def test_threads_give_the_same_bits(cpp, restore_threads):
+def test_threads_give_the_same_bits(cpu, restore_threads):
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, 5, (500, 32, 3), generator=generator)
     rewards = torch.randn(500, 32, generator=generator)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 
+import loss_reference
 import numpy as np
 import oracles
 import pytest
-import terms
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,7 +73,7 @@ def test_oracle(
         for name in set(case) - {"mask"}:
             case[name] = torch.stack([case[name], case[name]], -1)[..., 1]
     options = {"clip": clip, "kl": kl, "weighting": weighting, "loss_type": loss_type}
-    options |= {"beta": 0.3, "w_global": 0.7, "w_sib": 1.3}
+    options |= {"kl_weight": 0.3, "global_weight": 0.7, "sibling_weight": 1.3}
     if weighted:
         options["depth_weights"] = [0.5 + d for d in range(length)]
     got = sibling_grpo_loss(**case, **options)
@@ -95,9 +95,9 @@ def by_hand(
     x, old = case["logp"].double().requires_grad_(), case["old_logp"].double()
     a = group_advantage(case["rewards"], mask)
     siblings = sibling_advantage(case["tokens"], case["rewards"], mask)
-    value = terms.grpo_term(x, old, a, mask, clip)
-    value = value + 0.5 * terms.sibling_term(x, old, siblings, mask, clip, weighting=weighting)
-    loss = 0.1 * terms.kl_term(x, case["ref_logp"].double(), mask) - value
+    value = loss_reference.grpo_term(x, old, a, mask, clip)
+    value = value + 0.5 * loss_reference.sibling_term(x, old, siblings, mask, clip, weighting=weighting)
+    loss = 0.1 * loss_reference.kl_term(x, case["ref_logp"].double(), mask) - value
     (gradient,) = torch.autograd.grad(loss, x)
     return torch.cat([loss.detach()[None], gradient.flatten()])
 
@@ -109,7 +109,9 @@ def test_training_objective(backend, clip, weighting):
     mask = torch.rand(5, 6, generator=torch.Generator().manual_seed(2)) < 0.8
     want = by_hand(case, mask, clip, weighting)
     case["logp"].requires_grad_()
-    out = sibling_grpo_loss(**case, mask=mask, clip=clip, weighting=weighting, w_sib=0.5, beta=0.1)
+    out = sibling_grpo_loss(
+        **case, mask=mask, clip=clip, weighting=weighting, sibling_weight=0.5, kl_weight=0.1
+    )
     (gradient,) = torch.autograd.grad(out.loss, case["logp"])
     got = torch.cat([out.loss.detach()[None], gradient.flatten()])
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
@@ -119,13 +121,13 @@ def run_in_double(case: dict[str, Tensor], logp: Tensor, **change: object) -> Te
     """The reference's loss of float64 log-probabilities."""
     siblings = sibling_advantage(case["tokens"], case["rewards"])
     scalars = {
-        "w_global": 0.7, "w_sib": 1.3, "beta": 0.4, "clip_low": 0.2, "clip_high": 0.3, "kl": 2,
-        "by_node": True, "loss_type": 0, **change,
+        "global_weight": 0.7, "sibling_weight": 1.3, "kl_weight": 0.4, "clip_low": 0.2, "clip_high": 0.3,
+        "kl": 2, "by_node": True, "loss_type": 0, **change,
     }  # fmt: skip
     return OP._run(
         logp.device, logp, case["old_logp"].double(), case["ref_logp"].double(), siblings.advantage.double(),
-        siblings.valid, siblings.count, group_advantage(case["rewards"]).double(), scalars.pop("mask", None),
-        torch.tensor([0.5, 1.0, 2.0]), *scalars.values(),
+        siblings.valid, siblings.num_candidates, group_advantage(case["rewards"]).double(),
+        scalars.pop("mask", None), torch.tensor([0.5, 1.0, 2.0]), *scalars.values(),
     )[0]  # fmt: skip
 
 
@@ -160,7 +162,7 @@ def test_on_policy_gradient_is_zero_outside_the_sibling_tokens(backend):
     """Node weighting, ratio 1, sibling term alone: exactly 0 where nothing branches."""
     tokens = torch.tensor([[[1, 5, 7], [1, 5, 8], [1, 5, 8]]])
     logp = torch.zeros(1, 3, 3, requires_grad=True)
-    sibling_grpo_loss(logp, tokens, torch.tensor([[1.0, 0.0, 0.5]]), w_global=0).loss.backward()
+    sibling_grpo_loss(logp, tokens, torch.tensor([[1.0, 0.0, 0.5]]), global_weight=0).loss.backward()
     assert not logp.grad[:, :, :2].any()
     assert logp.grad[0, :, 2].tolist() == pytest.approx([-1 / 3, 1 / 6, 1 / 6], rel=1e-3)
 
@@ -208,7 +210,9 @@ def test_small_divergence_keeps_its_digits(backend):
         sibling_advantage(torch.zeros(2, 3, 2, dtype=torch.int64), torch.zeros(2, 3)),
         torch.zeros(2, 3),
     )
-    out = sibling_grpo_loss(logp, sibling=siblings, group=group, ref_logp=ref, beta=1.0)
+    out = sibling_grpo_loss(
+        logp, sibling_advantage=siblings, group_advantage=group, ref_logp=ref, kl_weight=1.0
+    )
     assert out.kl.item() == pytest.approx(math.expm1(d) - d, rel=1e-3)
     (gradient,) = torch.autograd.grad(out.loss, logp)
     torch.testing.assert_close(gradient, torch.full_like(gradient, -math.expm1(d) / 12), rtol=1e-4, atol=0)
@@ -220,7 +224,7 @@ def test_advantages_given(backend):
     group = group_advantage(case["rewards"])
     want = sibling_grpo_loss(**case)
     rest = {name: x for name, x in case.items() if name not in ("tokens", "rewards")}
-    got = sibling_grpo_loss(**rest, sibling=siblings, group=group)
+    got = sibling_grpo_loss(**rest, sibling_advantage=siblings, group_advantage=group)
     assert all(torch.equal(one, two) for one, two in zip(got, want))
 
 
@@ -245,7 +249,7 @@ def test_only_the_loss_is_differentiable(backend):
         gradient.sum().backward()
 
 
-def test_threads_give_the_same_bits(cpp, restore_threads):
+def test_threads_give_the_same_bits(cpu, restore_threads):
     case = some_case(11, 700, 8, 3)
     case["mask"] = torch.rand(700, 8, 3, generator=torch.Generator().manual_seed(12)) < 0.8
     case["logp"].requires_grad_()
@@ -337,8 +341,8 @@ BAD = [
     ({"mask": torch.ones(2, 3)}, TypeError, "mask"),
     ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "mask"),
     ({"mask": torch.ones(2, 3, 1, dtype=torch.bool)}, ValueError, "mask"),
-    ({"sibling": torch.zeros(2, 3, 2)}, TypeError, "sibling"),
-    ({"group": torch.zeros(2, 2)}, ValueError, "group"),
+    ({"sibling_advantage": torch.zeros(2, 3, 2)}, TypeError, "sibling_advantage"),
+    ({"group_advantage": torch.zeros(2, 2)}, ValueError, "group_advantage"),
     ({"clip": 0.2}, TypeError, "clip"),
     ({"clip": (-0.1, 0.2)}, ValueError, "clip"),
     ({"clip": (0.1, float("nan"))}, ValueError, "clip"),
@@ -347,8 +351,8 @@ BAD = [
     ({"loss_type": "ppo"}, ValueError, "loss_type"),
     ({"depth_weights": [1.0]}, ValueError, "depth_weights"),
     ({"depth_weights": torch.ones(3)}, ValueError, "depth_weights"),
-    ({"beta": float("inf")}, ValueError, "beta"),
-    ({"w_sib": "much"}, TypeError, "w_sib"),
+    ({"kl_weight": float("inf")}, ValueError, "kl_weight"),
+    ({"sibling_weight": "much"}, TypeError, "sibling_weight"),
 ]
 
 
@@ -365,7 +369,7 @@ def op_arguments(*, full: bool) -> tuple[object, ...]:
     optional = [case["old_logp"], case["ref_logp"]] if full else [None, None]
     more = [torch.rand(2, 4, 3) < 0.7, torch.ones(3)] if full else [None, None]
     return (
-        case["logp"].requires_grad_(), *optional, siblings.advantage, siblings.valid, siblings.count,
+        case["logp"].requires_grad_(), *optional, siblings.advantage, siblings.valid, siblings.num_candidates,
         group_advantage(case["rewards"]), *more, 1.0, 1.0, 1e-3, 0.2, 0.2, 2, True, 0,
     )  # fmt: skip
 

@@ -268,7 +268,7 @@ def test_second_derivative_is_refused(backend):
 
 @pytest.mark.parametrize("legal", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 200])
-def test_threads_and_batch_give_the_same_bits(cpp, restore_threads, legal, rows):
+def test_threads_and_batch_give_the_same_bits(cpu, restore_threads, legal, rows):
     generator = torch.Generator().manual_seed(6)
     trie = Trie.from_sequences(torch.randint(0, 20000, (3000, 2), generator=generator))
     logits = torch.randn(rows, 20000, generator=generator) * 3
@@ -374,7 +374,7 @@ def test_compile(legal, dynamic):
         torch.testing.assert_close(got, want)
 
 
-def test_legal_gradients_can_be_used_like_any_other(cpp):
+def test_legal_gradients_can_be_used_like_any_other(cpu):
     """Memory that the op asked of the system: written in place, accumulated, freed."""
     trie, node = Trie.from_sequences([[0], [2]]), torch.zeros(3, dtype=torch.int64)
     z = torch.zeros(3, 50, requires_grad=True)

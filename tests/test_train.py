@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import loss_reference
 import pytest
-import terms
 import torch
 
 from vstar_ops import Trie, group_advantage, sibling_advantage
 from vstar_ops.decoding import beam_search
-from vstar_ops.train import checkpoint, loop, metrics, objective, report, rewards
+from vstar_ops.train import checkpoint, loop, metrics, report, rewards, scoring
 from vstar_ops.train.__main__ import main
 from vstar_ops.train.data import load_minionerec, user_sequences
 from vstar_ops.train.decode import decode
@@ -203,7 +203,7 @@ def test_candidate_logp(model: SIDTransformer, pack: bool) -> None:
     context = torch.tensor([[1, 4, 7], [2, 5, -1]])
     candidates = torch.stack([CATALOGUE[[0, 1, 3, 3]], CATALOGUE[[5, 4, 2, 0]]])
     candidates[1, 3] = -1
-    logp = objective.candidate_scores(model, context, trie, candidates, pack=pack).logp
+    logp = scoring.candidate_scores(model, context, trie, candidates, pack=pack).logp
     for b in range(2):
         for g in range(4):
             row = candidates[b, g].tolist()
@@ -218,7 +218,7 @@ def test_candidate_logp_agrees_with_beam_search(model: SIDTransformer) -> None:
     trie = Trie.from_sequences(CATALOGUE)
     context = torch.randint(9, (3, 6))
     beams = beam_search(model, context, trie, 8)
-    logp = objective.candidate_logp(model, context, trie, beams.sequence)
+    logp = scoring.candidate_logp(model, context, trie, beams.sequence)
     there = beams.node >= 0
     torch.testing.assert_close(logp.sum(2)[there], beams.logp[there])
 
@@ -228,7 +228,7 @@ def test_forced_prefix_above_a_branch_is_run(model: SIDTransformer) -> None:
     model.float()
     global_catalogue = torch.tensor([[0, 3, 6], [0, 3, 7], [1, 4, 6]])
     trie = Trie.from_sequences(global_catalogue)
-    logp = objective.candidate_logp(model, torch.tensor([[2, 5]]), trie, global_catalogue[None, :2])
+    logp = scoring.candidate_logp(model, torch.tensor([[2, 5]]), trie, global_catalogue[None, :2])
     plain = model(torch.tensor([[2, 5, 0, 3]]))[0, -1]
     torch.testing.assert_close(logp[0, 0, 2], plain[6] - torch.logsumexp(plain[6:8], 0))
     assert logp[0, 0, 1] == 0
@@ -244,30 +244,30 @@ def test_terms_against_hand_computed_values() -> None:
     # Level 1: means .5 and .25, so +-.125 / (.125 + 1e-4).
     # Level 2, below 0: means 1 and 0, so +-.5 / (.5 + 1e-4).
     first, second = 0.125 / 0.1251, 0.5 / 0.5001
-    term = terms.sibling_term(logp, logp.detach(), sibling, mask)
+    term = loss_reference.sibling_term(logp, logp.detach(), sibling, mask)
     assert term.item() == pytest.approx(0.0, abs=1e-6)  # ratio 1: the advantages of siblings cancel
     (gradient,) = torch.autograd.grad(term, logp)
     half = first / 2
     expected = torch.tensor([[[half, second], [half, -second], [-half, 0], [-half, 0]]]) / 4
     torch.testing.assert_close(gradient.float(), expected, atol=1e-5, rtol=0)
-    weighted = terms.sibling_term(logp, logp.detach(), sibling, mask, weighting="candidate")
+    weighted = loss_reference.sibling_term(logp, logp.detach(), sibling, mask, weighting="candidate")
     assert torch.autograd.grad(weighted, logp)[0][0, 0, 0].item() == pytest.approx(first / 4, abs=1e-5)
 
     advantage = group_advantage(reward, mask)
-    grpo = terms.grpo_term(logp, logp.detach(), advantage, mask)
+    grpo = loss_reference.grpo_term(logp, logp.detach(), advantage, mask)
     (gradient,) = torch.autograd.grad(grpo, logp)
     torch.testing.assert_close(gradient.float(), advantage[..., None].expand(1, 4, 2) / 8)
 
-    assert terms.kl_term(logp, logp.detach(), mask).item() == 0
+    assert loss_reference.kl_term(logp, logp.detach(), mask).item() == 0
     d = 0.3
-    kl = terms.kl_term(logp, logp.detach() + d, mask)
+    kl = loss_reference.kl_term(logp, logp.detach() + d, mask)
     assert kl.item() == pytest.approx(math.exp(d) - d - 1, rel=1e-6)
 
 
 def test_clipping_stops_the_gradient_only_where_it_helps() -> None:
     logp = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    terms.surrogate(logp, torch.zeros(4), advantage, (0.2, 0.3)).sum().backward()
+    loss_reference.surrogate(logp, torch.zeros(4), advantage, (0.2, 0.3)).sum().backward()
     assert logp.grad is not None and (logp.grad != 0).tolist() == [False, True, True, False]
 
 
@@ -371,7 +371,9 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
     assert first.returncode == process.returncode == 0, output
     assert "V-STAR: Sibling-GRPO with VED" in output[1] and "NDCG@10" in output[1]
     for stage in ("sft", "ved+joint"):
-        a, b = (torch.load(run / "seed-0" / f"{stage}.weights.pt", weights_only=True) for run in (whole, cut))
+        a, b = (
+            torch.load(run / "seed-0" / f"{stage}.weights.pt", weights_only=True) for run in (whole, cut)
+        )
         assert all(torch.equal(a[k], b[k]) for k in a)
         a, b = (checkpoint.load(run / "seed-0" / f"{stage}.pt")["model"] for run in (whole, cut))
         assert all(torch.equal(a[k], b[k]) for k in a)

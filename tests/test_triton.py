@@ -57,8 +57,8 @@ def test_the_table_of_resources_is_current() -> None:
     assert done.returncode == 0
 
 
-def test_every_specialisation_has_a_name_of_its_own() -> None:
-    names = [item.name for item in _triton.specialisations()]
+def test_every_specialization_has_a_name_of_its_own() -> None:
+    names = [item.name for item in _triton.specializations()]
     assert len(names) > 30
     assert len(names) == len(set(names))
 
@@ -88,13 +88,13 @@ def test_import_leaves_triton_alone() -> None:
 
 @pytest.mark.skipif(INTERPRETING, reason="an interpreted kernel has no signature")
 def test_warmup_compiles_what_is_recorded() -> None:
-    """Triton's own binder gives the arguments of ``warmup`` the types of the specialisation."""
+    """Triton's own binder gives the arguments of ``warmup`` the types of the specialization."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import MockTensor, create_function_from_signature
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    for item in _triton.specialisations():
+    for item in _triton.specializations():
         bind = create_function_from_signature(item.kernel.signature, item.kernel.params, backend)
         arguments = map(MockTensor.wrap_dtype, _triton.stand_ins(item))
         _, found, _ = bind(*arguments, **item.options)

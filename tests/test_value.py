@@ -10,7 +10,7 @@ from torch.nn import functional
 from vstar_ops import Trie
 from vstar_ops.decoding import beam_search, topk_sampling, ved
 from vstar_ops.reference.ved_search import ved_search
-from vstar_ops.train import objective
+from vstar_ops.train import scoring
 from vstar_ops.train.decode import at_test, decode
 from vstar_ops.train.loop import optimizer_of
 from vstar_ops.train.model import SIDTransformer
@@ -64,8 +64,8 @@ def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie, p
     candidates = torch.stack([CATALOGUE[:5], CATALOGUE[[6, 6, 0, 2, 3]]])
     candidates[1, 4] = -1
     options = {"values": True, "action_values": True, "pack": pack}
-    scores = objective.candidate_scores(model, context, trie, candidates, **options)
-    logp = objective.candidate_logp(model, context, trie, candidates)
+    scores = scoring.candidate_scores(model, context, trie, candidates, **options)
+    logp = scoring.candidate_logp(model, context, trie, candidates)
     torch.testing.assert_close(scores.logp, logp)
     for b in range(2):
         for g in range(5):
@@ -84,12 +84,12 @@ def test_leaves_need_not_be_run(model: SIDTransformer, trie: Trie) -> None:
     context, candidates = torch.tensor([[0, 4, 8], [2, 6, 11]]), CATALOGUE[:5].expand(2, -1, -1)
     run = {}
     for leaves in (True, False):
-        rows = objective.candidate_rows(model, context, trie, candidates, values=True, leaves=leaves).rows
+        rows = scoring.candidate_rows(model, context, trie, candidates, values=True, leaves=leaves).rows
         run[leaves] = rows.input_ids.shape[1] - rows.prompt_columns
     assert run == {True: 2 + 4 + 5, False: 2 + 4}  # distinct prefixes
     asked = {"values": True, "action_values": True}
-    every = objective.candidate_scores(model, context, trie, candidates, **asked)
-    inner = objective.candidate_scores(model, context, trie, candidates, **asked, leaves=False)
+    every = scoring.candidate_scores(model, context, trie, candidates, **asked)
+    inner = scoring.candidate_scores(model, context, trie, candidates, **asked, leaves=False)
     torch.testing.assert_close(inner.logp, every.logp)
     torch.testing.assert_close(inner.action_value, every.action_value)
     torch.testing.assert_close(inner.value[..., :2], every.value[..., :2])
@@ -100,7 +100,7 @@ def test_the_value_loss_moves_the_head_alone(model: SIDTransformer, trie: Trie) 
     policy, head = model.parts()
     assert len(policy) + len(head) == len(list(model.parameters()))
     context, candidates = torch.tensor([[0, 4, 8]]), CATALOGUE[None, :5]
-    scores = objective.candidate_scores(model, context, trie, candidates, values=True)
+    scores = scoring.candidate_scores(model, context, trie, candidates, values=True)
     squared_error(scores.value, torch.ones_like(scores.value), torch.ones(1, 5, dtype=torch.bool)).backward()
     assert all(p.grad is None or not p.grad.any() for p in policy)
     assert any(p.grad is not None and p.grad.any() for p in head)
@@ -115,7 +115,7 @@ def test_the_value_head_learns(model: SIDTransformer, trie: Trie) -> None:
     returns = RewardReturn(lambda *_: reward)(None, candidates, mask)
     for _ in range(600):
         optimizer.zero_grad()
-        value = objective.candidate_scores(model, context, trie, candidates, values=True).value
+        value = scoring.candidate_scores(model, context, trie, candidates, values=True).value
         squared_error(value, td_target(value, returns, 0.9), mask).backward()
         optimizer.step()
     torch.testing.assert_close(value[..., 2], reward, rtol=0, atol=0.1)
@@ -152,7 +152,7 @@ def test_whose_candidates(model, trie, options) -> None:
     search = {"budget": 11, "evaluate_leaves": False, "action_values": True, "seed": 3}
     plain = ved(model, context, trie, 5, **search)
     out = ved(model, context, trie, 5, **search, **options)
-    assert torch.equal(out.trees.node, plain.trees.node) and out.count.tolist() == [5, 5]
+    assert torch.equal(out.trees.node, plain.trees.node) and out.num_valid.tolist() == [5, 5]
     probable = beam_search(model, context, trie, 7)  # the tree holds every prefix of this catalogue
     own = options.get("own", 0)
     assert torch.equal(out.node[:, :own], probable.node[:, :own])
@@ -234,12 +234,12 @@ def test_topk_sampling_draws_from_the_policy(model: SIDTransformer, trie: Trie) 
         torch.testing.assert_close(drawn, every.logp[b].exp(), rtol=0, atol=0.03)
         match = out.node[b][:, None] == every.node[b]
         torch.testing.assert_close(out.logp[b], every.logp[b][match.int().argmax(1)], rtol=1e-4, atol=1e-5)
-    assert out.count.tolist() == [4000, 4000] and torch.equal(trie.lookup(out.sequence), out.node)
+    assert out.num_valid.tolist() == [4000, 4000] and torch.equal(trie.lookup(out.sequence), out.node)
     assert (out.forward_tokens <= 1 + 4 + 6).all()  # distinct prefixes, not candidates
     alone = topk_sampling(model, context[1:], trie, 50, seed=torch.tensor([9]))
     both = topk_sampling(model, context, trie, 50, seed=torch.tensor([8, 9]))
     assert torch.equal(alone.node[0], both.node[1]) and not torch.equal(both.node[0], both.node[1])
-    greedy = topk_sampling(model, context, trie, 3, top=1)
+    greedy = topk_sampling(model, context, trie, 3, top_k=1)
     assert (greedy.node == greedy.node[:, :1]).all()
 
 

@@ -108,7 +108,7 @@ def compare(case: int) -> None:
         for name in ("logp", "value", "entropy", "priority"):
             want = torch.tensor([getattr(s, name) for s in tree])
             torch.testing.assert_close(getattr(trees, name)[b, :n], want, rtol=1e-4, atol=1e-5)
-        count = int(out.count[b])
+        count = int(out.num_valid[b])
         assert out.node[b, :count].tolist() == [leaf.node for leaf in leaves]
         assert (out.node[b, count:] == -1).all() and (out.score[b, count:] == -torch.inf).all()
         for got, name in ((out.logp, "logp"), (out.score, "score")):
@@ -118,12 +118,12 @@ def compare(case: int) -> None:
 
 @pytest.mark.parametrize("block", range(4))
 def test_same_decisions_as_the_sequential_search(block, backend):
-    cases = {"cpp": 100, "triton": 1 if INTERPRETING else 20, "emulated": 2}
+    cases = {"cpu": 100, "triton": 1 if INTERPRETING else 20, "emulated": 2}
     for case in range(cases.get(backend, 20)):
         compare(1000 * block + case)
 
 
-def test_ten_thousand_searches(cpp):
+def test_ten_thousand_searches(cpu):
     """Budget, legality, distinctness and counts, whatever the trie, the model and the options."""
     for case in range(250):
         rng = np.random.default_rng([7, case])
@@ -135,7 +135,7 @@ def test_ten_thousand_searches(cpp):
         k = options["candidates"]
         assert (out.forward_tokens <= options["budget"]).all()
         assert model.rows_evaluated + 40 == out.forward_tokens.sum()
-        there = torch.arange(k) < out.count[:, None]
+        there = torch.arange(k) < out.num_valid[:, None]
         assert torch.equal(out.node >= 0, there)
         assert torch.equal(trie.lookup(out.sequence)[there], out.node[there])
         assert (out.node[there] >= trie.level_offset[length]).all()
@@ -306,7 +306,7 @@ def test_by_hand(backend):
     out = ved(ByName(), [0], trie, 4, expand_root=False, **options)  # (0,) gives (0, 3)
     assert out.trees.node.tolist() == [[0, 1, 3, 4]]
     assert out.sequence.tolist() == [[[0, 3], [0, 2], [-1, -1], [-1, -1]]]
-    assert out.count.tolist() == [2]
+    assert out.num_valid.tolist() == [2]
 
 
 def test_value_weight_0_needs_no_values(backend):
@@ -315,7 +315,7 @@ def test_value_weight_0_needs_no_values(backend):
 
     trie = Trie.from_sequences([[0, 2], [0, 3], [1, 2], [1, 3]])
     out = ved(Plain(), [0], trie, 4, value_weight=0.0, logp_weight=1.0, budget=7)
-    assert out.count.tolist() == [4]
+    assert out.num_valid.tolist() == [4]
     with pytest.raises(TypeError, match=r"model must have value\(state, slot\), got Plain"):
         ved(Plain(), [0], trie, 4)
 
@@ -379,7 +379,7 @@ def searched():
     return ved(model, context, trie, budget=20, rounds=0, width=2).trees
 
 
-def test_opcheck(cpp):
+def test_opcheck(cpu):
     ops, trees = torch.ops.vstar_ops, searched()
     select = [getattr(trees, name).clone() for name in ved_ops._SELECT]
     torch.library.opcheck(ops.ved_select.default, (*select, 3, 1.0, 2, 100))
@@ -390,7 +390,7 @@ def test_opcheck(cpp):
     torch.library.opcheck(ops.ved_insert.default, (*inputs, *rows, 0.0, 0.1))
 
 
-def test_compile(cpp):
+def test_compile(cpu):
     """A round's ops in one graph."""
 
     def step(trees: SearchTrees) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@ trie of legal semantic IDs, value-guided tree search, and sibling advantages for
 (V-STAR, arXiv 2602.10699).
 """
 
-from ._backends import BackendStatus, backends, initialise, use_backend
+from ._backends import BackendStatus, backends, initialize, use_backend
 from ._triton import warmup
 from .ops import (
     ExpandTopK,
@@ -29,8 +29,8 @@ from .ops import (
 from .reference import derive_seeds
 from .trie import Trie
 
-initialise()
-del initialise
+initialize()
+del initialize
 
 __version__ = "0.1.0"
 __all__ = [

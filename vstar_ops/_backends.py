@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("reference", "cpp", "triton", "cuda")
+NAMES = ("reference", "cpu", "triton", "cuda")
 
 # What runs an op on CUDA tensors, best first; where neither is on, the reference. To be set by measurement:
 # neither backend has run on a GPU yet. Until then the one with fewer launches and limits comes first.
@@ -41,7 +41,7 @@ class BackendStatus(NamedTuple):
     detail: str
 
 
-def _load_cpp() -> BackendStatus:
+def _load_cpu() -> BackendStatus:
     library = library_path()
     if library is None:
         return BackendStatus(
@@ -101,7 +101,7 @@ def library_path(name: str = "_C") -> Path | None:
     return next(iter(sorted(Path(__file__).parent.glob(f"{name}.*"))), None)
 
 
-def on_gpu(op: str) -> str:
+def default_cuda_backend(op: str) -> str:
     """The backend that runs an op on CUDA tensors where none is asked for."""
     return next((name for name in _ON_GPU[op] if _backends[name].available), "reference")
 
@@ -109,7 +109,7 @@ def on_gpu(op: str) -> str:
 def _status() -> dict[str, BackendStatus]:
     return {
         "reference": BackendStatus(True, "pure torch, any device"),
-        "cpp": _load_cpp(),
+        "cpu": _load_cpu(),
         "triton": _find_triton(),
         "cuda": _load_cuda(),
     }
@@ -137,7 +137,7 @@ def use_backend(name: str) -> Iterator[None]:
     fastest available backend of each tensor's device.
 
     Args:
-        name: ``"reference"``, ``"cpp"`` (CPU tensors), ``"triton"`` or ``"cuda"`` (CUDA tensors), or
+        name: ``"reference"``, ``"cpu"`` (CPU tensors), ``"triton"`` or ``"cuda"`` (CUDA tensors), or
             ``"auto"`` for the default.
 
     Raises:
@@ -153,12 +153,12 @@ def use_backend(name: str) -> Iterator[None]:
         _active = previous
 
 
-def wanted(device: torch.device) -> str | None:
+def active_backend(device: torch.device) -> str | None:
     """The backend that an op called now with tensors on ``device`` must run, None for what is dispatched."""
     if _active is None:
         return None
-    if _active == "cpp" and device.type != "cpu":
-        raise RuntimeError(f"the backend 'cpp' runs on CPU tensors, got a tensor on {device}")
+    if _active == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"the backend 'cpu' runs on CPU tensors, got a tensor on {device}")
     if _active == "triton" and device.type != "cuda" and not interpreting():
         raise RuntimeError(f"the backend 'triton' runs on CUDA tensors, got a tensor on {device}")
     if _active == "cuda" and device.type != "cuda":
@@ -177,7 +177,7 @@ def _checked(argument: str, name: str) -> str | None:
     return name
 
 
-def initialise() -> None:
+def initialize() -> None:
     """Load what was built; called once by the package, after all schemas are defined."""
     global _active
     _backends.update(_status())

@@ -50,10 +50,10 @@ def _kernels(module: str) -> Any:
     return importlib.import_module(f"vstar_ops.kernels.{module}")
 
 
-def specialisations(modules: Iterable[str] = MODULES) -> Iterator[Any]:
+def specializations(modules: Iterable[str] = MODULES) -> Iterator[Any]:
     """All that the library compiles, for contiguous inputs whose rows are multiples of 16 long."""
     for module in modules:
-        yield from _kernels(module).specialisations()
+        yield from _kernels(module).specializations()
 
 
 def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
@@ -88,7 +88,7 @@ def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
         raise RuntimeError(f"there is nothing to compile for: {status.detail}")
     start = time.perf_counter()
     with torch.cuda.device(device):
-        for item in specialisations(modules or MODULES):
+        for item in specializations(modules or MODULES):
             item.kernel.warmup(*stand_ins(item), grid=(1,), **item.options)
     return time.perf_counter() - start
 
@@ -100,7 +100,7 @@ _POINTERS = {
 
 
 def stand_ins(item: Any) -> list[Any]:
-    """Arguments of a call that compiles a specialisation and does not run."""
+    """Arguments of a call that compiles a specialization and does not run."""
     return [item.constants.get(name, _stand_in(kind)) for name, kind in item.signature().items()]
 
 

@@ -34,8 +34,8 @@ from .train.data import Dataset, Split, load_minionerec
 from .train.decode import PAPER, at_test
 from .train.loop import Config, Job, reinforce, supervised
 from .train.model import SIDTransformer
-from .train.objective import candidate_scores
 from .train.report import interval_text, mean_interval
+from .train.scoring import candidate_scores
 from .train.synthetic import synthetic
 from .trie import Trie
 

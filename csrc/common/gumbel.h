@@ -22,7 +22,7 @@ VSTAR_INLINE uint32_t philox(uint64_t seed, uint32_t node, uint32_t token) {
   return c0;
 }
 
-// Natural logarithm of a positive normal float, without branches so that loops over it vectorise.
+// Natural logarithm of a positive normal float, without branches so that loops over it vectorize.
 // x = m * 2^e with m in [sqrt(1/2), sqrt(2)), polynomial in m - 1 (Cephes logf coefficients); 1-2 ulp.
 VSTAR_INLINE float log_positive(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);

@@ -9,7 +9,7 @@ namespace vstar {
 struct Moments {
   double mean;
   double sum_of_squares;  // of the deviations from the mean
-  bool equal;             // all values are the same: the standardised values are exactly 0
+  bool equal;             // all values are the same: the standardized values are exactly 0
 };
 
 // `at(i)` gives the i-th of n >= 1 values.

@@ -18,7 +18,7 @@ struct Products {
   double square, dot;
 };
 
-// x.x and x.y in one pass, each in four interleaved sums: a fixed order that the compiler can vectorise.
+// x.x and x.y in one pass, each in four interleaved sums: a fixed order that the compiler can vectorize.
 Products products(const double* x, const double* y, int64_t n) {
   double square[4] = {}, dot[4] = {};
   int64_t i = 0;

@@ -43,12 +43,12 @@ struct Options {
 };
 
 // advantage = (mean - base) * scale for the children of one parent, which may depend on the child.
-struct Standardiser {
+struct Standardizer {
   double base = 0, scale = 0, total = 0;
   int64_t siblings = 0;
   bool valid = false, leave_one_out = false;
 
-  Standardiser(const std::vector<Child>& children, const Options& options) {
+  Standardizer(const std::vector<Child>& children, const Options& options) {
     siblings = int64_t(children.size());
     valid = siblings >= options.min_siblings;
     if (!valid) return;
@@ -120,15 +120,15 @@ Result sibling_advantage(
             r.children.push_back({sum / double(i - start), i - start, i});
           } while (i < n && r.shared[i] >= depth - 1);
 
-          const Standardiser standardise(r.children, options);
+          const Standardizer standardize(r.children, options);
           int64_t position = begin;
           for (const Child& child : r.children) {
-            const float a = standardise(child.mean);
+            const float a = standardize(child.mean);
             ++id;
             for (; position < child.end; ++position) {
               const int64_t slot = base + r.candidate[r.order[position]] * length + depth - 1;
               advantages[slot] = a;
-              valids[slot] = standardise.valid;
+              valids[slot] = standardize.valid;
               nodes[slot] = id;
               counts[slot] = int32_t(child.count);
             }

@@ -17,7 +17,7 @@ enum LossType { kGrpo, kBnpo, kDrGrpo };
 enum Divergence { kK1, kK2, kK3 };
 
 struct Options {
-  double w_global, w_sib, beta;
+  double global_weight, sibling_weight, kl_weight;
   float low, high;  // of the ratio
   int64_t divergence;
   bool by_node;
@@ -92,10 +92,10 @@ using Result = std::tuple<Tensor, Tensor, Tensor>;
 Result sibling_grpo_loss(
     Tensor logp, std::optional<Tensor> old_logp, std::optional<Tensor> ref_logp, Tensor advantage, Tensor valid,
     Tensor count, Tensor group_advantage, std::optional<Tensor> mask, std::optional<Tensor> depth_weight,
-    double w_global, double w_sib, double beta, double clip_low, double clip_high, int64_t kl, bool by_node,
+    double global_weight, double sibling_weight, double kl_weight, double clip_low, double clip_high, int64_t kl, bool by_node,
     int64_t loss_type) {
   const int64_t batch = logp.size(0), group = logp.size(1), length = logp.size(2), size = group * length;
-  const Options o{w_global, w_sib, beta, float(1 - clip_low), float(1 + clip_high), kl, by_node, loss_type};
+  const Options o{global_weight, sibling_weight, kl_weight, float(1 - clip_low), float(1 + clip_high), kl, by_node, loss_type};
   Tensor loss = new_tensor<float>({}), terms = new_tensor<float>({7}), gradient = new_tensor<float>({batch, group, length});
   float* const out = data<float>(gradient);
   const FloatRequests logps(logp), olds(old_logp), refs(ref_logp);
@@ -157,7 +157,7 @@ Result sibling_grpo_loss(
           if (present && !present.at(b, g, d)) continue;
           const float r = ratio[i], clipped = std::min(std::max(r, o.low), o.high);
           const Surrogate whole(r, clipped, a);
-          double up = o.w_global * token_weight * whole.slope;
+          double up = o.global_weight * token_weight * whole.slope;
           over_sequence += whole.value;
           s.global_cut += whole.cut;
           s.ratio += r;
@@ -165,7 +165,7 @@ Result sibling_grpo_loss(
             double weight = node_weight * depth[d];
             if (o.by_node) weight *= over(counts.at(b, g, d));
             const Surrogate node(r, clipped, advantages.at(b, g, d));
-            up += o.w_sib * weight * node.slope;
+            up += o.sibling_weight * weight * node.slope;
             s.over_nodes += weight * node.value;
             s.sibling_cut += node.cut;
             ++s.valid;
@@ -182,7 +182,7 @@ Result sibling_grpo_loss(
               distance = small ? series : rise - difference;
             }
             apart += distance;
-            up -= o.beta * token_weight * (o.divergence == kK1 ? 1 : -rise);
+            up -= o.kl_weight * token_weight * (o.divergence == kK1 ? 1 : -rise);
           }
           slope = float(0 - up);
         }
@@ -202,7 +202,7 @@ Result sibling_grpo_loss(
     total.sibling_cut += s.sibling_cut;
     total.valid += s.valid;
   }
-  *data<float>(loss) = float(o.beta * total.divergence - o.w_global * total.over_sequences - o.w_sib * total.over_nodes);
+  *data<float>(loss) = float(o.kl_weight * total.divergence - o.global_weight * total.over_sequences - o.sibling_weight * total.over_nodes);
   const double results[] = {
       total.over_sequences,
       total.over_nodes,

@@ -1,6 +1,6 @@
 // expand_topk in two launches: statistics of the rows, then a selection in each request.
 //
-// expand_rows_kernel: a row (prefix) is read by one warp, or by eight where rows are long, eight neighbouring children
+// expand_rows_kernel: a row (prefix) is read by one warp, or by eight where rows are long, eight neighboring children
 // a thread at a time: one or two 16-byte loads where the children's tokens are consecutive, as those of a trie's upper
 // levels are, else through the token list. In one pass over the logits every thread keeps maximum, sum of exponentials
 // and sum of their products with the exponent, which are joined at the end, and every segment (`segment` children in
@@ -15,7 +15,7 @@
 //
 // A candidate's number is its place in enumeration order: w * span + c. Which thread adds up which children depends on
 // c alone, and not on how a row is aligned, so that a request gives the same bits in every batch: half-precision rows
-// that do not begin at a multiple of 16 bytes are loaded as two aligned neighbours and shifted.
+// that do not begin at a multiple of 16 bytes are loaded as two aligned neighbors and shifted.
 //
 // Dense bf16, B=256 W=128 V=8192 K=128: 512 MiB of logits are read once, 8 MiB of maxima and 1 MiB of rows written and
 // read, and 8 MiB of logits read again.

@@ -1,6 +1,6 @@
 // prefix_returns: a block a request, one launch. The block sorts the request's candidates (candidates.cuh), which makes
 // every bucket a run; then, level by level, a warp takes a bucket: its lanes lie along the embedding and add up the
-// members in sorted order, so neighbouring lanes read neighbouring numbers and a sum's order is fixed. Every embedding
+// members in sorted order, so neighboring lanes read neighboring numbers and a sum's order is fixed. Every embedding
 // is read once a level, after the first time from the caches.
 #pragma once
 

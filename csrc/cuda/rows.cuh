@@ -1,4 +1,4 @@
-// A row of logits, read once: eight neighbouring entries a thread at a time, by 16-byte loads where they lie together,
+// A row of logits, read once: eight neighboring entries a thread at a time, by 16-byte loads where they lie together,
 // and the statistics from which its softmax and entropy are found. A warp a row, or a block.
 #pragma once
 

@@ -31,14 +31,14 @@ struct SiblingAdvantage {
 };
 
 // (mean - base) * scale is a child's advantage; a scale of 0 stands for no signal.
-struct Standardiser {
+struct Standardizer {
   double base, scale, total;
 };
 
 struct SiblingScratch {
   Candidates candidates;
   double* mean;              // [G] by prefix
-  Standardiser* parent;      // [G] by prefix above
+  Standardizer* parent;      // [G] by prefix above
   double* reward;            // [G] by packed number
   Level above, here;
 
@@ -47,13 +47,13 @@ struct SiblingScratch {
   }
 };
 
-__device__ __forceinline__ Standardiser standardise(
+__device__ __forceinline__ Standardizer standardize(
     const SiblingAdvantage& a, const double* mean, const int32_t* begin, int first, int children) {
   if (children < a.min_siblings) return {0, 0, 0};
   const Moments m = moments(children, [&](int64_t i) { return mean[first + i]; });
   if (m.equal) return {0, 0, 0};
   const double std = sqrt(m.sum_of_squares / double(children - a.ddof));
-  Standardiser s{m.mean, 1.0 / ((std < a.std_floor ? a.std_floor : std) + a.eps), m.mean * double(children)};
+  Standardizer s{m.mean, 1.0 / ((std < a.std_floor ? a.std_floor : std) + a.eps), m.mean * double(children)};
   if (a.baseline == kParent) {
     double sum = 0;
     for (int i = first; i < first + children; ++i) sum += mean[i] * double(begin[i + 1] - begin[i]);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(256, 3) sibling_advantage_kernel(SiblingAdvant
   const int group = int(a.group), threads = int(blockDim.x), thread = int(threadIdx.x);
   unsigned char* const scratch = a.scratch.of(b, memory);
   SiblingScratch s;
-  s.parent = reinterpret_cast<Standardiser*>(scratch);
+  s.parent = reinterpret_cast<Standardizer*>(scratch);
   s.mean = reinterpret_cast<double*>(s.parent + group);
   s.reward = s.mean + group;
   s.candidates = lay_out_candidates(reinterpret_cast<unsigned char*>(s.reward + group), group, a.length, a.scratch.slots);
@@ -104,14 +104,14 @@ __global__ void __launch_bounds__(256, 3) sibling_advantage_kernel(SiblingAdvant
       const int end = s.above.begin[i + 1];
       const int first = s.here.number[s.above.begin[i]];
       const int children = (end < c.n ? s.here.number[end] : s.here.size) - first;
-      s.parent[i] = standardise(a, s.mean, s.here.begin, first, children);
+      s.parent[i] = standardize(a, s.mean, s.here.begin, first, children);
     }
     __syncthreads();
     for (int p = thread; p < c.n; p += threads) {
       const int i = s.here.number[p], above = s.above.number[p];
       const int end = s.above.begin[above + 1];
       const int siblings = (end < c.n ? s.here.number[end] : s.here.size) - s.here.number[s.above.begin[above]];
-      const Standardiser parent = s.parent[above];
+      const Standardizer parent = s.parent[above];
       const double mean = s.mean[i];
       const double over = a.baseline == kLeaveOneOut ? (parent.total - mean) / double(siblings - 1) : parent.base;
       const int64_t slot = base + c.candidate[c.order[p]] * a.length + depth - 1;

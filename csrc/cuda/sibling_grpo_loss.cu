@@ -13,7 +13,7 @@ using Result = std::tuple<Tensor, Tensor, Tensor>;
 Result sibling_grpo_loss_op(
     Tensor logp, std::optional<Tensor> old_logp, std::optional<Tensor> ref_logp, Tensor advantage, Tensor valid,
     Tensor count, Tensor group_advantage, std::optional<Tensor> mask, std::optional<Tensor> depth_weight,
-    double w_global, double w_sib, double beta, double clip_low, double clip_high, int64_t kl, bool by_node,
+    double global_weight, double sibling_weight, double kl_weight, double clip_low, double clip_high, int64_t kl, bool by_node,
     int64_t loss_type) {
   const OnDeviceOf guard(logp);
   const int64_t batch = logp.size(0), group = logp.size(1), length = logp.size(2);
@@ -32,9 +32,9 @@ Result sibling_grpo_loss_op(
   a.count = view_ints(count);
   a.group_advantage = view_floats(group_advantage);
   a.depth_weight = view_floats(depth_weight);
-  a.w_global = w_global;
-  a.w_sib = w_sib;
-  a.beta = beta;
+  a.global_weight = global_weight;
+  a.sibling_weight = sibling_weight;
+  a.kl_weight = kl_weight;
   a.low = float(1 - clip_low);
   a.high = float(1 + clip_high);
   a.divergence = kl;

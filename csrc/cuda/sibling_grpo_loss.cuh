@@ -23,7 +23,7 @@ struct SiblingGRPOLoss {
   IntView count;
   FloatView group_advantage;  // [B, G]
   FloatView depth_weight;     // [L], or null
-  double w_global, w_sib, beta;
+  double global_weight, sibling_weight, kl_weight;
   float low, high;  // of the ratio
   int64_t divergence;
   bool by_node;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kLossThreads) loss_kernel(SiblingGRPOLoss a) {
     const float ratio = a.old_logp.data ? expf(x - a.old_logp.at(b, g, d)) : 1.0f;
     const float raised = ratio < a.low ? a.low : ratio, clipped = a.high < raised ? a.high : raised;
     const Surrogate whole(ratio, clipped, a.group_advantage.at(b, g));
-    double up = a.w_global * token_weight * double(whole.slope);
+    double up = a.global_weight * token_weight * double(whole.slope);
     s[0] += token_weight * double(whole.value);
     s[3] += double(ratio);
     s[4] += whole.cut ? 1.0 : 0.0;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kLossThreads) loss_kernel(SiblingGRPOLoss a) {
       double weight = node_weight * (a.depth_weight.data ? double(a.depth_weight.at(d * a.depth_weight.stride[0])) : 1.0);
       if (a.by_node) weight *= over(a.count.at(b, g, d));
       const Surrogate node(ratio, clipped, a.advantage.at(b, g, d));
-      up += a.w_sib * weight * double(node.slope);
+      up += a.sibling_weight * weight * double(node.slope);
       s[1] += weight * double(node.value);
       s[5] += node.cut ? 1.0 : 0.0;
       s[6] += 1.0;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kLossThreads) loss_kernel(SiblingGRPOLoss a) {
         distance = small ? series : rise - q;
       }
       s[2] += token_weight * distance;
-      up -= a.beta * token_weight * (a.divergence == kK1 ? 1.0 : -rise);
+      up -= a.kl_weight * token_weight * (a.divergence == kK1 ? 1.0 : -rise);
     }
     *slope = float(0.0 - up);
   }
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kLossThreads) add_up_kernel(SiblingGRPOLoss a)
   }
   block_sums<kLossWarps>(s, reinterpret_cast<double*>(memory));
   if (threadIdx.x != 0) return;
-  *a.loss = float(a.beta * s[2] - a.w_global * s[0] - a.w_sib * s[1]);
+  *a.loss = float(a.kl_weight * s[2] - a.global_weight * s[0] - a.sibling_weight * s[1]);
   for (int n = 0; n < 3; ++n) a.terms[n] = float(s[n]);
   a.terms[3] = float(s[3] * over(all[0]));
   a.terms[4] = float(s[4] * over(all[0]));

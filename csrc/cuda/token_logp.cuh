@@ -29,7 +29,7 @@ struct TokenLogp {
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
-// A row: what it is normalised over, and where it lies.
+// A row: what it is normalized over, and where it lies.
 template <class T>
 struct TokenRow {
   int64_t b, w;

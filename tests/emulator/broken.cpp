@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kThreads = 64;
 
-// Sums of neighbours in shared memory; out[i] = in[i] + in[i + 1], the last its own.
-__global__ void neighbours(const int* in, int* out, int n, bool read_past, bool barrier) {
+// Sums of neighbors in shared memory; out[i] = in[i] + in[i + 1], the last its own.
+__global__ void neighbors(const int* in, int* out, int n, bool read_past, bool barrier) {
   VSTAR_SHARED(memory);
   int* const mine = reinterpret_cast<int*>(memory);
   const int i = int(threadIdx.x);
@@ -66,7 +66,7 @@ int run(const std::string& fault) {
     if (fault == "different operations") launch(different_votes, one, kThreads, 0, out.data());
     if (fault == "barrier for some") launch(barrier_for_some, one, kThreads, 0, out.data(), kThreads - 1);
     if (fault == "shared memory") launch(shared_overrun, one, kThreads, 4 * kThreads, out.data());
-    launch(neighbours, one, kThreads, 4 * kThreads, in.data(), out.data(), kThreads, fault == "read", fault != "no barrier");
+    launch(neighbors, one, kThreads, 4 * kThreads, in.data(), out.data(), kThreads, fault == "read", fault != "no barrier");
     if (out != want) {
       fprintf(stderr, "wrong result\n");
       return 1;

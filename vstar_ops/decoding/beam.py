@@ -19,7 +19,7 @@ class BeamResult(NamedTuple):
     sequence: Tensor
     node: Tensor
     logp: Tensor
-    count: Tensor  # type: ignore[assignment]
+    num_valid: Tensor
     forward_tokens: Tensor
 
 
@@ -54,8 +54,8 @@ def beam_search(
         A named tuple:
 
         - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]`` (leaves), ``logp`` float32 ``[B, K]``,
-          ordered by log-probability, ties as in ``expand_topk``; slots past ``count`` hold -1 and -inf
-        - ``count`` int32 ``[B]``: candidates that exist; fewer than ``K`` only where the catalogue is smaller
+          ordered by log-probability, ties as in ``expand_topk``; slots past ``num_valid`` hold -1 and -inf
+        - ``num_valid`` int32 ``[B]``: candidates that exist, fewer than ``K`` if the catalogue is smaller
         - ``forward_tokens`` int32 ``[B]``: tokens the model evaluated after the prompt, the prompt's last
           position (the root) included: ``1 + 2 K`` at most for ``L = 3``
 
@@ -91,7 +91,7 @@ def beam_search(
             frontier, trie, node, width, cum_logp=cum_logp, normalize=normalize, temperature=temperature
         )
         beams.choose(out.parent.clamp(min=0).to(torch.int64), out.token.to(torch.int64))
-        node, cum_logp, count = out.node.to(torch.int64), out.logp, out.count
+        node, cum_logp, count = out.node.to(torch.int64), out.logp, out.num_valid
 
     sequence = beams.sequence.masked_fill(node.unsqueeze(2) < 0, -1)
     return BeamResult(

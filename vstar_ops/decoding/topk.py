@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import expand_topk
-from ..ops._library import check_seeds, whole
+from ..ops._library import check_int, check_seeds
 from ..reference import gumbel
 from ..trie import Trie
 from .protocol import PrefixModel
@@ -20,7 +20,7 @@ class SampleResult(NamedTuple):
     sequence: Tensor
     node: Tensor
     logp: Tensor
-    count: Tensor  # type: ignore[assignment]
+    num_valid: Tensor
     forward_tokens: Tensor
 
 
@@ -31,18 +31,18 @@ def topk_sampling(
     trie: Trie,
     candidates: int = 16,
     *,
-    top: int = 50,
+    top_k: int = 50,
     temperature: float = 1.0,
     seed: Tensor | int = 0,
 ) -> SampleResult:
-    """Draw candidates from the policy, one token after the other out of the ``top`` most probable legal ones.
+    """Draw candidates from the policy, token by token, out of the ``top_k`` most probable legal ones.
 
     Candidates are independent, so the same one may come several times. Each distinct prefix is run once.
 
     Args:
         model, context, trie: as for :func:`beam_search`.
         candidates: ``K``, drawn for each request.
-        top: tokens that a draw chooses from; the probabilities are those of the policy, renormalised.
+        top_k: tokens that a draw chooses from; the probabilities are those of the policy, renormalized.
         temperature: divides the logits.
         seed: int64 seeds ``[B]``, one a request, or one int for seeds derived from it and ``b``.
 
@@ -51,14 +51,14 @@ def topk_sampling(
 
         - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]``
         - ``logp`` float32 ``[B, K]``, under the policy, without the truncation
-        - ``count`` int32 ``[B]``, always ``K`` unless the catalogue is empty
+        - ``num_valid`` int32 ``[B]``, always ``K`` unless the catalogue is empty
         - ``forward_tokens`` int32 ``[B]``: distinct prefixes evaluated, the root included
 
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
-    for name, number in (("candidates", candidates), ("top", top)):
-        whole(name, number, 1)
+    for name, number in (("candidates", candidates), ("top_k", top_k)):
+        check_int(name, number, 1)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
     seeds = check_seeds("seed", seed, batch, device)
@@ -72,7 +72,7 @@ def topk_sampling(
     first = slot * candidates
     forward_tokens = torch.ones(batch, dtype=torch.int64, device=device)
     for depth in range(trie.length):
-        out = expand_topk(logits[:, None], trie, node[first, None], top, temperature=temperature)
+        out = expand_topk(logits[:, None], trie, node[first, None], top_k, temperature=temperature)
         perturbed = out.logp[row] + gumbel(noise[:, None], node[:, None], out.token[row].long())
         pick = perturbed.masked_fill(out.node[row] < 0, -torch.inf).argmax(1, keepdim=True)
         logp += out.logp[row].gather(1, pick)[:, 0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import expand_topk
-from ..ops._library import check_seeds, finite, whole
+from ..ops._library import check_finite, check_int, check_seeds
 from ..ops.ved import Candidates, Evaluation, Rows, SearchTrees, ved_candidates, ved_insert, ved_select
 from ..trie import Trie
 from .protocol import PrefixModel
@@ -22,7 +22,7 @@ class VEDResult(NamedTuple):
     node: Tensor
     logp: Tensor
     score: Tensor
-    count: Tensor  # type: ignore[assignment]
+    num_valid: Tensor
     forward_tokens: Tensor
     trees: SearchTrees
 
@@ -110,7 +110,7 @@ def ved(
           then the most probable unexpanded children of the evaluated prefixes of depth ``L - 1``, best
           prefix first
         - ``score`` float32 ``[B, K]``, what they are ranked by; log pi of the policy's ``own``
-        - ``count`` int32 ``[B]``; slots past it hold -1 and -inf
+        - ``num_valid`` int32 ``[B]``; slots past it hold -1 and -inf
         - ``forward_tokens`` int32 ``[B]``, at most ``budget``
         - ``trees``: the whole search, see :class:`vstar_ops.ops.ved.SearchTrees`
 
@@ -122,7 +122,7 @@ def ved(
         ("candidates", candidates, 1), ("budget", budget, length), ("width", width, 1),
         ("completions", completions, 0), ("own", own, 0), ("guided", guided, 0),
     ):  # fmt: skip
-        whole(name, number, low)
+        check_int(name, number, low)
     if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0):
         raise ValueError(f"rounds must be None or a whole number >= 0, got {rounds!r}")
     if skip_forced and normalize != "legal":
@@ -131,8 +131,11 @@ def ved(
         raise ValueError(f"skip_forced needs completions=0, got {completions}")
     if guided and not action_values:
         raise ValueError(f"guided needs action_values=True, got guided={guided} without")
-    value_weight, logp_weight = finite("value_weight", value_weight), finite("logp_weight", logp_weight)
-    entropy_weight = finite("entropy_weight", entropy_weight)
+    value_weight, logp_weight = (
+        check_finite("value_weight", value_weight),
+        check_finite("logp_weight", logp_weight),
+    )
+    entropy_weight = check_finite("entropy_weight", entropy_weight)
     for name, needed in (("value", value_weight != 0), ("child_value", action_values)):
         if needed and not hasattr(model, name):
             raise TypeError(f"model must have {name}(state, slot), got {type(model).__name__}")
@@ -276,15 +279,15 @@ class _Search:
         inner = node.masked_fill(node >= self._first(self.levels), -1)
         seeds = self.seeds.repeat_interleave(shape[1])
         drawn = expand_topk(
-            logits, trie, node, trees.child_node.shape[2], cum_logp=logp, gumbel=seeds, **policy
+            logits, trie, node, trees.child_node.shape[2], cum_logp=logp, gumbel_seed=seeds, **policy
         )
-        num_children = drawn.count.masked_fill(inner[:, 0] < 0, 0)
+        num_children = drawn.num_valid.masked_fill(inner[:, 0] < 0, 0)
         if not self.expand_root:
             num_children = num_children.masked_fill(node[:, 0] == 0, 0)
 
         before_leaf = node.masked_fill((node < self._first(length - 1)) | (node >= self._first(length)), -1)
         if self.skip_forced:
-            num_children = num_children.masked_fill((before_leaf[:, 0] >= 0) & (drawn.count == 1), 0)
+            num_children = num_children.masked_fill((before_leaf[:, 0] >= 0) & (drawn.num_valid == 1), 0)
         ranking: dict[str, Any] = {}
         scale = self.value_weight if self.value_weight != 0 else 1.0
         if self.action_values:
@@ -312,7 +315,7 @@ class _Search:
             leaf_node=rowwise(listed.node),
             leaf_logp=rowwise(listed.logp),
             leaf_score=rowwise(leaf_score),
-            num_leaves=rowwise(listed.count),
+            num_leaves=rowwise(listed.num_valid),
         )
         ved_insert(trees, rows, evaluation, entropy_weight=self.entropy_weight, logp_weight=self.logp_weight)
         if not self.guided:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _triton
-from .._backends import on_gpu, wanted
+from .._backends import active_backend, default_cuda_backend
 from ..reference import derive_seeds
 from ..trie import Trie
 
@@ -47,7 +47,7 @@ class Op:
         self.name, self.backends = name, backends
 
     def __call__(self, device: torch.device, *arguments: Any) -> Any:
-        return self.backends[wanted(device)](*arguments)
+        return self.backends[active_backend(device)](*arguments)
 
 
 class Gradient(NamedTuple):
@@ -87,13 +87,13 @@ def define(
     _library.impl(name, reference, "CompositeExplicitAutograd")
     _cuda_library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     dispatched = getattr(torch.ops.vstar_ops, name).default
-    backends: dict[str | None, Callable[..., Any]] = {None: dispatched, "cpp": dispatched}
+    backends: dict[str | None, Callable[..., Any]] = {None: dispatched, "cpu": dispatched}
     kernels: dict[str, Callable[..., Any]] = {
         "reference": reference,
         "triton": functools.partial(_triton.run, name, reference.__module__.rpartition(".")[2]),
         "cuda": getattr(torch.ops.vstar_ops_cuda, name).default,
     }
-    _library.impl(name, lambda *arguments: kernels[on_gpu(name)](*arguments), "CUDA")
+    _library.impl(name, lambda *arguments: kernels[default_cuda_backend(name)](*arguments), "CUDA")
     if gradient is None:
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         backends.update(kernels)
@@ -120,7 +120,7 @@ def validation(enabled: bool = True) -> Iterator[None]:
     """Also check values, not only shapes and dtypes, in calls inside the block (process-wide).
 
     Checks that need tensor contents, such as a node out of range, cost a pass over the tensor and on a
-    GPU a synchronisation, so they are off by default. ``VSTAR_OPS_VALIDATE=1`` turns them on everywhere.
+    GPU a synchronization, so they are off by default. ``VSTAR_OPS_VALIDATE=1`` turns them on everywhere.
     """
     global _validate
     previous, _validate = _validate, enabled
@@ -178,7 +178,7 @@ def check_seeds(name: str, value: Any, batch: int, device: torch.device, optiona
     return derive_seeds(value, batch, device)
 
 
-def whole(name: str, value: Any, low: int) -> int:
+def check_int(name: str, value: Any, low: int) -> int:
     """Return ``value`` if it is an int of at least ``low``, else raise."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -197,7 +197,7 @@ def check_floats(
     return value if value.dtype is torch.float32 else value.float()
 
 
-def finite(name: str, value: Any) -> float:
+def check_finite(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number, else raise."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -214,7 +214,7 @@ def level_weights(name: str, weights: Any, length: int, dtype: torch.dtype, like
     """
     if not isinstance(weights, Iterable):
         raise TypeError(f"{name} must be L = {length} numbers, got {type(weights).__name__}")
-    levels = tuple(finite(name, w) for w in weights)
+    levels = tuple(check_finite(name, w) for w in weights)
     if len(levels) != length:
         raise ValueError(f"{name} must be L = {length} numbers, got {len(levels)}")
     kept = like.device.type == "cuda" and type(like) in (Tensor, torch.nn.Parameter)
@@ -228,9 +228,9 @@ def _numbers(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device
 _kept_numbers = functools.lru_cache(maxsize=64)(_numbers)
 
 
-def positive(name: str, value: Any) -> float:
+def check_positive(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number above 0, else raise."""
-    value = finite(name, value)
+    value = check_finite(name, value)
     if value <= 0:
         raise ValueError(f"{name} must be > 0, got {value}")
     return value
@@ -256,9 +256,9 @@ def check_nodes(node: Tensor, trie: Trie) -> None:
             raise ValueError(f"node must lie in [-1, {trie.num_nodes}), got values in [{low}, {high}]")
 
 
-def standardiser_options(eps: Any, ddof: Any, std_floor: Any) -> tuple[float, int, float]:
+def standardizer_options(eps: Any, ddof: Any, std_floor: Any) -> tuple[float, int, float]:
     """The checked options of ``(x - mean) / (max(std, std_floor) + eps)``."""
-    eps, std_floor = finite("eps", eps), finite("std_floor", std_floor)
+    eps, std_floor = check_finite("eps", eps), check_finite("std_floor", std_floor)
     if eps < 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if std_floor < 0:

@@ -13,13 +13,13 @@ from ._library import (
     FLOATS,
     INTS,
     check,
+    check_finite,
     check_floats,
     check_nodes,
+    check_positive,
     check_seeds,
     check_trie,
     define,
-    finite,
-    positive,
     validating,
 )
 
@@ -34,7 +34,7 @@ class ExpandTopK(NamedTuple):
     parent: Tensor
     token: Tensor
     node: Tensor
-    count: Tensor  # type: ignore[assignment]
+    num_valid: Tensor
     entropy: Tensor
 
 
@@ -75,7 +75,7 @@ def expand_topk(
     entropy_weight: float = 0.0,
     temperature: float = 1.0,
     normalize: str = "legal",
-    gumbel: Tensor | int | None = None,
+    gumbel_seed: Tensor | int | None = None,
 ) -> ExpandTopK:
     r"""The ``k`` best legal one-token extensions of each request's ``W`` prefixes, exactly.
 
@@ -113,7 +113,7 @@ def expand_topk(
         entropy_weight: :math:`\lambda`.
         temperature: :math:`\tau > 0`.
         normalize: ``"legal"`` or ``"vocab"``.
-        gumbel: None, or int64 seeds ``[B]``, one a request, or one int for seeds derived from it and
+        gumbel_seed: None, or int64 seeds ``[B]``, one a request, or one int for seeds derived from it and
             ``b`` (:func:`vstar_ops.derive_seeds`). Adds Gumbel(0, 1) noise to every score, a pure
             function of (seed, node, token): top-k of perturbed log-probabilities is sampling without
             replacement.
@@ -123,7 +123,7 @@ def expand_topk(
 
         - ``score``, ``logp`` float32 ``[B, k]``; ``logp`` without value, entropy, bonus and noise
         - ``parent`` int32 ``[B, k]``: ``w``; ``token``: the child's token; ``node``: the child's node
-        - ``count`` int32 ``[B]``: winners that exist. Later slots hold -inf and -1.
+        - ``num_valid`` int32 ``[B]``: winners that exist. Later slots hold -inf and -1.
         - ``entropy`` float32 ``[B, W]``: H(w), exactly 0 for dead beams and single children
 
         A child whose log-probability or score is -inf or NaN is never a winner.
@@ -136,7 +136,7 @@ def expand_topk(
     Example:
         >>> trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
         >>> out = vstar_ops.expand_topk(torch.zeros(1, 1, 5), trie, torch.zeros(1, 1, dtype=torch.int32), 4)
-        >>> out.token, out.node, out.count
+        >>> out.token, out.node, out.num_valid
         (tensor([[ 0,  2, -1, -1]], dtype=torch.int32), tensor([[ 1,  2, -1, -1]], dtype=torch.int32), \
 tensor([2], dtype=torch.int32))
     """
@@ -157,8 +157,10 @@ tensor([2], dtype=torch.int32))
         check("child_value", child_value, (batch, width, columns), "[B, W, V]", FLOATS, device)
     if normalize not in ("legal", "vocab"):
         raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
-    temperature = positive("temperature", temperature)
-    seed = None if gumbel is None else check_seeds("gumbel", gumbel, batch, device, optional=True)
+    temperature = check_positive("temperature", temperature)
+    seed = (
+        None if gumbel_seed is None else check_seeds("gumbel_seed", gumbel_seed, batch, device, optional=True)
+    )
     if validating():
         check_nodes(node, trie)
     return ExpandTopK(
@@ -174,9 +176,9 @@ tensor([2], dtype=torch.int32))
             bonus,
             child_value,
             seed,
-            finite("logp_weight", logp_weight),
-            finite("value_weight", value_weight),
-            finite("entropy_weight", entropy_weight),
+            check_finite("logp_weight", logp_weight),
+            check_finite("value_weight", value_weight),
+            check_finite("entropy_weight", entropy_weight),
             temperature,
             normalize == "vocab",
             trie.max_children,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check_rewards, define, standardiser_options
+from ._library import check_rewards, define, standardizer_options
 
 _run = define(
     "group_advantage",
@@ -24,7 +24,7 @@ def group_advantage(
     ddof: int = 1,
     std_floor: float = 0.0,
 ) -> Tensor:
-    r"""Standardise rewards within each request's candidates, as GRPO does.
+    r"""Standardize rewards within each request's candidates, as GRPO does.
 
     .. math:: A_g = \frac{R_g - \text{mean}(R)}{\max(\text{std}(R), \text{std\_floor}) + \text{eps}}
 
@@ -51,4 +51,4 @@ def group_advantage(
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     check_rewards(rewards, (None, None), mask)
-    return _run(rewards.device, rewards, mask, *standardiser_options(eps, ddof, std_floor))
+    return _run(rewards.device, rewards, mask, *standardizer_options(eps, ddof, std_floor))

@@ -18,7 +18,7 @@ class PrefixReturns(NamedTuple):
     returns: Tensor
     similarity: Tensor
     node: Tensor
-    count: Tensor  # type: ignore[assignment]
+    num_candidates: Tensor
 
 
 def _fake(tokens: Tensor, *_: object) -> tuple[Tensor, ...]:
@@ -73,7 +73,7 @@ def prefix_returns(
         - ``similarity`` float32, the cosine; 0 where either embedding is zero, NaN where one holds NaN or
           infinity. The return is then NaN too, except for prefixes of the target.
         - ``node`` int32, the number of the distinct prefix, as :func:`sibling_advantage` counts them.
-        - ``count`` int32, candidates in the bucket.
+        - ``num_candidates`` int32, candidates in the bucket.
 
     Sums are float64, in an order that does not depend on the number of threads or on the other requests.
     No gradient flows: returns are targets.

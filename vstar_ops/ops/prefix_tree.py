@@ -18,7 +18,7 @@ class PrefixTree(NamedTuple):
     token: Tensor
     depth: Tensor
     first: Tensor
-    count: Tensor  # type: ignore[assignment]
+    num_candidates: Tensor
     node: Tensor
     size: Tensor
 
@@ -47,7 +47,7 @@ def prefix_tree(tokens: Tensor, mask: Tensor | None = None) -> PrefixTree:
     r"""The distinct prefixes of each request's candidates: its tree, without the root.
 
     Nodes are numbered level by level and lexicographically within a level, as :func:`sibling_advantage`
-    numbers them: parents come before their children, siblings are neighbours in the order of their tokens.
+    numbers them: parents come before their children, siblings are neighbors in the order of their tokens.
     The numbering depends on the set of candidates alone, not on their order. Requests never mix; prefixes
     are compared exactly, token by token.
 
@@ -64,9 +64,9 @@ def prefix_tree(tokens: Tensor, mask: Tensor | None = None) -> PrefixTree:
         - ``depth`` ``[B, N]``: its tokens, 1 to ``L``.
         - ``first`` ``[B, N]``: the first candidate through it, so that
           ``tokens[b, first[b, n], : depth[b, n]]`` is the prefix.
-        - ``count`` ``[B, N]``: candidates through it.
+        - ``num_candidates`` ``[B, N]``: candidates through it.
         - ``node`` ``[B, G, L]``: the node of a candidate's prefix of ``l + 1`` tokens, -1 if masked.
-        - ``size`` ``[B]``: nodes of the request. Later slots hold -1, and 0 in ``depth`` and ``count``.
+        - ``size`` ``[B]``: nodes of the request. Later slots hold -1; 0 in ``depth``, ``num_candidates``.
 
         The same for any number of threads. No gradient flows.
 

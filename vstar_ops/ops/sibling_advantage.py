@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check_rewards, check_tokens, define, standardiser_options, whole
+from ._library import check_int, check_rewards, check_tokens, define, standardizer_options
 
 _BASELINES = ("sibling", "parent", "leave_one_out")
 
@@ -19,7 +19,7 @@ class SiblingAdvantage(NamedTuple):
     advantage: Tensor
     valid: Tensor
     node: Tensor
-    count: Tensor  # type: ignore[assignment]
+    num_candidates: Tensor
 
 
 def _fake(tokens: Tensor, rewards: Tensor, *_: object) -> tuple[Tensor, ...]:
@@ -80,8 +80,8 @@ def sibling_advantage(
         - ``valid`` bool: the parent has at least ``min_siblings`` distinct children.
         - ``node`` int32: number of the distinct prefix, dense from 0 within the request, level by level
           and lexicographic within a level; -1 for masked candidates.
-        - ``count`` int32: candidates through the prefix (0 for masked ones). Weighting each candidate by
-          ``1 / count`` counts each node once, as in Eq. (19).
+        - ``num_candidates`` int32: candidates through the prefix (0 for masked ones). Weighting each
+          candidate by ``1 / num_candidates`` counts each node once, as in Eq. (19).
 
     Statistics are float64 inside, so that they do not depend on the order of candidates; the result is
     the same bits for any number of threads. No gradient flows: advantages are constants of the loss.
@@ -97,8 +97,8 @@ def sibling_advantage(
     """
     tokens = check_tokens("tokens", tokens, (None, None, None), "[B, G, L]")
     check_rewards(rewards, tokens.shape[:2], mask, tokens.device)
-    eps, ddof, std_floor = standardiser_options(eps, ddof, std_floor)
-    whole("min_siblings", min_siblings, 2)
+    eps, ddof, std_floor = standardizer_options(eps, ddof, std_floor)
+    check_int("min_siblings", min_siblings, 2)
     if baseline not in _BASELINES:
         raise ValueError(f"baseline must be one of {_BASELINES}, got {baseline!r}")
     device = tokens.device

@@ -11,9 +11,20 @@ from torch import Tensor
 
 from .. import reference
 from ..trie import Trie
-from ._library import FLOATS, INTS, Gradient, check, check_tokens, define, finite, level_weights, validating
-from .group_advantage import group_advantage
-from .sibling_advantage import SiblingAdvantage, sibling_advantage
+from ._library import (
+    FLOATS,
+    INTS,
+    Gradient,
+    check,
+    check_finite,
+    check_tokens,
+    define,
+    level_weights,
+    validating,
+)
+from .group_advantage import group_advantage as _group_advantage
+from .sibling_advantage import SiblingAdvantage
+from .sibling_advantage import sibling_advantage as _sibling_advantage
 from .token_logp import token_logp
 
 _KL = ("k1", "k2", "k3")
@@ -52,8 +63,8 @@ def _differentiate(ctx: Any, _: None, grad_loss: Tensor, *__: Tensor) -> tuple[A
 _run = define(
     "sibling_grpo_loss",
     "(Tensor logp, Tensor? old_logp, Tensor? ref_logp, Tensor advantage, Tensor valid, Tensor count,"
-    " Tensor group_advantage, Tensor? mask, Tensor? depth_weight, float w_global, float w_sib, float beta,"
-    " float clip_low, float clip_high, int kl, bool by_node, int loss_type)"
+    " Tensor group_advantage, Tensor? mask, Tensor? depth_weight, float global_weight, float sibling_weight,"
+    " float kl_weight, float clip_low, float clip_high, int kl, bool by_node, int loss_type)"
     " -> (Tensor loss, Tensor terms, Tensor gradient)",
     reference.sibling_grpo_loss,
     _fake,
@@ -69,11 +80,11 @@ def sibling_grpo_loss(
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     mask: Tensor | None = None,
-    sibling: SiblingAdvantage | None = None,
-    group: Tensor | None = None,
-    w_global: float = 1.0,
-    w_sib: float = 1.0,
-    beta: float = 1e-3,
+    sibling_advantage: SiblingAdvantage | None = None,
+    group_advantage: Tensor | None = None,
+    global_weight: float = 1.0,
+    sibling_weight: float = 1.0,
+    kl_weight: float = 1e-3,
     clip: tuple[float, float] | None = None,
     kl: str = "k3",
     weighting: str = "node",
@@ -109,16 +120,16 @@ def sibling_grpo_loss(
     Args:
         logp: float32, bfloat16 or float16 ``[B, G, L]``: log-probabilities of the candidates' tokens.
         tokens: integers ``[B, G, L]``; rewards: float ``[B, G]``. Advantages are computed of them with the
-            defaults of their ops; not needed where ``sibling`` and ``group`` are given.
+            defaults of their ops; not needed where ``sibling_advantage`` and ``group_advantage`` are given.
         old_logp: of the policy that drew the candidates, as ``logp``. None: this policy, now
             (:math:`\rho = 1`, its gradient that of ``logp``).
         ref_logp: of the reference policy; None: no KL term.
         mask: bool ``[B, G]``, candidates that are there, or ``[B, G, L]``, tokens that are. Others take no
             part whatever they hold. (A candidate without any token is not there; a masked token of one that
             is there still tells siblings apart.)
-        sibling: the result of :func:`sibling_advantage`, with options of its own.
-        group: float32 ``[B, G]``, advantages of whole candidates.
-        w_global, w_sib, beta: weights of the terms.
+        sibling_advantage: the result of :func:`sibling_advantage`, with options of its own.
+        group_advantage: float32 ``[B, G]``, advantages of whole candidates.
+        global_weight, sibling_weight, kl_weight: weights of the terms.
         clip: None, or ``(low, high)``, both >= 0; ``math.inf`` leaves a side open.
         kl: ``"k1"``, ``"k2"`` or ``"k3"``.
         weighting: ``"node"``, or ``"candidate"``: :math:`n = 1`, every candidate counts once.
@@ -144,7 +155,7 @@ def sibling_grpo_loss(
     Example:
         >>> tokens = torch.tensor([[[1, 5], [1, 6], [2, 5]]])
         >>> logp = torch.zeros(1, 3, 2, requires_grad=True)
-        >>> out = vstar_ops.sibling_grpo_loss(logp, tokens, torch.tensor([[1.0, 0.0, 0.0]]), w_global=0)
+        >>> out = vstar_ops.sibling_grpo_loss(logp, tokens, torch.tensor([[1.0, 0.0, 0.0]]), global_weight=0)
         >>> out.loss.backward(); logp.grad
         tensor([[[-0.1666, -0.3333],
                  [-0.1666,  0.3333],
@@ -156,22 +167,31 @@ def sibling_grpo_loss(
         if value is not None:
             check(name, value, shape, _AXES, FLOATS, device)
     candidates, tokens_there = _masks(mask, shape, device)
-    if (sibling is None or group is None) and rewards is None:
-        raise ValueError("rewards must be given where sibling or group is not, got None")
-    if sibling is None:
+    if (sibling_advantage is None or group_advantage is None) and rewards is None:
+        raise ValueError("rewards must be given where sibling_advantage or group_advantage is not, got None")
+    if sibling_advantage is None:
         if tokens is None:
-            raise ValueError("tokens must be given where sibling is not, got None")
+            raise ValueError("tokens must be given where sibling_advantage is not, got None")
         check("tokens", tokens, shape, _AXES, (*INTS, torch.int16, torch.int8, torch.uint8), device)
-        sibling = sibling_advantage(tokens, rewards, candidates)  # type: ignore[arg-type]
-    elif not isinstance(sibling, SiblingAdvantage):
-        raise TypeError(f"sibling must be a vstar_ops.SiblingAdvantage, got {type(sibling).__name__}")
-    check("sibling.advantage", sibling.advantage, shape, _AXES, (torch.float32,), device)
-    check("sibling.valid", sibling.valid, shape, _AXES, (torch.bool,), device)
-    check("sibling.count", sibling.count, shape, _AXES, (torch.int32,), device)
-    if group is None:
+        sibling_advantage = _sibling_advantage(tokens, rewards, candidates)  # type: ignore[arg-type]
+    elif not isinstance(sibling_advantage, SiblingAdvantage):
+        raise TypeError(
+            f"sibling_advantage must be a vstar_ops.SiblingAdvantage, got {type(sibling_advantage).__name__}"
+        )
+    check("sibling_advantage.advantage", sibling_advantage.advantage, shape, _AXES, (torch.float32,), device)
+    check("sibling_advantage.valid", sibling_advantage.valid, shape, _AXES, (torch.bool,), device)
+    check(
+        "sibling_advantage.num_candidates",
+        sibling_advantage.num_candidates,
+        shape,
+        _AXES,
+        (torch.int32,),
+        device,
+    )
+    if group_advantage is None:
         check("rewards", rewards, shape[:2], "[B, G]", FLOATS, device)
-        group = group_advantage(rewards, candidates)  # type: ignore[arg-type]
-    check("group", group, shape[:2], "[B, G]", (torch.float32,), device)
+        group_advantage = _group_advantage(rewards, candidates)  # type: ignore[arg-type]
+    check("group_advantage", group_advantage, shape[:2], "[B, G]", (torch.float32,), device)
     for name, choice, choices in (
         ("kl", kl, _KL),
         ("weighting", weighting, ("node", "candidate")),
@@ -184,15 +204,15 @@ def sibling_grpo_loss(
         logp,
         old_logp,
         ref_logp,
-        sibling.advantage,
-        sibling.valid,
-        sibling.count,
-        group,
+        sibling_advantage.advantage,
+        sibling_advantage.valid,
+        sibling_advantage.num_candidates,
+        group_advantage,
         tokens_there,
         _depth_weights(depth_weights, logp),
-        finite("w_global", w_global),
-        finite("w_sib", w_sib),
-        finite("beta", beta),
+        check_finite("global_weight", global_weight),
+        check_finite("sibling_weight", sibling_weight),
+        check_finite("kl_weight", kl_weight),
         *_clip(clip),
         _KL.index(kl),
         weighting == "node",
@@ -218,7 +238,7 @@ def _clip(clip: Any) -> tuple[float, float]:
     if not isinstance(clip, Sequence) or len(clip) != 2:
         raise TypeError(f"clip must be None or (low, high), got {clip!r}")
     for side in clip:
-        if side != math.inf and finite("clip", side) < 0:
+        if side != math.inf and check_finite("clip", side) < 0:
             raise ValueError(f"clip must be >= 0, got {clip!r}")
     return float(clip[0]), float(clip[1])
 
@@ -256,7 +276,7 @@ def sibling_grpo_loss_from_logits(
         row: ints ``[B, G, L]``, the row of logits that predicts each token. Candidates of a request share
             rows; requests do not. -1 for a token that was not run, such as one without alternative: its
             log-probability is 0, without gradient.
-        trie, node: normalise over the legal children of each row's node, ``[B, G, L]`` or ``[R]``.
+        trie, node: normalize over the legal children of each row's node, ``[B, G, L]`` or ``[R]``.
         temperature: of the softmax.
         mask, **options: as in :func:`sibling_grpo_loss`.
 

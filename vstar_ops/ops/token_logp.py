@@ -15,10 +15,10 @@ from ._library import (
     Gradient,
     check,
     check_nodes,
+    check_positive,
     check_tokens,
     check_trie,
     define,
-    positive,
     validating,
 )
 
@@ -153,7 +153,7 @@ def token_logp(
         check_trie(trie, columns, device)
         node = check("node", node, tuple(rows), "[...]", INTS, device)
         offset, token, max_children = trie.offset, trie.token, trie.max_children
-    temperature = positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     if validating():
         if targets.numel() and int(targets.max()) >= columns:
             raise ValueError(f"targets must be below V = {columns}, got {int(targets.max())}")

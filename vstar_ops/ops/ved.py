@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check, define, finite, whole
+from ._library import check, check_finite, check_int, define
 
 _I32, _I64, _F32, _F64 = (torch.int32,), (torch.int64,), (torch.float32,), (torch.float64,)
 _TREE = "[B, T]"
@@ -180,12 +180,12 @@ class Evaluation(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Leaves, best first; slots past ``count`` hold -1 and -inf."""
+    """Leaves, best first; slots past ``num_valid`` hold -1 and -inf."""
 
     node: Tensor
     logp: Tensor
     score: Tensor
-    count: Tensor  # type: ignore[assignment]
+    num_valid: Tensor
 
 
 _SELECT = (
@@ -275,10 +275,10 @@ def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, 
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     trees.check()
-    exploration = finite("exploration", exploration)
+    exploration = check_finite("exploration", exploration)
     if exploration < 0:
         raise ValueError(f"exploration must be >= 0, got {exploration}")
-    paths, max_idle = whole("paths", paths, 1), whole("max_idle", max_idle, 0)
+    paths, max_idle = check_int("paths", paths, 1), check_int("max_idle", max_idle, 0)
     levels = trees.depth_sum.shape[1] - 1
     arrays = (getattr(trees, name) for name in _SELECT)
     return Rows(*_run_select(trees.node.device, *arrays, levels, exploration, paths, max_idle))
@@ -307,7 +307,7 @@ def ved_insert(
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     trees.check()
-    weights = finite("logp_weight", logp_weight), finite("entropy_weight", entropy_weight)
+    weights = check_finite("logp_weight", logp_weight), check_finite("entropy_weight", entropy_weight)
     check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", _I32, trees.node.device)
     given = {**evaluation._asdict(), **rows._asdict()}
     for name in _ROWS:
@@ -331,16 +331,21 @@ def ved_candidates(
     token. ``forced_first`` ranks the only child of a prefix among the evaluated leaves.
 
     Returns:
-        :class:`Candidates` ``[B, k]``: distinct leaves; ``count`` says how many exist.
+        :class:`Candidates` ``[B, k]``: distinct leaves; ``num_valid`` says how many exist.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     trees.check()
-    length, k = whole("length", length, 1), whole("k", k, 1)
+    length, k = check_int("length", length, 1), check_int("k", k, 1)
     arrays = (getattr(trees, name) for name in _CANDIDATES)
     return Candidates(
         *_run_candidates(
-            trees.node.device, *arrays, length, k, finite("logp_weight", logp_weight), bool(forced_first)
+            trees.node.device,
+            *arrays,
+            length,
+            k,
+            check_finite("logp_weight", logp_weight),
+            bool(forced_first),
         )
     )

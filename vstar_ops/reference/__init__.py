@@ -1,4 +1,4 @@
-"""Pure-torch twins of the ops: short, obviously right, float64-capable, never optimised.
+"""Pure-torch twins of the ops: short, obviously right, float64-capable, never optimized.
 
 They are a backend like any other (``vstar_ops.use_backend("reference")``), what runs where nothing
 faster was built, and what the other backends are tested against.

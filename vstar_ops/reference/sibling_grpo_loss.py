@@ -18,9 +18,9 @@ def sibling_grpo_loss(
     group_advantage: Tensor,
     mask: Tensor | None,
     depth_weight: Tensor | None,
-    w_global: float,
-    w_sib: float,
-    beta: float,
+    global_weight: float,
+    sibling_weight: float,
+    kl_weight: float,
     clip_low: float,
     clip_high: float,
     kl: int,
@@ -68,17 +68,17 @@ def sibling_grpo_loss(
 
     over_sequences, global_slope, global_cut = surrogate(there(group_advantage.unsqueeze(2)))
     over_nodes, sibling_slope, sibling_cut = surrogate(there(advantage))
-    gradient = w_global * token_weight * global_slope + w_sib * node_weight * sibling_slope
+    gradient = global_weight * token_weight * global_slope + sibling_weight * node_weight * sibling_slope
     divergence = torch.zeros_like(ratio)
     if ref_logp is not None:
         d = there(ref_logp) - there(logp)
         divergence, slope = ((-d, torch.ones_like(d)), (d * d / 2, -d), (d.expm1() - d, -d.expm1()))[kl]
-        gradient = gradient - beta * token_weight * slope
+        gradient = gradient - kl_weight * token_weight * slope
 
     global_term = (token_weight * over_sequences).sum()
     sibling_term = (node_weight * over_nodes).sum()
     kl_term = (token_weight * divergence).sum()
-    loss = beta * kl_term - w_global * global_term - w_sib * sibling_term
+    loss = kl_weight * kl_term - global_weight * global_term - sibling_weight * sibling_term
     number = present.sum().clamp(min=1)
     terms = [
         *(global_term, sibling_term, kl_term),

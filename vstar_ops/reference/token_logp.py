@@ -89,7 +89,7 @@ def token_logp_backward(
 def _domain(
     logits: Tensor, offset: Tensor | None, token: Tensor | None, node: Tensor | None, max_children: int
 ) -> tuple[Tensor, Tensor]:
-    """Columns ``[B, W, C]`` over which a row is normalised, and which of these entries exist."""
+    """Columns ``[B, W, C]`` over which a row is normalized, and which of these entries exist."""
     batch, width, columns = logits.shape
     if offset is None or token is None or node is None:
         column = torch.arange(columns, device=logits.device).expand(batch, width, columns)

@@ -153,8 +153,8 @@ def _main(argv: list[str] | None, world: parallel.World) -> int:
         values |= {name: fallback[name] for name in SYNTHETIC if values[name] is None}
         config = _config(values)
         name = config.category if config.data else "synthetic"
-        folder = world.same(args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if world.same((folder / "config.json").exists()):
+        folder = world.broadcast(args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if world.broadcast((folder / "config.json").exists()):
             p.error(f"{folder} already holds a run: choose another --out, or give --resume {folder}")
     try:
         dataset = load_minionerec(config.data, config.category) if config.data else synthetic()
@@ -168,12 +168,12 @@ def _main(argv: list[str] | None, world: parallel.World) -> int:
     if config.reward == "true" and dataset.reward is None:
         p.error("--reward true needs the synthetic catalogue; on real data choose rule or ranking")
     folder.mkdir(parents=True, exist_ok=True)
-    if world.leads:
+    if world.is_main:
         checkpoint.save_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     if config.threads:
         torch.set_num_threads(config.threads)
     text = run(config, dataset, folder, world)
-    if world.leads:
+    if world.is_main:
         print(text)
         print(f"in {folder}: results.md, results.json, curves.png, and a folder a seed")
     return 0
@@ -183,7 +183,7 @@ def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -
     """All seeds, one after the other; what is already done is not done again. Empty where ``world`` is led by
     another process."""
     trie = Trie.from_sequences(dataset.sequences)
-    if world.leads:
+    if world.is_main:
         print(
             f"{dataset.name}: {len(dataset.sequences)} items, {trie.num_sequences} distinct semantic IDs; "
             f"{len(dataset.train)} training, {len(dataset.valid)} valid, {len(dataset.test)} test requests"
@@ -192,13 +192,13 @@ def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -
     for seed in config.seeds:
         job = Job(config, dataset, trie, folder / f"seed-{seed}", seed, world)
         path = job.folder / "results.json"
-        if not world.same(path.exists()):
+        if not world.broadcast(path.exists()):
             rows = run_seed(job)
-            if world.leads:
+            if world.is_main:
                 checkpoint.save_text(path, json.dumps(rows, indent=1))
-        if world.leads:
+        if world.is_main:
             results[seed] = json.loads(path.read_text())
-    if not world.leads:
+    if not world.is_main:
         return ""
     title = f"{dataset.name}, test split, {config.candidates} candidates a request"
     return report.write(folder, title, results, config.variants)

@@ -57,7 +57,7 @@ class Decoded(Protocol):
     @property
     def node(self) -> Tensor: ...
     @property
-    def count(self) -> Tensor: ...
+    def num_valid(self) -> Tensor: ...
     @property
     def forward_tokens(self) -> Tensor: ...
 
@@ -82,8 +82,8 @@ def decode(
     if decoder == "beam":
         found = beam_search(model, context, trie, max(options.get("width", 0), candidates))
         sequence, node, logp = (x[:, :candidates] for x in found[:3])
-        count = found.count.clamp(max=candidates)
-        return BeamResult(sequence, node, logp, count, found.forward_tokens)
+        num_valid = found.num_valid.clamp(max=candidates)
+        return BeamResult(sequence, node, logp, num_valid, found.forward_tokens)
     if decoder == "topk":
         return topk_sampling(model, context, trie, candidates, seed=seed)
     if decoder != "ved":

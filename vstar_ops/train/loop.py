@@ -28,9 +28,9 @@ from .data import Dataset, user_sequences
 from .decode import TUNED, at_test, decode
 from .metrics import evaluate
 from .model import PackedScores, SIDTransformer
-from .objective import candidate_rows, legal_logp
 from .parallel import World
 from .rewards import Reward, make_reward
+from .scoring import candidate_rows, legal_logp
 from .value import (
     DenseReturn,
     ItemEmbeddings,
@@ -204,14 +204,14 @@ def fit(
     now: dict[str, Any] = {"step": 0, "best": -math.inf, "bad": 0, "seconds": 0.0}
     now |= {"done": False, "metrics": 0}
     best_weights = {k: v.clone() for k, v in model.state_dict().items()}
-    if world.same(path.exists()):
+    if world.broadcast(path.exists()):
         saved = checkpoint.load(path)
         now, best_weights = saved["now"], saved["best_weights"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         batches.plan, batches.position = saved["plan"], saved["position"]
         torch.set_rng_state(saved["rng"])
-    log = checkpoint.MetricsFile(job.folder / f"{stage}.jsonl", now["metrics"]) if world.leads else None
+    log = checkpoint.MetricsFile(job.folder / f"{stage}.jsonl", now["metrics"]) if world.is_main else None
 
     def write(record: dict[str, Any]) -> None:
         if log:
@@ -219,9 +219,9 @@ def fit(
 
     def validate() -> None:
         scores: dict[str, float] = {}
-        if world.leads:
+        if world.is_main:
             scores = job.evaluate(model, "valid", job.config.valid_rows, job.decoder(model))
-        scores = world.same(scores)
+        scores = world.broadcast(scores)
         write({"step": now["step"], "seconds": round(now["seconds"], 2), "valid": scores})
         now["bad"] += 1
         if scores[metric] > now["best"]:
@@ -237,7 +237,7 @@ def fit(
         state |= {"optimizer": optimizer.state_dict(), "plan": batches.plan, "position": batches.position}
         checkpoint.save(path, state | {"rng": torch.get_rng_state()})
 
-    quiet = None if world.leads else True  # None: shown on a terminal
+    quiet = None if world.is_main else True  # None: shown on a terminal
     with tqdm(total=steps, initial=now["step"], desc=f"seed {job.seed} {stage}", disable=quiet) as bar:
         if now["step"] == 0 and not now["done"]:
             validate()
@@ -296,12 +296,12 @@ def supervised(job: Job) -> tuple[SIDTransformer, float]:
         views = (sequences[user][start:stop] for user, start, stop in windows.tolist())
         items = [drop_items(view, c.item_dropout) for view in views]
         padded = nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1)  # [B, n, L]
-        share = job.world.share(padded)
+        share = job.world.shard(padded)
         padded = share.rows
         prefixes = [trie.lookup(padded[..., :depth]) for depth in range(padded.shape[2] + 1)]
         node, child = (torch.stack(p, 2).flatten(1) for p in (prefixes[:-1], prefixes[1:]))
         branch = (padded >= 0).flatten(1) & (trie.num_children(node) > 1)
-        with job.world.own_noise():
+        with job.world.rank_rng():
             logits = run("forward", padded.flatten(1)[:, :-1])
         logp, smooth = legal_logp(logits[branch], trie, node[branch], child[branch])
         loss = -((1 - c.label_smoothing) * logp + c.label_smoothing * smooth).sum()
@@ -355,19 +355,19 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
         job.add_value_head(model, action_values)
         returns_of = job.returns(reward_of)
     run = job.world.wrap(model)
-    w_global = 0.0 if objective == "sibling" else 1.0
-    w_sib = {"grpo": 0.0, "sibling": 1.0, "joint": c.sibling_weight}[objective]
+    global_weight = 0.0 if objective == "sibling" else 1.0
+    sibling_weight = {"grpo": 0.0, "sibling": 1.0, "joint": c.sibling_weight}[objective]
 
     def policy(rows: PackedRows) -> PackedScores:
         return run("packed", rows, action_values=action_values)
 
     def step(rows: Tensor, progress: float) -> dict[str, float]:
         model.eval()
-        share = job.world.share(rows)
+        share = job.world.shard(rows)
         part = train[share.rows]
         seed = torch.zeros(0)
         if decoder != "beam":
-            seed = job.world.share(torch.randint(2**62, (len(rows),))).rows
+            seed = job.world.shard(torch.randint(2**62, (len(rows),))).rows
         if own:
             options["own"] = round(own + (c.candidates - own) * progress)
         found = decode(decoder, model, part.context, trie, c.candidates, seed, options)
@@ -387,9 +387,9 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
             reward,
             ref_logp=reference,
             mask=mask,
-            w_global=per_candidate * w_global,
-            w_sib=per_request * w_sib,
-            beta=per_candidate * c.kl_weight,
+            global_weight=per_candidate * global_weight,
+            sibling_weight=per_request * sibling_weight,
+            kl_weight=per_candidate * c.kl_weight,
             clip=c.clip,
         )
         value_loss = torch.zeros(())
@@ -476,7 +476,7 @@ def run_seed(job: Job) -> dict[str, dict[str, float]]:
     for variant in job.config.variants:
         stages[variant] = reinforce(job, variant, sft)
     results: dict[str, dict[str, float]] = {}
-    for stage, (model, seconds) in stages.items() if job.world.leads else ():
+    for stage, (model, seconds) in stages.items() if job.world.is_main else ():
         checkpoint.save(job.folder / f"{stage}.weights.pt", model.state_dict())
         decoder = job.decoder(model)
         valid = job.evaluate(model, "valid", decoder=decoder)

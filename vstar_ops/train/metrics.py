@@ -84,7 +84,7 @@ def evaluate(
         parts["diversity"].append(diversity(tokens))
         parts["best_reward"].append(reward.max(1).values)
         parts["forward_tokens"].append(found.forward_tokens.float())
-        parts["top"].append(reward[:, :10].sum(1) / found.count.clamp(1, 10))
+        parts["top"].append(reward[:, :10].sum(1) / found.num_valid.clamp(1, 10))
     model.train(training)
     joined = {k: torch.cat(v) for k, v in parts.items()}
     scores = accuracy(joined["rank"])

@@ -1,8 +1,8 @@
 """Training on several processes, by torch's own engine: ``torchrun --nproc-per-node 2 -m vstar_ops.train``.
 
-All processes keep the same weights, draw the same batches from the same random numbers, and run a share of
+All processes keep the same weights, draw the same batches from the same random numbers, and run a shard of
 each batch through :class:`torch.nn.parallel.DistributedDataParallel`. A mean over the rows or candidates of
-a share is weighted by how many of them there are in all shares, so that the gradient, and with it the run,
+a shard is weighted by how many of them there are in all shards, so that the gradient, and with it the run,
 is that of one process up to rounding (dropout aside, whose noise is each process' own). The first process
 evaluates and writes the files.
 """
@@ -28,11 +28,11 @@ class World:
         self.rank, self.size = rank, size
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that evaluates and writes."""
         return self.rank == 0
 
-    def same(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the first process gave for ``value``."""
         if self.size == 1:
             return value
@@ -40,9 +40,9 @@ class World:
         distributed.broadcast_object_list(values)
         return values[0]
 
-    def share(self, batch: Tensor) -> Share:
+    def shard(self, batch: Tensor) -> Shard:
         """This process' part of a batch."""
-        return Share(self, batch)
+        return Shard(self, batch)
 
     def wrap(self, model: nn.Module) -> Callable[..., Any]:
         """``run(method, *arguments)``, which calls a method of the model; backward sums up all processes."""
@@ -50,7 +50,7 @@ class World:
         return calls if self.size == 1 else DistributedDataParallel(calls)
 
     @contextmanager
-    def own_noise(self) -> Iterator[None]:
+    def rank_rng(self) -> Iterator[None]:
         """Draw random numbers of this process' own; of the common ones this takes as many in every run."""
         seed = int(torch.randint(2**62, ()))
         with torch.random.fork_rng(devices=[]):
@@ -58,7 +58,7 @@ class World:
             yield
 
 
-class Share:
+class Shard:
     """Some consecutive rows of a batch, and what they weigh.
 
     A batch of fewer rows than processes leaves some without: they run a row for its shapes, at weight 0.
@@ -74,10 +74,10 @@ class Share:
         self.rows = rows if self.counts else batch[:1]
 
     def weights(self, *counts: Tensor | int) -> list[float]:
-        """What a mean over so many entries of this share must be multiplied with.
+        """What a mean over so many entries of this shard must be multiplied with.
 
         The average over processes, which DistributedDataParallel takes of gradients, is then the mean over
-        the entries of all shares.
+        the entries of all shards.
         """
         if self.world.size == 1:
             return [1.0] * len(counts)
@@ -87,7 +87,7 @@ class Share:
         return (own * self.world.size / total.clamp(min=1)).tolist()
 
     def averages(self, means: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
-        """Means over all shares, by name, of this share's ``means`` with their weights."""
+        """Means over all shards, by name, of this shard's ``means`` with their weights."""
         found = {name: mean.item() for name, mean in means.items()}
         if self.world.size == 1:
             return found

@@ -130,7 +130,7 @@ def _semantic_ids(
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """Tokens int64 ``[N, 3]`` by hierarchical clustering, and the level sizes.
 
-    In a cell of the second level one item in 30 has no code of its own: it takes its nearest neighbour's,
+    In a cell of the second level one item in 30 has no code of its own: it takes its nearest neighbor's,
     so some SIDs collide, as in real catalogues.
     """
     token = np.zeros((len(vector), 3), np.int64)
@@ -147,12 +147,12 @@ def _semantic_ids(
 
 def _cluster(points: np.ndarray, k: int, rng: np.random.Generator, rounds: int = 8) -> np.ndarray:
     """k-means labels (no empty ones are named: labels are dense from 0)."""
-    centre = points[rng.permutation(len(points))[:k]]
+    center = points[rng.permutation(len(points))[:k]]
     for step in range(rounds + 1):
-        label = ((points[:, None] - centre) ** 2).sum(-1).argmin(1)
+        label = ((points[:, None] - center) ** 2).sum(-1).argmin(1)
         label = np.unique(label, return_inverse=True)[1].reshape(-1)
         if step < rounds:
-            centre = np.stack([points[label == c].mean(0) for c in range(label.max() + 1)])
+            center = np.stack([points[label == c].mean(0) for c in range(label.max() + 1)])
     return label
 
 

@@ -131,7 +131,7 @@ class ItemPrior(nn.Module):
     :math:`w_\ell \langle u, e(y_{\le\ell}) \rangle` with a learned weight a level. :math:`e` is the direction
     of the mean embedding of the items below a prefix, added to those of the prefixes before it, since few
     clicks make the embedding of an item but many that of a prefix; :math:`u` is the mean direction of the
-    items in the prompt. One number a level generalises over all users and prefixes from the first step on,
+    items in the prompt. One number a level generalizes over all users and prefixes from the first step on,
     where embeddings of prefixes learn what everybody likes and know nothing of what was never tried.
     """
 

@@ -11,7 +11,7 @@ OPTIONS = {"enable_fp_fusion": False}
 FLOATS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
 
-class Specialisation(NamedTuple):
+class Specialization(NamedTuple):
     """A kernel and what it is compiled for.
 
     Attributes:

@@ -55,7 +55,7 @@ def sibling_term(
     valid = sibling.valid & mask[..., None]
     weight = valid.to(logp.dtype)
     if weighting == "node":
-        weight = weight / sibling.count.clamp(min=1)
+        weight = weight / sibling.num_candidates.clamp(min=1)
     value = surrogate(logp, old_logp, sibling.advantage.to(logp.dtype), clip) * weight
     return (value.sum((1, 2)) / mask.sum(1).clamp(min=1)).mean()
 

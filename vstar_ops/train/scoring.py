@@ -1,6 +1,6 @@
 """What a policy says of candidates, differentiable.
 
-The policy is the trie-constrained one, in decoding and here alike: a token's probability is normalised
+The policy is the trie-constrained one, in decoding and here alike: a token's probability is normalized
 over the legal children of its prefix. So a token without alternative has log-probability 0 and no
 gradient, and its prefix need not be run.
 """
