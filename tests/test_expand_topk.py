@@ -516,7 +516,7 @@ def test_gumbel_backends_agree(cpu):
     assert all(torch.equal(a, b) for a, b in zip(got[2:6], want[2:6]))
 
 
-@pytest.mark.large
+@pytest.mark.slow
 def test_gumbel_samples_the_policy(backend):
     """Chi-square of 20,000 first winners against the softmax; 7 degrees of freedom, p < 1e-5 at 36."""
     trie = Trie.from_sequences([[v] for v in (1, 2, 4, 5, 6, 9, 10, 11)])
