@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..trie import Trie
-from ._library import (
+from ._checks import (
     FLOATS,
     INTS,
     check,
@@ -19,9 +19,9 @@ from ._library import (
     check_positive,
     check_seeds,
     check_trie,
-    define,
     validating,
 )
+from ._registry import define
 
 _SIZES = (int, torch.SymInt)
 
@@ -48,13 +48,7 @@ def _fake(
     return score, logp, parent, chosen, child, count, logits.new_empty((batch, width), dtype=torch.float32)
 
 
-_run = define(
-    "expand_topk",
-    "(Tensor logits, Tensor offset, Tensor token, Tensor node, SymInt k, Tensor? cum_logp, Tensor? value,"
-    " Tensor? bonus, Tensor? child_value, Tensor? seed, float logp_weight, float value_weight,"
-    " float entropy_weight, float temperature, bool vocab, int max_children)"
-    " -> (Tensor score, Tensor logp, Tensor parent, Tensor chosen, Tensor child, Tensor count,"
-    " Tensor entropy)",
+_op = define(
     reference.expand_topk,
     _fake,
 )
@@ -164,7 +158,7 @@ tensor([2], dtype=torch.int32))
     if validating():
         check_nodes(node, trie)
     return ExpandTopK(
-        *_run(
+        *_op(
             device,
             logits,
             trie.offset,

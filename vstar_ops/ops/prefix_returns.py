@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import FLOATS, check, check_tokens, define, level_weights
+from ._checks import FLOATS, check, check_tokens, level_weights
+from ._registry import define
 
 
 class PrefixReturns(NamedTuple):
@@ -27,10 +28,7 @@ def _fake(tokens: Tensor, *_: object) -> tuple[Tensor, ...]:
     return floats, torch.empty_like(floats), ints, torch.empty_like(ints)
 
 
-_run = define(
-    "prefix_returns",
-    "(Tensor tokens, Tensor embedding, Tensor target, Tensor target_embedding, Tensor? mask, Tensor weights)"
-    " -> (Tensor returns, Tensor similarity, Tensor node, Tensor count)",
+_op = define(
     reference.prefix_returns,
     _fake,
 )
@@ -101,7 +99,7 @@ def prefix_returns(
     if weights is None:
         weights = _default_weights(length)
     weight = level_weights("weights", weights, length, torch.float64, tokens)
-    return PrefixReturns(*_run(device, tokens, embedding, target, target_embedding, mask, weight))
+    return PrefixReturns(*_op(device, tokens, embedding, target, target_embedding, mask, weight))
 
 
 def _default_weights(length: int) -> list[float]:
