@@ -20,7 +20,7 @@ interpreted = 0  # Triton kernels since the tests began
 
 
 def route(monkeypatch: pytest.MonkeyPatch, backend: str, kernel: Callable[[Op], Callable[..., Any]]) -> None:
-    """Let ``kernel(op)`` stand in for every op, but for ``use_backend`` inside of the test; count launches."""
+    """Let ``kernel(op)`` stand in for every op, save for ``use_backend`` inside a test; count launches."""
     call = Op.__call__
 
     def routed(op: Op, device: torch.device, *arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which backends exist here, and which one runs the ops of a thread. What they register: ``ops/_registry.py``."""
+"""Which backends exist here, and which one runs the ops of a thread. See also ``ops/_registry.py``."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class use_backend:
 
 
 def active_backend(device: torch.device) -> str | None:
-    """The backend that an op called now with tensors on ``device`` must run on; None: the dispatcher chooses."""
+    """The backend for an op that is called now on ``device``; None: the dispatcher chooses."""
     name = getattr(_thread, "backend", _default)
     if name is None or name == "reference":
         return name

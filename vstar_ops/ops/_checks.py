@@ -1,4 +1,4 @@
-"""Checks of arguments, which the ops share. An error names the argument, what was given and what is expected."""
+"""Checks of arguments. An error names the argument, what was given and what is expected."""
 
 from __future__ import annotations
 
@@ -53,18 +53,38 @@ def check(
     device: torch.device | None = None,
 ) -> Tensor:
     """Return ``value`` if it is a tensor of this shape (``None``: any size), dtype and device, else raise."""
+    if isinstance(value, Tensor) and value.dtype in dtypes and (device is None or value.device == device):
+        given = value.shape
+        if given == shape or (len(given) == len(shape) and _fits(given, shape)):
+            return value
+    raise _mismatch(name, value, shape, axes, dtypes, device)
+
+
+def _fits(given: torch.Size, shape: tuple[int | None, ...]) -> bool:
+    for have, want in zip(given, shape):  # noqa: SIM110 (a generator takes twice as long)
+        if want is not None and have != want:
+            return False
+    return True
+
+
+def _mismatch(
+    name: str,
+    value: Any,
+    shape: tuple[int | None, ...],
+    axes: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None,
+) -> Exception:
+    """The error of what :func:`check` refuses."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor {axes}, got {type(value).__name__}")
+        return TypeError(f"{name} must be a tensor {axes}, got {type(value).__name__}")
     if value.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
-    given = value.shape
-    if given != shape and (len(given) != len(shape) or any(w not in (None, g) for w, g in zip(shape, given))):
+        return TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if len(value.shape) != len(shape) or not _fits(value.shape, shape):
         sizes = "" if None in shape else f" = {list(shape)}"
-        raise ValueError(f"{name} must have the shape {axes}{sizes}, got {list(given)}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
-    return value
+        return ValueError(f"{name} must have the shape {axes}{sizes}, got {list(value.shape)}")
+    return ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
 
 
 def check_tokens(
@@ -108,6 +128,8 @@ def check_floats(
 
 def check_finite(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number, else raise."""
+    if type(value) is float and _LOWEST <= value <= -_LOWEST:
+        return value
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not _LOWEST <= value <= -_LOWEST:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._deprecated import renamed_arguments, renamed_field
 from ..trie import Trie
 from ._checks import (
     FLOATS,
@@ -38,6 +39,9 @@ class ExpandTopK(NamedTuple):
     entropy: Tensor
 
 
+ExpandTopK.count = renamed_field("num_valid")  # type: ignore[method-assign]
+
+
 def _fake(
     logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, k: int, *_: object
 ) -> tuple[Tensor, ...]:
@@ -54,6 +58,7 @@ _op = define(
 )
 
 
+@renamed_arguments(gumbel="gumbel_seed")
 def expand_topk(
     logits: Tensor,
     trie: Trie,

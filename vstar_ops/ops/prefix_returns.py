@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._deprecated import renamed_field
 from ._checks import FLOATS, check, check_tokens, level_weights
 from ._registry import define
 
@@ -20,6 +21,9 @@ class PrefixReturns(NamedTuple):
     similarity: Tensor
     node: Tensor
     num_candidates: Tensor
+
+
+PrefixReturns.count = renamed_field("num_candidates")  # type: ignore[method-assign]
 
 
 def _fake(tokens: Tensor, *_: object) -> tuple[Tensor, ...]:

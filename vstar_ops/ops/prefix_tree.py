@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._deprecated import renamed_field
 from ._checks import check, check_tokens
 from ._registry import define
 
@@ -22,6 +23,9 @@ class PrefixTree(NamedTuple):
     num_candidates: Tensor
     node: Tensor
     size: Tensor
+
+
+PrefixTree.count = renamed_field("num_candidates")  # type: ignore[method-assign]
 
 
 def _fake(tokens: Tensor, _: object) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._deprecated import renamed_field
 from ._checks import check_int, check_rewards, check_tokens, standardizer_options
 from ._registry import define
 
@@ -21,6 +22,9 @@ class SiblingAdvantage(NamedTuple):
     valid: Tensor
     node: Tensor
     num_candidates: Tensor
+
+
+SiblingAdvantage.count = renamed_field("num_candidates")  # type: ignore[method-assign]
 
 
 def _fake(tokens: Tensor, rewards: Tensor, *_: object) -> tuple[Tensor, ...]:

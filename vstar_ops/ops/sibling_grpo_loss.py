@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._deprecated import renamed_arguments
 from ..trie import Trie
 from ._checks import FLOATS, INTS, check, check_finite, check_tokens, level_weights, validating
 from ._registry import Gradient, define
@@ -58,6 +59,13 @@ _op = define(
 )
 
 
+@renamed_arguments(
+    sibling="sibling_advantage",
+    group="group_advantage",
+    w_global="global_weight",
+    w_sib="sibling_weight",
+    beta="kl_weight",
+)
 def sibling_grpo_loss(
     logp: Tensor,
     tokens: Tensor | None = None,

@@ -192,7 +192,7 @@ class Candidates(NamedTuple):
 
 
 def _arrays(reference_op: Callable[..., Any], prefix: str = "") -> tuple[str, ...]:
-    """The arrays of SearchTrees that an op takes, in its order; by ``prefix`` those of the rows of a round."""
+    """The arrays of SearchTrees that an op takes, in order; by ``prefix`` those of the rows of a round."""
     known = {"trie_node" if field.name == "node" else field.name for field in fields(SearchTrees)}
     known = {prefix + name for name in (known | {"node"} if prefix else known)}
     names = [name for name in inspect.signature(reference_op).parameters if name in known]
