@@ -124,3 +124,71 @@ def test_environment_with_a_backend_that_is_off():
     done = run(off[0], "import vstar_ops")
     assert done.returncode != 0
     assert f"RuntimeError: the backend '{off[0]}' is off" in done.stderr
+
+
+def test_the_reference_for_lack_of_anything_better_is_said_once():
+    """The first op says why, and what mends it; ``use_backend("reference")`` is a choice and warns nobody."""
+    code = """
+import warnings, torch, vstar_ops
+warnings.simplefilter("error")
+with vstar_ops.use_backend("reference"):
+    vstar_ops.group_advantage(torch.rand(2, 4))
+warnings.simplefilter("always")
+for _ in range(3):
+    vstar_ops.group_advantage(torch.rand(2, 4))
+    vstar_ops.prefix_tree(torch.ones(1, 1, 1, dtype=torch.int32))
+"""
+    done = run(None, HIDE_C + code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("vstar_ops runs on the pure-torch reference on cpu") == 1, done.stderr
+    assert "--no-build-isolation" in done.stderr
+
+
+# A package without its C++ module: the library is looked for in an empty folder.
+HIDE_C = """
+import pathlib
+glob = pathlib.Path.glob
+pathlib.Path.glob = lambda self, pattern: iter(()) if pattern.startswith("_C") else glob(self, pattern)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (lambda: vstar_ops.use_backend("cpp"), "the backend 'cpp' is now called 'cpu'"),
+        (
+            lambda: (
+                vstar_ops.expand_topk(
+                    torch.zeros(1, 1, 1),
+                    Trie.from_sequences([[0]]),
+                    torch.zeros(1, 1, dtype=torch.int32),
+                    1,
+                    gumbel=3,
+                ).count
+            ),
+            "gumbel is now called gumbel_seed",
+        ),
+        (
+            lambda: (
+                vstar_ops.sibling_advantage(torch.ones(1, 2, 1, dtype=torch.int32), torch.rand(1, 2)).count
+            ),
+            "count is now called num_candidates",
+        ),
+        (
+            lambda: vstar_ops.sibling_grpo_loss(
+                torch.zeros(1, 2, 1), torch.ones(1, 2, 1, dtype=torch.int32), torch.rand(1, 2), w_sib=0.5
+            ),
+            "w_sib is now called sibling_weight",
+        ),
+    ],
+    ids=["cpp", "gumbel", "count", "w_sib"],
+)
+def test_old_names_work_and_warn(old, new):
+    with pytest.warns(FutureWarning, match=new):
+        assert old() is not None
+
+
+def test_an_old_and_a_new_name_are_one_too_many():
+    tokens, rewards = torch.ones(1, 2, 1, dtype=torch.int32), torch.rand(1, 2)
+    with pytest.raises(TypeError, match="kl_weight must not be given together with its old name beta"):
+        vstar_ops.sibling_grpo_loss(torch.zeros(1, 2, 1), tokens, rewards, beta=1.0, kl_weight=1.0)

@@ -174,3 +174,4 @@ def initialize() -> None:
     global _default
     _backends.update(_status())
     _default = _checked("VSTAR_OPS_BACKEND", os.environ.get("VSTAR_OPS_BACKEND", "auto"))
+    _thread.backend = _default  # found at once where it is set; other threads look twice
