@@ -60,9 +60,9 @@ def compiled(name: str, sources: list[Path], *, sanitizers: str = SANITIZERS, pr
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait for it
         if not target.exists():
             objects = [folder / f"{path.stem}.o" for path in sources]
-            compile_one = [(*command, "-x", "c++", "-c", str(a), "-o", str(b)) for a, b in zip(sources, objects)]
+            steps = [(*command, "-x", "c++", "-c", str(a), "-o", str(b)) for a, b in zip(sources, objects)]
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                list(pool.map(lambda x: _run(*x), compile_one))
+                list(pool.map(lambda step: _run(*step), steps))
             unfinished = folder / f"{name}.unfinished"
             _run(*command, "-x", "none", *map(str, objects), *link, "-o", str(unfinished))
             unfinished.replace(target)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def active() -> str | None:
-    return vstar_ops._backends._active
+    return vstar_ops._backends.active_backend(torch.device("cpu"))
 
 
 def run(value: str | None, code: str) -> subprocess.CompletedProcess[str]:
@@ -52,25 +52,6 @@ def test_cuda_says_why_it_is_off(monkeypatch):
     monkeypatch.setattr(vstar_ops._backends, "library_path", lambda name: None)
     available, detail = load()
     assert not available and detail.startswith("not built: no nvcc at build time")
-
-
-def test_what_runs_on_a_gpu(monkeypatch):
-    """Every op has its order of preference; what is off is passed over, and the reference is always on."""
-    backends = vstar_ops._backends
-    ops = {
-        name.partition("::")[2]
-        for name in torch._C._dispatch_get_all_op_names()
-        if "vstar_ops_cuda::" in name
-    }
-    assert set(backends._ON_GPU) == ops
-    for op, order in backends._ON_GPU.items():
-        assert sorted(order) == ["cuda", "triton"]
-        for on in (set(order), {order[1]}, set()):
-            status = {name: backends.BackendStatus(name in on, "") for name in order}
-            monkeypatch.setattr(backends, "_backends", status)
-            assert backends.default_cuda_backend(op) == next(
-                (name for name in order if name in on), "reference"
-            )
 
 
 def test_cuda_refuses_other_devices(monkeypatch):
@@ -111,22 +92,6 @@ def test_nesting_restores():
     assert active() == before
 
 
-def test_use_backend_chooses_what_runs(monkeypatch):
-    """The reference runs inside ``use_backend("reference")`` and not inside ``use_backend("cpu")``."""
-    calls = []
-    group = sys.modules["vstar_ops.ops.group_advantage"]
-    monkeypatch.setattr(
-        group,
-        "_run",
-        lambda device, *a: calls.append(vstar_ops._backends.active_backend(device)) or torch.zeros(1, 1),
-    )
-    with vstar_ops.use_backend("reference"):
-        vstar_ops.group_advantage(torch.zeros(1, 1))
-    with vstar_ops.use_backend("auto"):
-        vstar_ops.group_advantage(torch.zeros(1, 1))
-    assert calls == ["reference", None]
-
-
 def test_cpu_refuses_other_devices(cpu):
     trie = Trie.from_sequences([[0]]).to("meta")
     with pytest.raises(RuntimeError, match="cpu"):
@@ -137,7 +102,10 @@ def test_cpu_refuses_other_devices(cpu):
 
 @pytest.mark.parametrize("value", [None, "auto", "reference"])
 def test_environment(value):
-    done = run(value, "import vstar_ops; print(vstar_ops._backends._active)")
+    done = run(
+        value,
+        'import vstar_ops; import torch; print(vstar_ops._backends.active_backend(torch.device("cpu")))',
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ("reference" if value == "reference" else "None")
 
@@ -156,3 +124,71 @@ def test_environment_with_a_backend_that_is_off():
     done = run(off[0], "import vstar_ops")
     assert done.returncode != 0
     assert f"RuntimeError: the backend '{off[0]}' is off" in done.stderr
+
+
+def test_the_reference_for_lack_of_anything_better_is_said_once():
+    """The first op says why, and what mends it; ``use_backend("reference")`` is a choice and warns nobody."""
+    code = """
+import warnings, torch, vstar_ops
+warnings.simplefilter("error")
+with vstar_ops.use_backend("reference"):
+    vstar_ops.group_advantage(torch.rand(2, 4))
+warnings.simplefilter("always")
+for _ in range(3):
+    vstar_ops.group_advantage(torch.rand(2, 4))
+    vstar_ops.prefix_tree(torch.ones(1, 1, 1, dtype=torch.int32))
+"""
+    done = run(None, HIDE_C + code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("vstar_ops runs on the pure-torch reference on cpu") == 1, done.stderr
+    assert "--no-build-isolation" in done.stderr
+
+
+# A package without its C++ module: the library is looked for in an empty folder.
+HIDE_C = """
+import pathlib
+glob = pathlib.Path.glob
+pathlib.Path.glob = lambda self, pattern: iter(()) if pattern.startswith("_C") else glob(self, pattern)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (lambda: vstar_ops.use_backend("cpp"), "the backend 'cpp' is now called 'cpu'"),
+        (
+            lambda: (
+                vstar_ops.expand_topk(
+                    torch.zeros(1, 1, 1),
+                    Trie.from_sequences([[0]]),
+                    torch.zeros(1, 1, dtype=torch.int32),
+                    1,
+                    gumbel=3,
+                ).count
+            ),
+            "gumbel is now called gumbel_seed",
+        ),
+        (
+            lambda: (
+                vstar_ops.sibling_advantage(torch.ones(1, 2, 1, dtype=torch.int32), torch.rand(1, 2)).count
+            ),
+            "count is now called num_candidates",
+        ),
+        (
+            lambda: vstar_ops.sibling_grpo_loss(
+                torch.zeros(1, 2, 1), torch.ones(1, 2, 1, dtype=torch.int32), torch.rand(1, 2), w_sib=0.5
+            ),
+            "w_sib is now called sibling_weight",
+        ),
+    ],
+    ids=["cpp", "gumbel", "count", "w_sib"],
+)
+def test_old_names_work_and_warn(old, new):
+    with pytest.warns(FutureWarning, match=new):
+        assert old() is not None
+
+
+def test_an_old_and_a_new_name_are_one_too_many():
+    tokens, rewards = torch.ones(1, 2, 1, dtype=torch.int32), torch.rand(1, 2)
+    with pytest.raises(TypeError, match="kl_weight must not be given together with its old name beta"):
+        vstar_ops.sibling_grpo_loss(torch.zeros(1, 2, 1), tokens, rewards, beta=1.0, kl_weight=1.0)

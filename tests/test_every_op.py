@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import op_calls
 import pytest
 import torch
 from cases import CASES, LARGE, Call
 from helpers import assert_same, map_tensors, op_arguments, tensors
+
+from vstar_ops.ops import OPS
 
 NAMES = [pytest.param(op, label, id=f"{op}-{label}") for op, found in CASES.items() for label in found]
 DIFFERENTIABLE = {"token_logp": ["logp", "entropy"], "sibling_grpo_loss": ["loss"]}
@@ -92,6 +95,8 @@ def test_a_request_alone(backend, op, label):
     assert op in OVER_THE_BATCH or all(x.shape[0] == 4 for x in tensors(together))
     for b in range(4) if op not in OVER_THE_BATCH else ():
         assert_same(call.request(b)(), map_tensors(lambda x, b=b: x[b : b + 1], together))
+    if backend in ("emulated", "triton"):
+        assert op_calls.launches[backend, op], "no kernel was launched"
 
 
 @pytest.mark.parametrize(
