@@ -390,11 +390,8 @@ def test_ids_that_would_become_others(ids, message):
 
 
 def test_hashed_ids():
-    for ids in (
-        np.array([2**63 - 1, 5], np.uint64),
-        torch.tensor([-(2**63), -2]),
-        np.array([3, 2], np.uint8),
-    ):
+    large = np.array([2**63 - 1, 5], np.uint64)
+    for ids in (large, torch.tensor([-(2**63), -2]), np.array([3, 2], np.uint8)):
         trie = Trie.from_sequences([[1], [2]], ids)
         assert trie.items(trie.lookup([[1], [2]]))[:, 0].tolist() == [int(x) for x in ids]
 
