@@ -103,6 +103,7 @@ def pure(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_wheel_contents(native: Path, tree: Path) -> None:
     site = native.parent / "site"
     assert {path.name for path in site.iterdir()} == {"vstar_ops", "vstar_ops-0.1.0.dist-info"}
@@ -114,6 +115,7 @@ def test_wheel_contents(native: Path, tree: Path) -> None:
     assert (site / "vstar_ops/py.typed").exists()
 
 
+@pytest.mark.slow
 def test_native_wheel_runs(native: Path, tmp_path: Path) -> None:
     site = native.parent / "site"
     code = "import vstar_ops; print(vstar_ops.__file__); assert vstar_ops.backends()['cpu'].available"
@@ -141,6 +143,7 @@ def record(package: Path) -> dict[str, Any]:
     return json.loads((package / "_build.json").read_text())
 
 
+@pytest.mark.slow
 def test_record_of_a_build(native: Path, pure: Path) -> None:
     built = record(native.parent / "site/vstar_ops")
     assert built["torch"] == torch.__version__
@@ -182,6 +185,7 @@ def failing(tmp_path: Path) -> Path:
     return compiler
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails(tree: Path, failing: Path, tmp_path: Path) -> None:
     """The build goes on without the module, says so once, and leaves no module of an earlier build."""
     copy = shutil.copytree(tree, tmp_path / "copy", symlinks=True)
@@ -202,7 +206,6 @@ def test_a_compiler_that_fails(tree: Path, failing: Path, tmp_path: Path) -> Non
     assert f"VSTAR_OPS_REQUIRE=cpu asks for the C++ module, but {reason}" in printed
 
 
-@pytest.mark.slow
 def test_editable_without_a_module(tree: Path, tmp_path: Path) -> None:
     """An editable build leaves its record in the source folder."""
     copy = shutil.copytree(tree, tmp_path / "copy", symlinks=True)
@@ -288,7 +291,7 @@ def test_only_what_changed_is_compiled(recipe: Any, monkeypatch: pytest.MonkeyPa
     assert compiled(torch_version="2.12.0") == {"a", "b"}
     assert compiled(compiler._replace(command=["c++", "-O1"]), "2.12.0") == {"a", "b"}
     sources[1].write_text("no C++\n")
-    with pytest.raises(recipe.CannotBuild, match=r"c\+\+ failed on csrc/b.cpp with exit status 1"):
+    with pytest.raises(recipe.CannotBuild, match=r"c\+\+ failed on csrc/b.cpp \(.*error"):
         compiled()
 
 
@@ -313,6 +316,7 @@ def test_cuda_wheel(tree: Path, tmp_path: Path) -> None:
         assert "available=True" in printed
 
 
+@pytest.mark.slow
 def test_sdist_builds_a_wheel(tree: Path, tmp_path: Path) -> None:
     run("setup.py", "-q", "sdist", "-d", tmp_path, cwd=tree)
     with tarfile.open(tmp_path / "vstar_ops-0.1.0.tar.gz") as archive:
@@ -328,6 +332,7 @@ def test_sdist_builds_a_wheel(tree: Path, tmp_path: Path) -> None:
     assert python_files(wheel.parent / "site/vstar_ops") == python_files(source / "vstar_ops")
 
 
+@pytest.mark.slow
 def test_hugging_face_kernels_is_not_shadowed(pure: Path, tmp_path: Path) -> None:
     """A package of that name keeps it: beside our wheel in either order, and in a checkout."""
     theirs = tmp_path / "kernels"
@@ -356,10 +361,11 @@ print(time.perf_counter() - start)
 heavy = {"matplotlib", "triton", "torch._inductor", "torch._dynamo", "torch.utils.cpp_extension"}
 assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)
 """
-    seconds = [float(run("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))) for _ in range(5)]
+    seconds = [float(run("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))) for _ in range(3)]
     assert statistics.median(seconds) < 0.3, seconds
 
 
+@pytest.mark.slow
 def test_collect_env(pure: Path, tmp_path: Path) -> None:
     for path in (ROOT, pure.parent / "site"):
         printed = run(

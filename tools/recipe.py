@@ -208,13 +208,16 @@ def _up_to_date(target: Path, used: Path, state: str) -> bool:
 
 
 def _run(command: list[str], doing: str) -> None:
-    """Run a compiler, whose messages go where ours go."""
+    """Run a compiler, and repeat what it says; its first error is part of the reason for a missing module."""
     try:
-        status = subprocess.run(command).returncode
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
     except OSError as error:
         raise CannotBuild(f"{command[0]} does not run: {error}") from error
-    if status:
-        raise CannotBuild(f"{command[0]} failed {doing} with exit status {status} (its messages are above)")
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        cause = errors[0] if errors else f"exit status {done.returncode}"
+        raise CannotBuild(f"{command[0]} failed {doing} ({cause})")
 
 
 def _output(*command: str) -> str:
