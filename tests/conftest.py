@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import vstar_ops
-from vstar_ops.ops._library import Op
+from vstar_ops.ops import OPS
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/oracles.py
 
 import cuda_emulator
+import op_calls
 
 settings.register_profile(
     "vstar_ops",
@@ -61,6 +61,7 @@ if vstar_ops._backends.interpreting():
             return name, warps, *sorted((k, v) for k, v in constants.items() if k.isupper())
 
         def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+            op_calls.interpreted += 1
             launched.add(key(self.fn.__name__, kwargs["num_warps"], kwargs))
             return run(self, *args, **kwargs)
 
@@ -81,64 +82,49 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name = request.param
     if request.node.get_closest_marker("large") and (INTERPRETING or name == "emulated"):
         pytest.skip("takes minutes")
-    if name in ("triton", "cuda"):
-        request.getfixturevalue("poisoned")
+    request.getfixturevalue("poisoned")
     if name == "emulated":
         cuda_emulator.load()
-        everywhere(monkeypatch, lambda run: run.backends["cuda"])
+        op_calls.route(monkeypatch, name, lambda op: op.overloads["cuda"])
     elif name in ON_GPU:
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
-        everywhere(monkeypatch, functools.partial(through_gpu, name))
-    with vstar_ops.use_backend("auto" if name == "emulated" or name in ON_GPU else name):
+        op_calls.route(monkeypatch, name, lambda op: op_calls.through_gpu(op, name))
+    elif name == "triton":
+        op_calls.route(monkeypatch, name, lambda op: op.overloads[name])
+    ran_on.add(name)
+    with vstar_ops.use_backend("auto" if name in {"emulated", *ON_GPU} else name):
         yield name
+
+
+ran_on: set[str] = set()  # backends of the tests of this file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_op_was_launched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The tests of an op fail where its kernels should have run and none was launched."""
+    ran_on.clear()
+    yield
+    module = request.module.__name__.removeprefix("test_")
+    if module in {op.module for op in OPS.values()}:
+        for backend in ran_on & ({"emulated", "triton"} - ON_GPU):
+            missing = op_calls.not_launched(module, backend)
+            assert not missing, f"the tests of {missing} on {backend!r} have launched no kernel"
 
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """New tensors hold NaN, or the largest integer: an output that no kernel has written shows."""
+    in_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(
+        "vstar_ops::poison_outputs", "CompositeExplicitAutograd"
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if in_cpp:
+        torch.ops.vstar_ops.poison_outputs(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def everywhere(monkeypatch: pytest.MonkeyPatch, kernel: Callable[[Op], Callable[..., Any]]) -> None:
-    """Let ``kernel(run)`` stand in for what runs an op, but for ``use_backend`` inside of the test."""
-
-    def patched(run: Op) -> Callable[..., Any]:
-        def call(device: torch.device, *arguments: Any) -> Any:
-            if vstar_ops._backends.active_backend(device) is not None:
-                return run(device, *arguments)
-            return kernel(run)(*arguments)
-
-        return call
-
-    for module, attribute, run in ops():
-        monkeypatch.setattr(module, attribute, patched(run))
-
-
-def ops() -> list[tuple[Any, str, Op]]:
-    """Where the public functions find the ops that they call."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("vstar_ops.ops.")]
-    found = [(m, name, x) for m in modules for name, x in vars(m).items() if name.startswith("_run")]
-    return [(m, name, x) for m, name, x in found if isinstance(x, Op)]
-
-
-def through_gpu(backend: str, run: Op) -> Callable[..., Any]:
-    """An op for CPU tensors that runs on the GPU; what it changes in place is changed here too."""
-
-    def call(*arguments: Any) -> Any:
-        there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
-        with vstar_ops.use_backend(backend):
-            result = run(torch.device("cuda"), *there)
-        for here, other in zip(arguments, there):
-            if isinstance(here, torch.Tensor) and not torch.equal(here, other.cpu()):
-                here.detach().copy_(other)
-        if isinstance(result, torch.Tensor):
-            return result.cpu()
-        return result and tuple(x.cpu() for x in result)
-
-    return call
+    if in_cpp:
+        torch.ops.vstar_ops.poison_outputs(False)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import loss_reference
 import numpy as np
@@ -24,7 +23,7 @@ from vstar_ops import (
     token_logp,
 )
 
-OP = sys.modules["vstar_ops.ops.sibling_grpo_loss"]
+OP = vstar_ops.ops.OPS["sibling_grpo_loss"]
 FIELDS = vstar_ops.SiblingGRPOLoss._fields
 
 
@@ -124,7 +123,7 @@ def run_in_double(case: dict[str, Tensor], logp: Tensor, **change: object) -> Te
         "global_weight": 0.7, "sibling_weight": 1.3, "kl_weight": 0.4, "clip_low": 0.2, "clip_high": 0.3,
         "kl": 2, "by_node": True, "loss_type": 0, **change,
     }  # fmt: skip
-    return OP._run(
+    return OP(
         logp.device, logp, case["old_logp"].double(), case["ref_logp"].double(), siblings.advantage.double(),
         siblings.valid, siblings.num_candidates, group_advantage(case["rewards"]).double(),
         scalars.pop("mask", None), torch.tensor([0.5, 1.0, 2.0]), *scalars.values(),

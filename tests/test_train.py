@@ -371,9 +371,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
     assert first.returncode == process.returncode == 0, output
     assert "V-STAR: Sibling-GRPO with VED" in output[1] and "NDCG@10" in output[1]
     for stage in ("sft", "ved+joint"):
-        a, b = (
-            torch.load(run / "seed-0" / f"{stage}.weights.pt", weights_only=True) for run in (whole, cut)
-        )
+        a, b = (torch.load(run / "seed-0" / f"{stage}.weights.pt", weights_only=True) for run in (whole, cut))
         assert all(torch.equal(a[k], b[k]) for k in a)
         a, b = (checkpoint.load(run / "seed-0" / f"{stage}.pt")["model"] for run in (whole, cut))
         assert all(torch.equal(a[k], b[k]) for k in a)

@@ -3,6 +3,8 @@ trie of legal semantic IDs, value-guided tree search, and sibling advantages for
 (V-STAR, arXiv 2602.10699).
 """
 
+import torch
+
 from ._backends import BackendStatus, backends, initialize, use_backend
 from ._triton import warmup
 from .ops import (
@@ -26,11 +28,14 @@ from .ops import (
     ved_insert,
     ved_select,
 )
+from .ops._registry import install_on_cuda
 from .reference import derive_seeds
 from .trie import Trie
 
 initialize()
-del initialize
+if torch.version.cuda:
+    torch.cuda._lazy_call(install_on_cuda)  # when the first CUDA tensor is made; at once if there was one
+del initialize, install_on_cuda
 
 __version__ = "0.1.0"
 __all__ = [

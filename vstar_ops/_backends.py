@@ -1,14 +1,10 @@
-"""Which implementations of the ops exist here, and which one is used.
-
-Every op is one entry of PyTorch's dispatcher (``torch.ops.vstar_ops.*``). The pure-torch reference is
-registered for every device; a native backend registers faster kernels for its own device type on top.
-"""
+"""Which backends exist here, and which one runs the ops of a thread. See also ``ops/_registry.py``."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -18,22 +14,6 @@ import torch
 from ._build_info import not_built
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-
-# What runs an op on CUDA tensors, best first; where neither is on, the reference. To be set by measurement:
-# neither backend has run on a GPU yet. Until then the one with fewer launches and limits comes first.
-_ON_GPU = {
-    "expand_topk": ("cuda", "triton"),  # both two launches; Triton's takes up to 2,048 winners
-    "sibling_advantage": ("cuda", "triton"),  # one launch for all groups, Triton's up to 128 candidates
-    "group_advantage": ("cuda", "triton"),
-    "prefix_returns": ("cuda", "triton"),  # one launch, Triton's two and more
-    "prefix_tree": ("cuda", "triton"),  # likewise
-    "sibling_grpo_loss": ("cuda", "triton"),
-    "token_logp": ("cuda", "triton"),  # one launch a pass, Triton's up to three
-    "token_logp_backward": ("cuda", "triton"),
-    "ved_select": ("cuda", "triton"),
-    "ved_insert": ("cuda", "triton"),
-    "ved_candidates": ("cuda", "triton"),
-}
 
 
 class BackendStatus(NamedTuple):
@@ -95,11 +75,6 @@ def library_path(name: str = "_C") -> Path | None:
     return next(iter(sorted(Path(__file__).parent.glob(f"{name}.*"))), None)
 
 
-def default_cuda_backend(op: str) -> str:
-    """The backend that runs an op on CUDA tensors where none is asked for."""
-    return next((name for name in _ON_GPU[op] if _backends[name].available), "reference")
-
-
 def _status() -> dict[str, BackendStatus]:
     return {
         "reference": BackendStatus(True, "pure torch, any device"),
@@ -110,7 +85,10 @@ def _status() -> dict[str, BackendStatus]:
 
 
 _backends: dict[str, BackendStatus] = {}
-_active: str | None = None  # None: what the dispatcher finds best for the tensors' device
+_default: str | None = None  # of threads that asked for nothing; None: what the dispatcher chooses by device
+_DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # types of tensors that a backend runs on
+# A plain threading.local: torch.compile reads it while tracing, and compiles anew where it changes.
+_thread = threading.local()
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -123,9 +101,13 @@ def backends() -> dict[str, BackendStatus]:
     return dict(_backends)
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run the ops inside the block on one backend, for the whole process.
+def turn_off(name: str, reason: str) -> None:
+    """Note that a backend was found not to work here."""
+    _backends[name] = BackendStatus(False, reason)
+
+
+class use_backend:
+    """Run the ops inside the block on one backend, in this thread, also under ``torch.compile``.
 
     Outside of any block the environment variable ``VSTAR_OPS_BACKEND`` decides, and without it the
     fastest available backend of each tensor's device.
@@ -137,32 +119,42 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name.
         RuntimeError: the backend is not available here, with the reason.
+
+    Example:
+        >>> with vstar_ops.use_backend("reference"):
+        ...     vstar_ops.group_advantage(torch.tensor([[1.0, 1.0]]))
+        tensor([[0., 0.]])
     """
-    global _active
-    previous = _active
-    _active = _checked("name", name)
-    try:
-        yield
-    finally:
-        _active = previous
+
+    def __init__(self, name: str) -> None:
+        self.backend = _checked("name", name)
+
+    def __enter__(self) -> None:
+        self.previous = getattr(_thread, "backend", _default)
+        _thread.backend = self.backend
+
+    def __exit__(self, *_: object) -> None:
+        _thread.backend = self.previous
 
 
 def active_backend(device: torch.device) -> str | None:
-    """The backend that an op called now with tensors on ``device`` must run, None for what is dispatched."""
-    if _active is None:
-        return None
-    if _active == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"the backend 'cpu' runs on CPU tensors, got a tensor on {device}")
-    if _active == "triton" and device.type != "cuda" and not interpreting():
-        raise RuntimeError(f"the backend 'triton' runs on CUDA tensors, got a tensor on {device}")
-    if _active == "cuda" and device.type != "cuda":
-        raise RuntimeError(f"the backend 'cuda' runs on CUDA tensors, got a tensor on {device}")
-    return _active
+    """The backend for an op that is called now on ``device``; None: the dispatcher chooses."""
+    name = getattr(_thread, "backend", _default)
+    if name is None or name == "reference":
+        return name
+    if device.type != _DEVICES[name] and not (name == "triton" and interpreting()):
+        raise RuntimeError(
+            f"the backend {name!r} runs on {_DEVICES[name].upper()} tensors, got a tensor on {device}"
+        )
+    return name
 
 
 def _checked(argument: str, name: str) -> str | None:
     if name == "auto":
         return None
+    if name == "cpp":
+        warnings.warn("the backend 'cpp' is now called 'cpu'", FutureWarning, stacklevel=3)
+        name = "cpu"
     if name not in NAMES:
         raise ValueError(f"{argument} must be one of {('auto', *NAMES)}, got {name!r}")
     status = _backends[name]
@@ -173,6 +165,6 @@ def _checked(argument: str, name: str) -> str | None:
 
 def initialize() -> None:
     """Load what was built; called once by the package, after all schemas are defined."""
-    global _active
+    global _default
     _backends.update(_status())
-    _active = _checked("VSTAR_OPS_BACKEND", os.environ.get("VSTAR_OPS_BACKEND", "auto"))
+    _default = _checked("VSTAR_OPS_BACKEND", os.environ.get("VSTAR_OPS_BACKEND", "auto"))

@@ -31,6 +31,11 @@ MODULES = (
 )
 ARCHITECTURES = (80, 90, 100)
 
+
+class Unsupported(NotImplementedError):
+    """Arguments beyond a limit of a kernel; the message names the op, the limit and what came."""
+
+
 _log = logging.getLogger("vstar_ops")
 _called: set[str] = set()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops import prefix_tree, token_logp
-from .ops._library import INTS, check, check_tokens, validating
+from .ops._checks import INTS, check, check_tokens, validating
 from .trie import Trie
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import expand_topk
-from ..ops._library import check_int, check_seeds
+from ..ops._checks import check_int, check_seeds
 from ..reference import gumbel
 from ..trie import Trie
 from .protocol import PrefixModel

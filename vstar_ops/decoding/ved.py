@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import expand_topk
-from ..ops._library import check_finite, check_int, check_seeds
+from ..ops._checks import check_finite, check_int, check_seeds
 from ..ops.ved import Candidates, Evaluation, Rows, SearchTrees, ved_candidates, ved_insert, ved_select
 from ..trie import Trie
 from .protocol import PrefixModel

@@ -1,6 +1,7 @@
 """The public ops, one module each: documentation, checks, schema and registration."""
 
-from ._library import validation
+from ._checks import validation
+from ._registry import OPS
 from .expand_topk import ExpandTopK, expand_topk
 from .group_advantage import group_advantage
 from .prefix_returns import PrefixReturns, prefix_returns
@@ -11,6 +12,7 @@ from .token_logp import TokenLogp, token_logp
 from .ved import SearchTrees, ved_candidates, ved_insert, ved_select
 
 __all__ = [
+    "OPS",
     "ExpandTopK",
     "PrefixReturns",
     "PrefixTree",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._deprecated import renamed_arguments, renamed_field
 from ..trie import Trie
-from ._library import (
+from ._checks import (
     FLOATS,
     INTS,
     check,
@@ -19,9 +20,9 @@ from ._library import (
     check_positive,
     check_seeds,
     check_trie,
-    define,
     validating,
 )
+from ._registry import define
 
 _SIZES = (int, torch.SymInt)
 
@@ -38,6 +39,9 @@ class ExpandTopK(NamedTuple):
     entropy: Tensor
 
 
+ExpandTopK.count = renamed_field("num_valid")  # type: ignore[method-assign]
+
+
 def _fake(
     logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, k: int, *_: object
 ) -> tuple[Tensor, ...]:
@@ -48,18 +52,13 @@ def _fake(
     return score, logp, parent, chosen, child, count, logits.new_empty((batch, width), dtype=torch.float32)
 
 
-_run = define(
-    "expand_topk",
-    "(Tensor logits, Tensor offset, Tensor token, Tensor node, SymInt k, Tensor? cum_logp, Tensor? value,"
-    " Tensor? bonus, Tensor? child_value, Tensor? seed, float logp_weight, float value_weight,"
-    " float entropy_weight, float temperature, bool vocab, int max_children)"
-    " -> (Tensor score, Tensor logp, Tensor parent, Tensor chosen, Tensor child, Tensor count,"
-    " Tensor entropy)",
+_op = define(
     reference.expand_topk,
     _fake,
 )
 
 
+@renamed_arguments(gumbel="gumbel_seed")
 def expand_topk(
     logits: Tensor,
     trie: Trie,
@@ -164,7 +163,7 @@ tensor([2], dtype=torch.int32))
     if validating():
         check_nodes(node, trie)
     return ExpandTopK(
-        *_run(
+        *_op(
             device,
             logits,
             trie.offset,

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check_rewards, define, standardizer_options
+from ._checks import check_rewards, standardizer_options
+from ._registry import define
 
-_run = define(
-    "group_advantage",
-    "(Tensor rewards, Tensor? mask, float eps, int ddof, float std_floor) -> Tensor",
+_op = define(
     reference.group_advantage,
     lambda rewards, *_: rewards.new_empty(rewards.shape, dtype=torch.float32),
 )
@@ -51,4 +50,4 @@ def group_advantage(
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     check_rewards(rewards, (None, None), mask)
-    return _run(rewards.device, rewards, mask, *standardizer_options(eps, ddof, std_floor))
+    return _op(rewards.device, rewards, mask, *standardizer_options(eps, ddof, std_floor))

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import FLOATS, check, check_tokens, define, level_weights
+from .._deprecated import renamed_field
+from ._checks import FLOATS, check, check_tokens, level_weights
+from ._registry import define
 
 
 class PrefixReturns(NamedTuple):
@@ -21,16 +23,16 @@ class PrefixReturns(NamedTuple):
     num_candidates: Tensor
 
 
+PrefixReturns.count = renamed_field("num_candidates")  # type: ignore[method-assign]
+
+
 def _fake(tokens: Tensor, *_: object) -> tuple[Tensor, ...]:
     floats = tokens.new_empty(tokens.shape, dtype=torch.float32)
     ints = tokens.new_empty(tokens.shape, dtype=torch.int32)
     return floats, torch.empty_like(floats), ints, torch.empty_like(ints)
 
 
-_run = define(
-    "prefix_returns",
-    "(Tensor tokens, Tensor embedding, Tensor target, Tensor target_embedding, Tensor? mask, Tensor weights)"
-    " -> (Tensor returns, Tensor similarity, Tensor node, Tensor count)",
+_op = define(
     reference.prefix_returns,
     _fake,
 )
@@ -101,7 +103,7 @@ def prefix_returns(
     if weights is None:
         weights = _default_weights(length)
     weight = level_weights("weights", weights, length, torch.float64, tokens)
-    return PrefixReturns(*_run(device, tokens, embedding, target, target_embedding, mask, weight))
+    return PrefixReturns(*_op(device, tokens, embedding, target, target_embedding, mask, weight))
 
 
 def _default_weights(length: int) -> list[float]:

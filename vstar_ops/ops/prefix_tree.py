@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check, check_tokens, define
+from .._deprecated import renamed_field
+from ._checks import check, check_tokens
+from ._registry import define
 
 
 class PrefixTree(NamedTuple):
@@ -23,6 +25,9 @@ class PrefixTree(NamedTuple):
     size: Tensor
 
 
+PrefixTree.count = renamed_field("num_candidates")  # type: ignore[method-assign]
+
+
 def _fake(tokens: Tensor, _: object) -> tuple[Tensor, ...]:
     batch, group, length = tokens.shape
     slots = (batch, group * length)
@@ -34,10 +39,7 @@ def _fake(tokens: Tensor, _: object) -> tuple[Tensor, ...]:
     return ints(*slots), token, ints(*slots), ints(*slots), ints(*slots), ints(*tokens.shape), ints(batch)
 
 
-_run = define(
-    "prefix_tree",
-    "(Tensor tokens, Tensor? mask) -> (Tensor parent, Tensor token, Tensor depth, Tensor first, Tensor count,"
-    " Tensor node, Tensor size)",
+_op = define(
     reference.prefix_tree,
     _fake,
 )
@@ -85,4 +87,4 @@ def prefix_tree(tokens: Tensor, mask: Tensor | None = None) -> PrefixTree:
     tokens = check_tokens("tokens", tokens, (None, None, None), "[B, G, L]")
     if mask is not None:
         check("mask", mask, tuple(tokens.shape[:2]), "[B, G]", (torch.bool,), tokens.device)
-    return PrefixTree(*_run(tokens.device, tokens, mask))
+    return PrefixTree(*_op(tokens.device, tokens, mask))

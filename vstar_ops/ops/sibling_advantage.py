@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check_int, check_rewards, check_tokens, define, standardizer_options
+from .._deprecated import renamed_field
+from ._checks import check_int, check_rewards, check_tokens, standardizer_options
+from ._registry import define
 
 _BASELINES = ("sibling", "parent", "leave_one_out")
 
@@ -22,6 +24,9 @@ class SiblingAdvantage(NamedTuple):
     num_candidates: Tensor
 
 
+SiblingAdvantage.count = renamed_field("num_candidates")  # type: ignore[method-assign]
+
+
 def _fake(tokens: Tensor, rewards: Tensor, *_: object) -> tuple[Tensor, ...]:
     return (
         tokens.new_empty(tokens.shape, dtype=torch.float32),
@@ -31,10 +36,7 @@ def _fake(tokens: Tensor, rewards: Tensor, *_: object) -> tuple[Tensor, ...]:
     )
 
 
-_run = define(
-    "sibling_advantage",
-    "(Tensor tokens, Tensor rewards, Tensor? mask, float eps, int ddof, float std_floor, int min_siblings,"
-    " str baseline) -> (Tensor advantage, Tensor valid, Tensor node, Tensor count)",
+_op = define(
     reference.sibling_advantage,
     _fake,
 )
@@ -102,6 +104,4 @@ def sibling_advantage(
     if baseline not in _BASELINES:
         raise ValueError(f"baseline must be one of {_BASELINES}, got {baseline!r}")
     device = tokens.device
-    return SiblingAdvantage(
-        *_run(device, tokens, rewards, mask, eps, ddof, std_floor, min_siblings, baseline)
-    )
+    return SiblingAdvantage(*_op(device, tokens, rewards, mask, eps, ddof, std_floor, min_siblings, baseline))

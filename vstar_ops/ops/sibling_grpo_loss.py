@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._deprecated import renamed_arguments
 from ..trie import Trie
-from ._library import (
-    FLOATS,
-    INTS,
-    Gradient,
-    check,
-    check_finite,
-    check_tokens,
-    define,
-    level_weights,
-    validating,
-)
+from ._checks import FLOATS, INTS, check, check_finite, check_tokens, level_weights, validating
+from ._registry import Gradient, define
 from .group_advantage import group_advantage as _group_advantage
 from .sibling_advantage import SiblingAdvantage
 from .sibling_advantage import sibling_advantage as _sibling_advantage
@@ -60,18 +52,20 @@ def _differentiate(ctx: Any, _: None, grad_loss: Tensor, *__: Tensor) -> tuple[A
     return (grad_loss * ctx.saved_tensors[0]).to(ctx.dtype), *[None] * ctx.others
 
 
-_run = define(
-    "sibling_grpo_loss",
-    "(Tensor logp, Tensor? old_logp, Tensor? ref_logp, Tensor advantage, Tensor valid, Tensor count,"
-    " Tensor group_advantage, Tensor? mask, Tensor? depth_weight, float global_weight, float sibling_weight,"
-    " float kl_weight, float clip_low, float clip_high, int kl, bool by_node, int loss_type)"
-    " -> (Tensor loss, Tensor terms, Tensor gradient)",
+_op = define(
     reference.sibling_grpo_loss,
     _fake,
     Gradient(None, _save, _differentiate),
 )
 
 
+@renamed_arguments(
+    sibling="sibling_advantage",
+    group="group_advantage",
+    w_global="global_weight",
+    w_sib="sibling_weight",
+    beta="kl_weight",
+)
 def sibling_grpo_loss(
     logp: Tensor,
     tokens: Tensor | None = None,
@@ -199,7 +193,7 @@ def sibling_grpo_loss(
     ):
         if choice not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {choice!r}")
-    loss, terms, _ = _run(
+    loss, terms, _ = _op(
         device,
         logp,
         old_logp,

@@ -9,18 +9,8 @@ from torch import Tensor
 
 from .. import reference
 from ..trie import Trie
-from ._library import (
-    FLOATS,
-    INTS,
-    Gradient,
-    check,
-    check_nodes,
-    check_positive,
-    check_tokens,
-    check_trie,
-    define,
-    validating,
-)
+from ._checks import FLOATS, INTS, check, check_nodes, check_positive, check_tokens, check_trie, validating
+from ._registry import Gradient, define
 
 
 class TokenLogp(NamedTuple):
@@ -40,9 +30,6 @@ def _fake(logits: Tensor, targets: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 
 _backward = define(
-    "token_logp_backward",
-    f"(Tensor? grad_logp, Tensor? grad_entropy, {_ROW}, Tensor logp, Tensor entropy, Tensor top,"
-    " Tensor log_mass, float temperature, int max_children) -> Tensor",
     reference.token_logp_backward,
     lambda grad_logp, grad_entropy, logits, *_: logits.new_empty(logits.shape),
 )
@@ -63,10 +50,7 @@ def _differentiate(ctx: Any, backward: Any, grad_logp: Any, grad_entropy: Any, *
     return gradient, None, None, None, None, None, None
 
 
-_run = define(
-    "token_logp",
-    f"({_ROW}, float temperature, int max_children)"
-    " -> (Tensor logp, Tensor entropy, Tensor top, Tensor log_mass)",
+_op = define(
     reference.token_logp,
     _fake,
     Gradient(_backward, _save, _differentiate),
@@ -164,5 +148,5 @@ def token_logp(
     flat = batched.shape[:2]
     each = targets.reshape(*flat, targets.shape[-1] if many else 1)
     where = None if node is None else node.reshape(flat)
-    logp, entropy, *_ = _run(device, batched, each, offset, token, where, temperature, max_children)
+    logp, entropy, *_ = _op(device, batched, each, offset, token, where, temperature, max_children)
     return TokenLogp(logp.reshape(targets.shape), entropy.reshape(rows))

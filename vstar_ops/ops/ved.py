@@ -11,14 +11,17 @@ threads. Statistics are float64 over float32 data.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check, check_finite, check_int, define
+from ._checks import check, check_finite, check_int
+from ._registry import define
 
 _I32, _I64, _F32, _F64 = (torch.int32,), (torch.int64,), (torch.float32,), (torch.float64,)
 _TREE = "[B, T]"
@@ -188,64 +191,42 @@ class Candidates(NamedTuple):
     num_valid: Tensor
 
 
-_SELECT = (
-    "node", "parent", "priority", "visits", "next_child", "num_children", "child_node", "child_logp", "size",
-    "budget", "depth", "depth_sum", "depth_count",
-)  # fmt: skip
-_INSERT = (
-    "node", "parent", "logp", "value", "entropy", "priority", "visits", "next_child", "num_children",
-    "child_node", "child_logp", "leaf_node", "leaf_logp", "leaf_score", "num_leaves", "slot", "size", "depth",
-    "depth_sum", "depth_count",
-)  # fmt: skip
-_ROWS = (
-    "parent", "node", "logp", "slot", "value", "entropy", "num_children", "child_node", "child_logp",
-    "leaf_node", "leaf_logp", "leaf_score", "num_leaves",
-)  # fmt: skip
-_CANDIDATES = (
-    "node", "logp", "value", "size", "depth", "leaf_node", "leaf_logp", "leaf_score", "num_leaves",
-)  # fmt: skip
+def _arrays(reference_op: Callable[..., Any], prefix: str = "") -> tuple[str, ...]:
+    """The arrays of SearchTrees that an op takes, in order; by ``prefix`` those of the rows of a round."""
+    known = {"trie_node" if field.name == "node" else field.name for field in fields(SearchTrees)}
+    known = {prefix + name for name in (known | {"node"} if prefix else known)}
+    names = [name for name in inspect.signature(reference_op).parameters if name in known]
+    return tuple("node" if name == "trie_node" else name.removeprefix(prefix) for name in names)
 
 
-def _schema(names: tuple[str, ...], written: tuple[str, ...]) -> str:
-    mark = {name: f"({chr(97 + i)}!)" for i, name in enumerate(written)}
-    return ", ".join(f"Tensor{mark.get(name, '')} {name}" for name in names)
+_SELECT, _INSERT = _arrays(reference.ved_select), _arrays(reference.ved_insert)
+_ROWS, _CANDIDATES = _arrays(reference.ved_insert, "row_"), _arrays(reference.ved_candidates)
 
 
-def _select_fake(node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+def _select_fake(trie_node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     levels, _exploration, paths, _max_idle = arguments[-4:]
-    row = node.new_empty((node.shape[0], levels * paths))  # type: ignore[operator]
+    row = trie_node.new_empty((trie_node.shape[0], levels * paths))  # type: ignore[operator]
     return row, torch.empty_like(row), torch.empty_like(row, dtype=torch.float32)
 
 
-def _insert_fake(*_: object) -> None:
-    return None
-
-
-def _candidates_fake(node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+def _candidates_fake(trie_node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     k = arguments[-3]
-    row = node.new_empty((node.shape[0], k))  # type: ignore[arg-type]
+    row = trie_node.new_empty((trie_node.shape[0], k))  # type: ignore[arg-type]
     score = torch.empty_like(row, dtype=torch.float32)
-    return row, score, torch.empty_like(score), node.new_empty((node.shape[0],))
+    return row, score, torch.empty_like(score), trie_node.new_empty((trie_node.shape[0],))
 
 
-_run_select = define(
-    "ved_select",
-    f"({_schema(_SELECT, ('visits', 'next_child', 'budget'))}, int levels, float exploration, int paths,"
-    " int max_idle) -> (Tensor row_parent, Tensor row_node, Tensor row_logp)",
+_select = define(
     reference.ved_select,
     _select_fake,
+    mutates=("visits", "next_child", "budget"),
 )
-_run_insert = define(
-    "ved_insert",
-    f"({_schema(_INSERT, _INSERT)}, {_schema(tuple('row_' + name for name in _ROWS), ())}, float logp_weight,"
-    " float entropy_weight) -> ()",
+_insert = define(
     reference.ved_insert,
-    _insert_fake,
+    lambda *_: None,
+    mutates=["trie_node" if name == "node" else name for name in _INSERT],
 )
-_run_candidates = define(
-    "ved_candidates",
-    f"({_schema(_CANDIDATES, ())}, int length, SymInt k, float logp_weight, bool forced_first)"
-    " -> (Tensor leaf, Tensor leaf_logp_out, Tensor leaf_score_out, Tensor count)",
+_candidates = define(
     reference.ved_candidates,
     _candidates_fake,
 )
@@ -281,7 +262,7 @@ def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, 
     paths, max_idle = check_int("paths", paths, 1), check_int("max_idle", max_idle, 0)
     levels = trees.depth_sum.shape[1] - 1
     arrays = (getattr(trees, name) for name in _SELECT)
-    return Rows(*_run_select(trees.node.device, *arrays, levels, exploration, paths, max_idle))
+    return Rows(*_select(trees.node.device, *arrays, levels, exploration, paths, max_idle))
 
 
 def ved_insert(
@@ -317,7 +298,7 @@ def ved_insert(
             name, given[name], shape, str(list(shape)), (like.dtype,), trees.node.device
         ).contiguous()
     arrays = (getattr(trees, name) for name in _INSERT)
-    _run_insert(trees.node.device, *arrays, *(given[name] for name in _ROWS), *weights)
+    _insert(trees.node.device, *arrays, *(given[name] for name in _ROWS), *weights)
 
 
 def ved_candidates(
@@ -340,7 +321,7 @@ def ved_candidates(
     length, k = check_int("length", length, 1), check_int("k", k, 1)
     arrays = (getattr(trees, name) for name in _CANDIDATES)
     return Candidates(
-        *_run_candidates(
+        *_candidates(
             trees.node.device,
             *arrays,
             length,

@@ -13,7 +13,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def ved_select(
-    node: Tensor,
+    trie_node: Tensor,
     parent: Tensor,
     priority: Tensor,
     visits: Tensor,
@@ -32,20 +32,20 @@ def ved_select(
     max_idle: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Steps 2 and 3 of SPEC 5: traverse, gate, take the next child."""
-    batch, capacity = node.shape
-    every = torch.arange(batch, device=node.device)
-    row_parent = torch.full((batch, paths * levels), -1, dtype=torch.int32, device=node.device)
+    batch, capacity = trie_node.shape
+    every = torch.arange(batch, device=trie_node.device)
+    row_parent = torch.full((batch, paths * levels), -1, dtype=torch.int32, device=trie_node.device)
     row_node = torch.full_like(row_parent, -1)
     row_logp = torch.full_like(row_parent, float("-inf"), dtype=torch.float32)
     pending = torch.zeros_like(size)
-    position = torch.arange(capacity, device=node.device)
+    position = torch.arange(capacity, device=trie_node.device)
 
     for path in range(paths):
-        looking = torch.ones(batch, dtype=torch.bool, device=node.device)  # for a traversal that expands
+        looking = torch.ones(batch, dtype=torch.bool, device=trie_node.device)  # for a traversal that expands
         idle = torch.zeros_like(size)
         while True:
             exists = position < size[:, None]
-            _skip_present(node, exists, next_child, num_children, child_node)
+            _skip_present(trie_node, exists, next_child, num_children, child_node)
             mean = (depth_sum / depth_count.clamp(min=1)).gather(1, depth.long())
             open_ = exists & (next_child < num_children) & (priority.double() >= mean)
             looking &= open_.any(1) & (size + pending < budget)
@@ -81,7 +81,7 @@ def ved_select(
                 bound = bound.masked_fill(~child, float("-inf"))
                 tied = child & (bound == bound.max(1, keepdim=True).values)
                 alive &= child.any(1)
-                lowest = torch.where(tied, node, torch.iinfo(torch.int32).max).argmin(1)
+                lowest = torch.where(tied, trie_node, torch.iinfo(torch.int32).max).argmin(1)
                 current = torch.where(alive, lowest, current)
             for index, on_path in trail:
                 visits[every, index] += on_path
@@ -105,7 +105,7 @@ def _skip_present(
 
 
 def ved_insert(
-    node: Tensor,
+    trie_node: Tensor,
     parent: Tensor,
     logp: Tensor,
     value: Tensor,
@@ -147,12 +147,12 @@ def ved_insert(
     if logp_weight != 0:
         gain = gain + logp_weight * row_logp.double()
     row_priority = torch.nan_to_num(gain, -_FLOAT32_MAX).clamp(-_FLOAT32_MAX, _FLOAT32_MAX).float()
-    pairs = [(node, row_node), (parent, row_parent), (logp, row_logp), (value, row_value)]
+    pairs = [(trie_node, row_node), (parent, row_parent), (logp, row_logp), (value, row_value)]
     pairs += [(entropy, row_entropy), (priority, row_priority), (num_children, row_num_children)]
     pairs += [(child_node, row_child_node), (child_logp, row_child_logp), (leaf_node, row_leaf_node)]
     pairs += [(leaf_logp, row_leaf_logp), (leaf_score, row_leaf_score), (num_leaves, row_num_leaves)]
     pairs += [(slot, row_slot)]
-    capacity = node.shape[1]
+    capacity = trie_node.shape[1]
     for row in range(row_node.shape[1]):
         (b,) = ((row_node[:, row] >= 0) & (size < capacity)).nonzero(as_tuple=True)
         at, above = size[b].long(), row_parent[b, row].long()
@@ -168,7 +168,7 @@ def ved_insert(
 
 
 def ved_candidates(
-    node: Tensor,
+    trie_node: Tensor,
     logp: Tensor,
     value: Tensor,
     size: Tensor,
@@ -183,32 +183,34 @@ def ved_candidates(
     forced_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Evaluated leaves by score, then completions of evaluated prefixes."""
-    exists = torch.arange(node.shape[1], device=node.device) < size[:, None]
+    exists = torch.arange(trie_node.shape[1], device=trie_node.device) < size[:, None]
     leaf = exists & (depth == length)
     own = value.double()
     if logp_weight != 0:
         own = own + logp_weight * logp.double()
     slots = leaf_node.shape[2]
-    listed = (torch.arange(slots, device=node.device) < num_leaves[..., None]) & exists[..., None]
+    listed = (torch.arange(slots, device=trie_node.device) < num_leaves[..., None]) & exists[..., None]
     flat = leaf_node.flatten(1)
-    present = (flat[..., None] == node.masked_fill(~leaf, -2)[:, None]).any(2)
+    present = (flat[..., None] == trie_node.masked_fill(~leaf, -2)[:, None]).any(2)
     listed = listed.flatten(1) & ~present
     forced = (num_leaves == 1)[..., None].expand_as(leaf_node).flatten(1) & forced_first
 
     def join(of_leaves: Tensor, of_completions: Tensor) -> Tensor:
         return torch.cat([of_leaves, of_completions], 1)
 
-    there, nodes = join(leaf, listed), join(node, leaf_node.flatten(1))
+    there, nodes = join(leaf, listed), join(trie_node, leaf_node.flatten(1))
     logps, scores = join(logp, leaf_logp.flatten(1)), join(own.float(), leaf_score.flatten(1))
-    tier = join(torch.zeros_like(node), 1 - forced.int())
-    prefix = torch.where(tier == 0, nodes, join(node, node[..., None].expand_as(leaf_node).flatten(1)))
-    order = torch.arange(nodes.shape[1], device=node.device).expand_as(nodes)
+    tier = join(torch.zeros_like(trie_node), 1 - forced.int())
+    prefix = torch.where(
+        tier == 0, nodes, join(trie_node, trie_node[..., None].expand_as(leaf_node).flatten(1))
+    )
+    order = torch.arange(nodes.shape[1], device=trie_node.device).expand_as(nodes)
     keys = (nodes, -logps.masked_fill(tier == 0, 0), prefix, -scores, tier, (~there).int())
     for key in keys:  # stable sorts, the last key first
         order = order.gather(1, key.gather(1, order).sort(dim=1, stable=True).indices)
     order = torch.nn.functional.pad(order[:, :k], (0, max(k - order.shape[1], 0)))
     count = there.sum(1).clamp(max=k)
-    kept = torch.arange(k, device=node.device) < count[:, None]
+    kept = torch.arange(k, device=trie_node.device) < count[:, None]
 
     def chosen(source: Tensor, fill: float) -> Tensor:
         return torch.where(kept, source.gather(1, order), fill)

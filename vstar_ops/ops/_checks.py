@@ -1,31 +1,20 @@
-"""How every op is registered: schema, shape function, reference; and the checks they share.
-
-An op's module calls :func:`define` once. The C++ backend adds its kernels by itself when its library is
-loaded (``STABLE_TORCH_LIBRARY_IMPL`` in ``csrc/``). So does the CUDA C++ backend, under the op's name in
-``vstar_ops_cuda``; for the Triton kernels see ``_triton.py``. Which of those two runs on CUDA tensors is
-chosen at the call.
-"""
+"""Checks of arguments. An error names the argument, what was given and what is expected."""
 
 from __future__ import annotations
 
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _triton
-from .._backends import active_backend, default_cuda_backend
 from ..reference import derive_seeds
 from ..trie import Trie
 
-_library = torch.library.Library("vstar_ops", "DEF")
-_cuda_library = torch.library.Library("vstar_ops_cuda", "DEF")
 _validate = os.environ.get("VSTAR_OPS_VALIDATE", "0") not in ("", "0")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,86 +22,6 @@ INTS = (torch.int32, torch.int64)
 _INTEGERS = (*INTS, torch.int16, torch.int8, torch.uint8)
 _NUMBERS = (int, float)
 _LOWEST = -sys.float_info.max
-
-
-class Op:
-    """An op that was registered: calls it on the backend wanted for a device.
-
-    Attributes:
-        name: within ``torch.ops.vstar_ops``.
-        backends: what runs it, by name; under None what the dispatcher finds.
-    """
-
-    def __init__(self, name: str, backends: dict[str | None, Callable[..., Any]]) -> None:
-        self.name, self.backends = name, backends
-
-    def __call__(self, device: torch.device, *arguments: Any) -> Any:
-        return self.backends[active_backend(device)](*arguments)
-
-
-class Gradient(NamedTuple):
-    """How an op is differentiated.
-
-    Attributes:
-        op: computes the gradient, on the backend that computed the result, wherever the backward pass runs.
-            None where ``backward`` needs no op.
-        save: ``setup_context(ctx, inputs, output)`` of an autograd function.
-        backward: its backward, ``(ctx, op, *gradients)``: a gradient or None for each input.
-    """
-
-    op: Op | None
-    save: Callable[..., None]
-    backward: Callable[..., tuple[Any, ...]]
-
-    def formula(self, backend: str | None) -> Callable[..., tuple[Any, ...]]:
-        """The backward of a backend."""
-        op = self.op and self.op.backends[backend]
-        return once_differentiable(lambda ctx, *gradients: self.backward(ctx, op, *gradients))
-
-
-def define(
-    name: str,
-    schema: str,
-    reference: Callable[..., Any],
-    fake: Callable[..., Any],
-    gradient: Gradient | None = None,
-) -> Op:
-    """Register ``vstar_ops::name`` for every backend, and return what calls it.
-
-    Without ``gradient`` the outputs are selections and statistics, and the autograd keys fall through.
-    """
-    for library in (_library, _cuda_library):
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    _cuda_library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    dispatched = getattr(torch.ops.vstar_ops, name).default
-    backends: dict[str | None, Callable[..., Any]] = {None: dispatched, "cpu": dispatched}
-    kernels: dict[str, Callable[..., Any]] = {
-        "reference": reference,
-        "triton": functools.partial(_triton.run, name, reference.__module__.rpartition(".")[2]),
-        "cuda": getattr(torch.ops.vstar_ops_cuda, name).default,
-    }
-    _library.impl(name, lambda *arguments: kernels[default_cuda_backend(name)](*arguments), "CUDA")
-    if gradient is None:
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        backends.update(kernels)
-        return Op(name, backends | {"reference": torch.no_grad()(reference)})
-    torch.library.register_autograd(
-        f"vstar_ops::{name}", gradient.formula(None), setup_context=gradient.save, lib=_library
-    )
-    return Op(name, backends | {b: _differentiable(f, gradient, b) for b, f in kernels.items()})
-
-
-def _differentiable(forward: Callable[..., Any], gradient: Gradient, backend: str) -> Callable[..., Any]:
-    """``forward`` with its gradient, for a backend that is called directly and not by the dispatcher."""
-    parts = {"forward": forward, "setup_context": gradient.save, "backward": gradient.formula(backend)}
-    made = {name: staticmethod(part) for name, part in parts.items()}
-    function: Any = type(f"{backend.capitalize()}Function", (torch.autograd.Function,), made)
-    return function.apply
-
-
-_library.define("simd_level() -> str")
 
 
 @contextmanager
@@ -144,18 +53,38 @@ def check(
     device: torch.device | None = None,
 ) -> Tensor:
     """Return ``value`` if it is a tensor of this shape (``None``: any size), dtype and device, else raise."""
+    if isinstance(value, Tensor) and value.dtype in dtypes and (device is None or value.device == device):
+        given = value.shape
+        if given == shape or (len(given) == len(shape) and _fits(given, shape)):
+            return value
+    raise _mismatch(name, value, shape, axes, dtypes, device)
+
+
+def _fits(given: torch.Size, shape: tuple[int | None, ...]) -> bool:
+    for have, want in zip(given, shape):  # noqa: SIM110 (a generator takes twice as long)
+        if want is not None and have != want:
+            return False
+    return True
+
+
+def _mismatch(
+    name: str,
+    value: Any,
+    shape: tuple[int | None, ...],
+    axes: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None,
+) -> Exception:
+    """The error of what :func:`check` refuses."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor {axes}, got {type(value).__name__}")
+        return TypeError(f"{name} must be a tensor {axes}, got {type(value).__name__}")
     if value.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
-    given = value.shape
-    if given != shape and (len(given) != len(shape) or any(w not in (None, g) for w, g in zip(shape, given))):
+        return TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if len(value.shape) != len(shape) or not _fits(value.shape, shape):
         sizes = "" if None in shape else f" = {list(shape)}"
-        raise ValueError(f"{name} must have the shape {axes}{sizes}, got {list(given)}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
-    return value
+        return ValueError(f"{name} must have the shape {axes}{sizes}, got {list(value.shape)}")
+    return ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
 
 
 def check_tokens(
@@ -199,6 +128,8 @@ def check_floats(
 
 def check_finite(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number, else raise."""
+    if type(value) is float and _LOWEST <= value <= -_LOWEST:
+        return value
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not _LOWEST <= value <= -_LOWEST:

@@ -1,0 +1,64 @@
+"""What the tests of an op run: kernels in place of its dispatcher op, and whether any was launched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import cuda_emulator
+import pytest
+import torch
+
+import vstar_ops
+from vstar_ops.ops import OPS
+from vstar_ops.ops._registry import Op
+
+calls: Counter[tuple[str, str]] = Counter()  # backend, op
+launches: Counter[tuple[str, str]] = Counter()  # of kernels, likewise
+interpreted = 0  # Triton kernels since the tests began
+
+
+def route(monkeypatch: pytest.MonkeyPatch, backend: str, kernel: Callable[[Op], Callable[..., Any]]) -> None:
+    """Let ``kernel(op)`` stand in for every op, save for ``use_backend`` inside a test; count launches."""
+    call = Op.__call__
+
+    def routed(op: Op, device: torch.device, *arguments: Any) -> Any:
+        if vstar_ops._backends.active_backend(device) not in (None, backend):
+            return call(op, device, *arguments)
+        before = launched(backend)
+        try:
+            return kernel(op)(*arguments)
+        finally:
+            calls[backend, op.name] += 1
+            launches[backend, op.name] += launched(backend) - before
+
+    monkeypatch.setattr(Op, "__call__", routed)
+
+
+def launched(backend: str) -> int:
+    """Kernels that were launched so far, where they can be counted."""
+    return cuda_emulator.counts().launches if backend == "emulated" else interpreted
+
+
+def not_launched(module: str, backend: str) -> list[str]:
+    """Ops of ``tests/test_<module>.py`` whose tests have launched no kernel of the backend."""
+    ops = [op.name for op in OPS.values() if op.module == module]
+    called = [name for name in ops if calls[backend, name]]
+    return [name for name in called or ops if not launches[backend, name]]
+
+
+def through_gpu(op: Op, backend: str) -> Callable[..., Any]:
+    """An op for CPU tensors that runs on the GPU; what it changes in place is changed here too."""
+
+    def call(*arguments: Any) -> Any:
+        there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+        result = op.overloads[backend](*there)
+        for here, other in zip(arguments, there):
+            if isinstance(here, torch.Tensor) and not torch.equal(here, other.cpu()):
+                here.detach().copy_(other)
+        if isinstance(result, torch.Tensor):
+            return result.cpu()
+        return result and tuple(x.cpu() for x in result)
+
+    return call

@@ -1,0 +1,229 @@
+"""The registry of ops. One call of :func:`define` declares an op for every backend; :data:`OPS` lists all.
+
+The reference function is the declaration: its name is the op's name, its parameters are the schema. Its
+module is the basename that the op's files share in ``csrc/``, ``kernels/``, ``tests/`` and here. Four
+dispatcher libraries hold the implementations:
+
+===================== ============ =======================================================================
+library               dispatch key what runs
+===================== ============ =======================================================================
+``vstar_ops``         CPU          C++, which registers itself when its library is loaded (``csrc/cpu``)
+``vstar_ops``         CUDA         each op's first backend that works here (:func:`install_on_cuda`)
+``vstar_ops``         any other    the reference
+``vstar_ops_<name>``  any          the backend ``reference``, ``triton`` or ``cuda``, and nothing else
+===================== ============ =======================================================================
+
+An op without a gradient returns selections and statistics: no gradient flows out of it, whatever runs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from .. import _triton
+from .._backends import active_backend, backends, turn_off
+
+OPS: dict[str, Op] = {}
+
+_log = logging.getLogger("vstar_ops")
+_passed_over: set[tuple[str, str]] = set()  # op, backend
+_libraries = {
+    backend: torch.library.Library(namespace, "DEF")
+    for backend, namespace in (
+        (None, "vstar_ops"),
+        ("reference", "vstar_ops_reference"),
+        ("triton", "vstar_ops_triton"),
+        ("cuda", "vstar_ops_cuda"),
+    )
+}
+_libraries[None].define("simd_level() -> str")
+_libraries[None].define("poison_outputs(bool enabled) -> ()")
+_libraries["cuda"].define("probe() -> str")
+_libraries["cuda"].define("install(str[] names) -> ()")
+
+
+class Op:
+    """An op that was defined: a call runs it on the backend that is active for the device.
+
+    Attributes:
+        name: within ``torch.ops.vstar_ops``.
+        module: the basename of its files.
+        mutates: names of the arguments that it changes in place.
+        differentiable: whether a gradient flows through it.
+        cuda_backends: what may run it on CUDA tensors if none is asked for, best first.
+        overloads: the dispatcher op of each backend; under None the one that chooses by the tensors' device.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[..., Any],
+        mutates: Sequence[str],
+        differentiable: bool,
+        cuda_backends: tuple[str, ...],
+    ) -> None:
+        self.name = reference.__name__
+        self.module = reference.__module__.rpartition(".")[2]
+        self.mutates = tuple(mutates)
+        self.differentiable = differentiable
+        self.cuda_backends = cuda_backends
+        self.overloads: dict[str | None, Any] = {
+            backend: getattr(getattr(torch.ops, library.ns), self.name).default
+            for backend, library in _libraries.items()
+        }
+        self.overloads["cpu"] = self.overloads[None]
+
+    def __call__(self, device: torch.device, *arguments: Any) -> Any:
+        if self.differentiable and forward_ad._current_level >= 0:
+            self._refuse_tangents(arguments)
+        return self.overloads[active_backend(device)](*arguments)
+
+    def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
+        """Forward-mode differentiation would go on with a tangent of 0."""
+        for x in arguments:
+            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(
+                    f"{self.name} has no forward-mode derivative (jvp): use reverse mode (backward, vjp)"
+                )
+
+
+class Gradient(NamedTuple):
+    """How an op is differentiated, once.
+
+    Attributes:
+        op: computes the gradient, on the backend that computed the result. None if ``backward`` needs no op.
+        save: ``setup_context(ctx, inputs, output)`` of an autograd function.
+        backward: its backward, ``(ctx, op, *gradients)``: a gradient or None for each input.
+    """
+
+    op: Op | None
+    save: Callable[..., None]
+    backward: Callable[..., tuple[Any, ...]]
+
+    def formula(self, backend: str | None) -> Callable[..., tuple[Any, ...]]:
+        """The backward of one backend."""
+        op = self.op and self.op.overloads[backend]
+        return once_differentiable(lambda ctx, *gradients: self.backward(ctx, op, *gradients))
+
+
+def define(
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradient: Gradient | None = None,
+    *,
+    mutates: Sequence[str] = (),
+    cuda_backends: tuple[str, ...] = ("cuda", "triton"),
+) -> Op:
+    """Declare an op for every backend, and return what calls it.
+
+    Args:
+        reference: the op in pure torch, with positional parameters only. ``torch.library.infer_schema`` reads
+            the schema off its annotations.
+        fake: shapes and dtypes of the results; may ignore trailing arguments by ``*_``.
+        gradient: None if no gradient flows.
+        mutates: parameters that change in place. None of the others may be called ``node``, which Inductor
+            refuses in mutating ops.
+        cuda_backends: see :class:`Op`.
+    """
+    name = reference.__name__
+    schema = torch.library.infer_schema(reference, mutates_args=mutates)
+    for library in _libraries.values():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    op = OPS[name] = Op(reference, mutates, gradient is not None, cuda_backends)
+    kernels: dict[str | None, Callable[..., Any]] = {
+        None: _slow(reference),
+        "reference": reference,
+        "triton": functools.partial(_triton.run, op.name, op.module),
+    }
+    for backend, library in _libraries.items():
+        if backend in kernels:
+            # Autograd falls through to the kernel, and does not switch itself off on the way.
+            kernel = kernels[backend] if gradient else torch.no_grad()(kernels[backend])
+            library.impl(name, kernel, "CompositeExplicitAutograd")
+        if mutates:
+            library.impl(name, _mutating(op, backend), "ADInplaceOrView", with_keyset=True)
+        if gradient is None:
+            library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        else:
+            torch.library.register_autograd(
+                f"{library.ns}::{name}", gradient.formula(backend), setup_context=gradient.save, lib=library
+            )
+    return op
+
+
+def _slow(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference as what runs for lack of anything better, which is said once."""
+
+    @functools.wraps(reference)
+    def kernel(*arguments: Any) -> Any:
+        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+        _warn_of_missing_backend(device)
+        return reference(*arguments)
+
+    return kernel
+
+
+@functools.cache
+def _warn_of_missing_backend(device: str) -> None:
+    wanted = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
+    reasons = [f"{name}: {backends()[name].detail}" for name in wanted if not backends()[name].available]
+    if reasons:
+        warnings.warn(
+            f"vstar_ops runs on the pure-torch reference on {device}, many times slower,: "
+            f"{'; '.join(reasons)}",
+            stacklevel=5,
+        )
+
+
+def _mutating(op: Op, backend: str | None) -> Callable[..., Any]:
+    """Bumps the version counters of what an op changes, as torch's own in-place ops do."""
+    overload = op.overloads[backend]
+    positions = [i for i, x in enumerate(overload._schema.arguments) if x.name in op.mutates]
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        torch.autograd.graph.increment_version([arguments[i] for i in positions])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    return kernel
+
+
+def install_on_cuda() -> None:
+    """Give each op its best backend that runs here on CUDA tensors; called once, when CUDA is initialized.
+
+    The kernels of the CUDA module are then what the dispatcher calls, without Python in between.
+    """
+    if backends()["cuda"].available:
+        problem = torch.ops.vstar_ops_cuda.probe()
+        if problem:
+            turn_off("cuda", f"its kernels do not run on this GPU: {problem}")
+    in_cpp = []
+    for op in OPS.values():
+        order = [name for name in op.cuda_backends if backends()[name].available]
+        if order[:1] == ["cuda"]:
+            in_cpp.append(op.name)
+        elif order:
+            _libraries[None].impl(op.name, functools.partial(_first_that_can, op, order), "CUDA")
+    if in_cpp:
+        torch.ops.vstar_ops_cuda.install(in_cpp)
+
+
+def _first_that_can(op: Op, order: Sequence[str], *arguments: Any) -> Any:
+    """Run an op on the first backend that can take the arguments; say once that one was passed over."""
+    for name in order:
+        try:
+            return op.overloads[name](*arguments)
+        except _triton.Unsupported as limit:
+            if (op.name, name) not in _passed_over:
+                _passed_over.add((op.name, name))
+                _log.warning("%s; such calls go to the next backend", limit)
+    return op.overloads["reference"](*arguments)
