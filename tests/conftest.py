@@ -29,6 +29,9 @@ settings.register_profile(
 )
 settings.load_profile("vstar_ops")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
 INTERPRETING = vstar_ops._backends.interpreting()
 BACKENDS = [name for name, status in vstar_ops.backends().items() if status.available]
 ON_GPU = {"triton", "cuda"} if not INTERPRETING else {"cuda"}
@@ -80,7 +83,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     back, so that every test of an op is also one of its kernels.
     """
     name = request.param
-    if request.node.get_closest_marker("large") and (INTERPRETING or name == "emulated"):
+    if request.node.get_closest_marker("slow") and (INTERPRETING or name == "emulated"):
         pytest.skip("takes minutes")
     request.getfixturevalue("poisoned")
     if name == "emulated":
@@ -128,7 +131,7 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
-def cpu() -> Iterator[None]:
+def cpu(poisoned: None) -> Iterator[None]:
     """Run the test on the C++ backend, or skip it."""
     if "cpu" not in BACKENDS:
         pytest.skip(vstar_ops.backends()["cpu"].detail)

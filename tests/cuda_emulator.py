@@ -7,10 +7,12 @@ ops are those of ``vstar_ops_cuda``, on CPU tensors.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -53,14 +55,17 @@ def compiled(name: str, sources: list[Path], *, sanitizers: str = SANITIZERS, pr
         state.update(path.read_bytes())
     folder = ROOT / "build" / "emulator" / state.hexdigest()[:16]
     target = folder / (name if program else f"{name}.so")
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{path.stem}.{os.getpid()}.o" for path in sources]
-        for path, built in zip(sources, objects):
-            _run(*command, "-x", "c++", "-c", str(path), "-o", str(built))
-        own = folder / f"{name}.{os.getpid()}"
-        _run(*command, "-x", "none", *map(str, objects), *link, "-o", str(own))
-        own.replace(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait for it
+        if not target.exists():
+            objects = [folder / f"{path.stem}.o" for path in sources]
+            steps = [(*command, "-x", "c++", "-c", str(a), "-o", str(b)) for a, b in zip(sources, objects)]
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                list(pool.map(lambda step: _run(*step), steps))
+            unfinished = folder / f"{name}.unfinished"
+            _run(*command, "-x", "none", *map(str, objects), *link, "-o", str(unfinished))
+            unfinished.replace(target)
     return target
 
 

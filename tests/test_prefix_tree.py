@@ -1,25 +1,85 @@
-"""``prefix_tree`` against its oracle."""
+"""``prefix_tree``: by hand, against its oracle, at its edges.
+
+The table below teaches the op; read it first.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
+
 import oracles
 import pytest
 import torch
+from cases import random_mask, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
-import vstar_ops
 from vstar_ops import prefix_tree, sibling_advantage
 
-HUGE = [-(2**62), -(2**31) - 1, -1, 0, 2**31, 2**32, 2**62]
+# ---------------------------------------------------------------- by hand
+
+
+class Example(NamedTuple):
+    """One request: its candidates, the nodes of their tree, and the nodes of each candidate.
+
+    Attributes:
+        nodes: ``(token, parent, depth, first candidate, number of candidates)``.
+        node: of every token of a candidate.
+    """
+
+    lesson: str
+    tokens: list[tuple[int, ...]]
+    nodes: list[tuple[int, int, int, int, int]]
+    node: list[tuple[int, ...]]
+    mask: list[bool] | None = None
+
+
+EXAMPLES = [
+    Example(
+        "Two candidates with nothing in common: a path each. The first tokens' parent is -1, the prompt.",
+        [(1, 5), (2, 6)],
+        [(1, -1, 1, 0, 1), (2, -1, 1, 1, 1), (5, 0, 2, 0, 1), (6, 1, 2, 1, 1)], [(0, 2), (1, 3)],
+    ),
+    Example(
+        "A shared prefix is one node.",
+        [(1, 5), (1, 6)], [(1, -1, 1, 0, 2), (5, 0, 2, 0, 1), (6, 0, 2, 1, 1)], [(0, 1), (0, 2)],
+    ),
+    Example(
+        "The same token below another parent is another node.",
+        [(1, 5), (2, 5)],
+        [(1, -1, 1, 0, 1), (2, -1, 1, 1, 1), (5, 0, 2, 0, 1), (5, 1, 2, 1, 1)], [(0, 2), (1, 3)],
+    ),
+    Example(
+        "Nodes are numbered level by level, in the order of their tokens and not of the candidates. A"
+        " candidate that occurs twice takes no node of its own.",
+        [(1, 6), (1, 5), (2, 5), (1, 6)],
+        [(1, -1, 1, 0, 3), (2, -1, 1, 2, 1), (5, 0, 2, 1, 1), (6, 0, 2, 0, 2), (5, 1, 2, 2, 1)],
+        [(0, 3), (0, 2), (1, 4), (0, 3)],
+    ),
+    Example(
+        "mask: a candidate that is left out is in no node.",
+        [(1, 5), (2, 6)], [(2, -1, 1, 1, 1), (6, 0, 2, 1, 1)], [(-1, -1), (0, 1)], [False, True],
+    ),
+    Example("mask: nobody is left.", [(1, 5), (2, 6)], [], [(-1, -1), (-1, -1)], [False, False]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[x.lesson.partition(":")[0][:60] for x in EXAMPLES])
+def test_by_hand(backend, example):
+    mask = None if example.mask is None else torch.tensor([example.mask])
+    tree = prefix_tree(torch.tensor([example.tokens]), mask)
+    assert tree.size.tolist() == [len(example.nodes)]
+    empty = [(-1, -1, 0, -1, 0)] * (len(example.tokens) * len(example.tokens[0]) - len(example.nodes))
+    fields = tree.token, tree.parent, tree.depth, tree.first, tree.num_candidates
+    assert list(zip(*(x[0].tolist() for x in fields))) == example.nodes + empty
+    assert list(map(tuple, tree.node[0].tolist())) == example.node
+
+
+# ---------------------------------------------------------------- against the oracle
 
 
 def make(seed, batch, group, length, tokens, dtype=torch.int64):
-    rng = np.random.default_rng(seed)
-    pool = np.array(HUGE) if tokens == "huge" else np.arange(tokens)
-    sids = torch.from_numpy(rng.choice(pool, (batch, group, length)))
-    return sids if tokens == "huge" else sids.to(dtype), torch.from_numpy(rng.random((batch, group)) < 0.8)
+    return random_tokens(seed, batch, group, length, tokens, dtype), random_mask(seed, batch, group)
 
 
 def compare(got, tokens, mask):
@@ -59,18 +119,6 @@ def test_groups_of_several_programs(backend, group):
     compare(prefix_tree(sids, mask), sids, mask)
 
 
-def test_hand_written(backend):
-    tree = prefix_tree(torch.tensor([[[1, 6], [1, 5], [2, 5], [1, 6]]]))
-    assert tree.token.tolist() == [[1, 2, 5, 6, 5, -1, -1, -1]]
-    assert tree.parent.tolist() == [[-1, -1, 0, 0, 1, -1, -1, -1]]
-    assert tree.depth.tolist() == [[1, 1, 2, 2, 2, 0, 0, 0]]
-    assert tree.first.tolist() == [[0, 2, 1, 0, 2, -1, -1, -1]]
-    assert tree.num_candidates.tolist() == [[3, 1, 1, 2, 1, 0, 0, 0]]
-    assert tree.node.tolist() == [[[0, 3], [0, 2], [1, 4], [0, 3]]] and tree.size.tolist() == [5]
-    nobody = prefix_tree(torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool))
-    assert nobody.size.tolist() == [0] and (nobody.node == -1).all() and not nobody.num_candidates.any()
-
-
 def test_order_of_candidates_does_not_matter(backend):
     sids, mask = make(1, 3, 40, 3, 4)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
@@ -78,18 +126,6 @@ def test_order_of_candidates_does_not_matter(backend):
     for name in ("parent", "token", "depth", "num_candidates", "size"):
         assert torch.equal(getattr(plain, name), getattr(moved, name))
     assert torch.equal(plain.node[:, order], moved.node)
-
-
-@pytest.mark.skipif(vstar_ops._backends.interpreting(), reason="takes minutes")
-def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads):
-    sids, mask = make(3, 400, 16, 3, 5)
-    torch.set_num_threads(1)
-    whole = prefix_tree(sids, mask)
-    torch.set_num_threads(2)
-    assert all(torch.equal(got, want) for got, want in zip(prefix_tree(sids, mask), whole))
-    for b in (0, 123, 399):
-        alone = prefix_tree(sids[b : b + 1], mask[b : b + 1])
-        assert all(torch.equal(got[0], want[b]) for got, want in zip(alone, whole))
 
 
 @pytest.mark.parametrize(
@@ -110,17 +146,3 @@ def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads):
 def test_errors_name_the_argument(backend, tokens, mask, error, message):
     with pytest.raises(error, match=message):
         prefix_tree(tokens, mask)
-
-
-def test_opcheck():
-    op = torch.ops.vstar_ops.prefix_tree.default
-    sids, mask = make(0, 2, 6, 3, 3)
-    torch.library.opcheck(op, (sids, None))
-    torch.library.opcheck(op, (sids.int(), mask))
-    torch.library.opcheck(op, (sids[:, :0], None))
-
-
-def test_compile():
-    sids, mask = make(0, 2, 6, 3, 3)
-    compiled = torch.compile(prefix_tree, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(got, want) for got, want in zip(compiled(sids, mask), prefix_tree(sids, mask)))

@@ -215,7 +215,7 @@ def industrial_size(seed=0, batch=24):
     return TableModel(trie, seed), torch.from_numpy(rng.integers(0, 10**6, batch)), trie
 
 
-@pytest.mark.large
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -255,7 +255,7 @@ def test_backends_agree():
     assert torch.equal(got.trees.node, want.trees.node)
 
 
-@pytest.mark.large
+@pytest.mark.slow
 def test_seeds_decide_what_is_drawn(backend):
     model, context, trie = industrial_size(2)
     one, two = (ved(model, context, trie, seed=s, entropy_weight=0.0) for s in (1, 2))
@@ -265,7 +265,7 @@ def test_seeds_decide_what_is_drawn(backend):
     assert torch.equal(one.trees.node, again.trees.node)
 
 
-@pytest.mark.large
+@pytest.mark.slow
 def test_a_fixed_number_of_rounds(backend):
     model, context, trie = industrial_size(3)
     free, fixed = (ved(model, context, trie, rounds=rounds) for rounds in (None, 40))

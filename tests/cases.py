@@ -1,0 +1,321 @@
+"""Valid random inputs of every op, by the op's name: what the tests of all ops run on.
+
+``CASES[op][label](batch)`` makes a call of the public function that runs the op. The first dimension of every
+tensor among its arguments is the request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from helpers import map_tensors
+from torch import Tensor
+
+import vstar_ops
+from vstar_ops import SearchTrees, Trie
+from vstar_ops.ops.ved import Evaluation, Rows, ved_candidates, ved_insert, ved_select
+
+HUGE = [-(2**62), -(2**62) + 1, -(2**31) - 1, -1, 0, 2**31, 2**32, 2**62 - 1, 2**62]
+
+
+class Call(NamedTuple):
+    """A function and its arguments."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    def __call__(self) -> Any:
+        return self.function(**self.arguments)
+
+    def map(self, function: Callable[[Tensor], Any]) -> Call:
+        """The same call with other tensors."""
+        return Call(self.function, {k: map_tensors(function, x) for k, x in self.arguments.items()})
+
+    def request(self, index: int) -> Call:
+        """The call of one request alone."""
+        return self.map(lambda x: x[index : index + 1])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_tokens(
+    seed: int, batch: int, group: int, length: int, tokens: int | str, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Candidates ``[B, G, L]`` of so many tokens, or of ``"huge"`` ones."""
+    rng, shape = np.random.default_rng(seed), (batch, group, length)
+    if tokens == "huge":
+        return torch.from_numpy(rng.choice(np.array(HUGE), shape)).reshape(shape)
+    return torch.from_numpy(rng.integers(0, tokens, shape)).to(dtype)
+
+
+def random_mask(seed: int, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=seeded(seed)) < 0.8
+
+
+# ---------------------------------------------------------------- expand_topk
+
+
+def prefixes(
+    batch: int = 6, width: int = 3, columns: int = 50, items: int = 400, seed: int = 0
+) -> tuple[Tensor, Trie, Tensor]:
+    """Logits ``[B, W, V]``, a trie of three levels, and inner nodes of it ``[B, W]``."""
+    rng = np.random.default_rng(seed)
+    trie = Trie.from_sequences(rng.integers(0, columns, (items, 3)))
+    logits = torch.from_numpy(rng.normal(size=(batch, width, columns))).float()
+    node = torch.from_numpy(rng.integers(0, trie.level_offset[2], (batch, width)))
+    return logits, trie, node
+
+
+def expansion(batch: int, k: int = 9, *, options: bool = False, root: bool = False, **sizes: int) -> Call:
+    """``expand_topk``, with every option or none."""
+    logits, trie, node = prefixes(batch, **sizes)
+    arguments: dict[str, Any] = {"logits": logits, "trie": trie, "node": node * (not root), "k": k}
+    if options:
+        random = seeded(1)
+        for name in ("cum_logp", "value", "bonus"):
+            arguments[name] = torch.randn(node.shape, generator=random)
+        arguments["child_value"] = torch.randn(logits.shape, generator=random).half()
+        arguments["gumbel_seed"] = torch.arange(batch)
+        arguments |= {"value_weight": 0.5, "entropy_weight": 0.1, "temperature": 0.7, "normalize": "vocab"}
+    return Call(vstar_ops.expand_topk, arguments)
+
+
+# ---------------------------------------------------------------- candidates
+
+
+def rewarded(batch: int, group: int = 12, *, masked: bool = False, **options: Any) -> Call:
+    """``group_advantage``."""
+    rewards = torch.randn(batch, group, generator=seeded(2))
+    mask = random_mask(3, batch, group) if masked else None
+    return Call(vstar_ops.group_advantage, {"rewards": rewards, "mask": mask, **options})
+
+
+def siblings(batch: int, group: int = 12, tokens: int = 4, *, masked: bool = False, **options: Any) -> Call:
+    """``sibling_advantage``."""
+    given = rewarded(batch, group, masked=masked).arguments
+    sids = random_tokens(4, batch, group, 3, tokens)
+    return Call(vstar_ops.sibling_advantage, {"tokens": sids, **given, **options})
+
+
+def embedded(
+    batch: int, group: int = 12, width: int = 7, tokens: int = 4, *, masked: bool = False, **options: Any
+) -> Call:
+    """``prefix_returns``."""
+    sids = random_tokens(5, batch, group + 1, 3, tokens)
+    item = torch.randn(batch, group + 1, width, generator=seeded(6))
+    arguments = {"tokens": sids[:, 1:], "embedding": item[:, 1:]}
+    arguments |= {"target": sids[:, 0], "target_embedding": item[:, 0]}
+    arguments["mask"] = random_mask(7, batch, group) if masked else None
+    return Call(vstar_ops.prefix_returns, arguments | options)
+
+
+def tree(batch: int, group: int = 12, tokens: int = 4, *, masked: bool = False) -> Call:
+    """``prefix_tree``."""
+    arguments = siblings(batch, group, tokens, masked=masked).arguments
+    del arguments["rewards"]
+    return Call(vstar_ops.prefix_tree, arguments)
+
+
+def policies(seed: int, batch: int, group: int, length: int) -> dict[str, Tensor]:
+    """Log-probabilities, tokens and rewards as the loss takes them."""
+    random, shape = seeded(seed), (batch, group, length)
+    return {
+        "logp": -torch.rand(shape, generator=random) * 3,
+        "tokens": torch.randint(0, 3, shape, generator=random),
+        "rewards": torch.randint(0, 3, shape[:2], generator=random).float(),
+        "old_logp": -torch.rand(shape, generator=random) * 3,
+        "ref_logp": -torch.rand(shape, generator=random) * 3,
+    }
+
+
+def loss(batch: int, group: int = 6, *, options: bool = False) -> Call:
+    """``sibling_grpo_loss``, with every option or on-policy with none."""
+    arguments: dict[str, Any] = dict(policies(8, batch, group, 3))
+    if options:
+        arguments |= {"mask": random_mask(9, batch, group, 3), "depth_weights": (0.5, 1.0, 2.0)}
+        arguments |= {"clip": (0.2, 0.3), "kl": "k2", "weighting": "candidate", "loss_type": "bnpo"}
+    else:
+        del arguments["old_logp"], arguments["ref_logp"]
+    return Call(vstar_ops.sibling_grpo_loss, arguments)
+
+
+# ---------------------------------------------------------------- token_logp
+
+
+def scored(
+    batch: int,
+    columns: int = 30,
+    targets: int = 2,
+    *,
+    legal: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Call:
+    """``token_logp`` of rows ``[B, V]``, with or without a trie."""
+    random = seeded(10)
+    logits = (torch.randn(batch, columns, generator=random) * 3).to(dtype)
+    arguments: dict[str, Any] = {
+        "logits": logits, "targets": torch.randint(-1, min(columns, 9), (batch, targets), generator=random),
+    }  # fmt: skip
+    if legal:
+        trie = Trie.from_sequences(torch.randint(0, columns, (4 * columns, 2), generator=random))
+        node = torch.randint(-1, trie.level_offset[2], (batch,), generator=random)
+        arguments |= {"trie": trie, "node": node}
+    return Call(vstar_ops.token_logp, arguments | {"temperature": 0.7})
+
+
+def token_logp_gradient(
+    logits: Tensor, grad_logp: Tensor | None, grad_entropy: Tensor | None, **options: Any
+) -> Tensor:
+    """The gradient of the logits of ``token_logp``."""
+    z = logits.detach().requires_grad_()
+    out = vstar_ops.token_logp(z, **options)
+    pairs = [(x, g) for x, g in zip(out, (grad_logp, grad_entropy)) if g is not None]
+    (gradient,) = torch.autograd.grad([x for x, _ in pairs], z, [g for _, g in pairs])
+    return gradient
+
+
+def differentiated(batch: int, *, of: str = "both", **sizes: Any) -> Call:
+    """``token_logp_backward``."""
+    arguments = scored(batch, **sizes).arguments
+    grad_logp = torch.randn(arguments["targets"].shape, generator=seeded(11))
+    grad_entropy = torch.randn(batch, generator=seeded(12))
+    given = {
+        "grad_logp": None if of == "entropy" else grad_logp,
+        "grad_entropy": None if of == "logp" else grad_entropy,
+    }
+    return Call(token_logp_gradient, arguments | given)
+
+
+# ---------------------------------------------------------------- tree search
+
+
+def random_evaluation(rng: np.random.Generator, trees: SearchTrees, rows: Rows, fresh: int) -> Evaluation:
+    """What a model may say about rows: children nowhere else in the tree, values with ties and NaN."""
+    batch, count = rows.node.shape
+    children, leaves = trees.child_node.shape[2], trees.leaf_node.shape[2]
+
+    def floats(*shape):
+        return torch.from_numpy(rng.standard_normal((batch, count, *shape))).float()
+
+    def ints(high):
+        return torch.from_numpy(rng.integers(0, high + 1, (batch, count))).int()
+
+    value = floats().round()
+    value[torch.from_numpy(rng.random((batch, count)) < 0.1)] = math.nan
+    name = fresh + torch.arange(batch * count * children, dtype=torch.int32).view(batch, count, children)
+    leaf = name[..., :1] + 100_000 * torch.arange(leaves, dtype=torch.int32)
+    slot = torch.arange(batch * count).view(batch, count)
+    return Evaluation(
+        slot, value, floats().abs(), ints(children), name, floats(children), leaf, floats(leaves),
+        floats(leaves).round(), ints(leaves),
+    )  # fmt: skip
+
+
+def grown(batch: int, rounds: int) -> tuple[SearchTrees, Rows, Evaluation]:
+    """Trees after some rounds, the rows of the next one and what a model says about them."""
+    rng, fresh = np.random.default_rng(13), 1
+    trees = SearchTrees.empty(batch, 40, 3, children=4, leaves=2)
+    root = torch.full((batch, 1), -1, dtype=torch.int32)
+    rows = Rows(root, torch.zeros_like(root), torch.zeros(batch, 1))
+    with vstar_ops.use_backend("reference"):
+        for step in range(rounds + 1):
+            evaluation = random_evaluation(rng, trees, rows, fresh)
+            fresh += evaluation.child_node.numel()
+            if step < rounds:
+                ved_insert(trees, rows, evaluation)
+                rows = ved_select(trees)
+    return trees, rows, evaluation
+
+
+def select(trees: SearchTrees, **options: Any) -> tuple[Any, ...]:
+    """``ved_select`` on a copy: its rows, and the trees after it."""
+    trees = map_tensors(lambda x: x.detach().clone(), trees)
+    return ved_select(trees, **options), trees
+
+
+def insert(trees: SearchTrees, rows: Rows, evaluation: Evaluation, **options: Any) -> SearchTrees:
+    """``ved_insert`` on a copy: the trees after it."""
+    trees = map_tensors(lambda x: x.detach().clone(), trees)
+    ved_insert(trees, rows, evaluation, **options)
+    return trees
+
+
+def selection(batch: int, rounds: int = 4, **options: Any) -> Call:
+    return Call(select, {"trees": grown(batch, rounds)[0], **options})
+
+
+def insertion(batch: int, rounds: int = 4, **options: Any) -> Call:
+    trees, rows, evaluation = grown(batch, rounds)
+    return Call(insert, {"trees": trees, "rows": rows, "evaluation": evaluation, **options})
+
+
+def ranking(batch: int, rounds: int = 4, **options: Any) -> Call:
+    return Call(ved_candidates, {"trees": grown(batch, rounds)[0], "length": 3, "k": 5, **options})
+
+
+# ---------------------------------------------------------------- by name
+
+BFLOAT16 = {"dtype": torch.bfloat16}
+CASES: dict[str, dict[str, Callable[[int], Call]]] = {
+    "expand_topk": {"plain": expansion, "options": partial(expansion, options=True)},
+    "group_advantage": {"plain": rewarded, "options": partial(rewarded, masked=True, ddof=0, std_floor=0.1)},
+    "sibling_advantage": {
+        "plain": siblings,
+        "options": partial(siblings, masked=True, ddof=1, min_siblings=3, baseline="parent"),
+    },
+    "prefix_returns": {"plain": embedded, "options": partial(embedded, masked=True, weights=(0.1, 0.2, 0.3))},
+    "prefix_tree": {"plain": tree, "options": partial(tree, masked=True)},
+    "token_logp": {"plain": partial(scored, targets=1, **BFLOAT16), "legal": partial(scored, legal=True)},
+    "token_logp_backward": {
+        "plain": partial(differentiated, **BFLOAT16),
+        "logp": partial(differentiated, of="logp"),
+        "entropy": partial(differentiated, of="entropy"),
+        "legal": partial(differentiated, legal=True),
+    },
+    "sibling_grpo_loss": {"plain": loss, "options": partial(loss, options=True)},
+    "ved_select": {"plain": selection, "options": partial(selection, exploration=0.5, paths=2, max_idle=3)},
+    "ved_insert": {"plain": insertion, "options": partial(insertion, entropy_weight=0.5, logp_weight=0.3)},
+    "ved_candidates": {"plain": ranking, "options": partial(ranking, logp_weight=0.5, forced_first=True)},
+}
+
+# Enough work for several threads: many requests, or a single one that is divided.
+LARGE: dict[str, dict[str, Callable[[], Call]]] = {
+    "expand_topk": {
+        "many": partial(expansion, 300, 40, width=4, columns=200, items=1000),
+        "noise": partial(expansion, 300, 40, width=4, columns=200, items=1000, options=True),
+        "wide": partial(expansion, 1, 40, width=64, columns=2000, items=10_000, root=True),
+        "wide, noise": partial(expansion, 1, 40, width=64, columns=2000, items=10_000, options=True),
+        "one row": partial(expansion, 1, 40, width=1, columns=20_000, items=100_000, root=True),
+        "one row, noise": partial(
+            expansion, 1, 40, width=1, columns=20_000, items=100_000, root=True, options=True
+        ),
+    },
+    "group_advantage": {"many": partial(rewarded, 3000, 16)},
+    "sibling_advantage": {
+        "many": partial(siblings, 500, 32, 5),
+        "one group": partial(siblings, 1, 2000, 9),
+    },
+    "prefix_returns": {"many": partial(embedded, 70, 40, 24, masked=True)},
+    "prefix_tree": {"many": partial(tree, 400, 16, 5, masked=True)},
+    "token_logp": {
+        f"{rows} rows{', legal' * legal}": partial(scored, rows, 20_000, legal=legal)
+        for rows in (1, 3, 200)
+        for legal in (False, True)
+    },
+    "token_logp_backward": {
+        f"{rows} rows{', legal' * legal}": partial(differentiated, rows, columns=20_000, legal=legal)
+        for rows in (1, 3, 200)
+        for legal in (False, True)
+    },
+    "sibling_grpo_loss": {"many": partial(loss, 700, 8, options=True)},
+    "ved_select": {"many": partial(selection, 500, paths=2)},
+    "ved_insert": {"many": partial(insertion, 500)},
+    "ved_candidates": {"many": partial(ranking, 500)},
+}

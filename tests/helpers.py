@@ -1,0 +1,73 @@
+"""What the tests of several ops share: walks over arguments, results compared, the arguments of an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """``value`` with ``function`` applied to its tensors: a tensor, a dataclass or a tuple of them."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if is_dataclass(value):
+        return replace(
+            value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)}
+        )
+    if isinstance(value, tuple):
+        parts = [map_tensors(function, x) for x in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a result or an argument, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """The same tensors, bit for bit; NaN equals NaN."""
+    assert_close(got, want, tolerance=0)
+
+
+def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
+    """The same integers, and floats up to a tolerance; NaN equals NaN."""
+    got, want = tensors(got), tensors(want)
+    assert len(got) == len(want) > 0
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+class _Found(Exception):
+    pass
+
+
+class _Catch(TorchDispatchMode):
+    def __init__(self, op: Any) -> None:
+        super().__init__()
+        self.op = op
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is self.op:
+            raise _Found(args)
+        return function(*args, **(kwargs or {}))
+
+
+def op_arguments(name: str, call: Callable[[], Any]) -> tuple[Any, ...]:
+    """The arguments with which ``call`` runs ``torch.ops.vstar_ops.<name>``; the op itself does not run.
+
+    Tests take them from calls of the public functions, so that no test repeats the schema of an op.
+    """
+    try:
+        with _Catch(getattr(torch.ops.vstar_ops, name).default):
+            call()
+    except _Found as found:
+        return map_tensors(torch.Tensor.detach, found.args[0])
+    raise AssertionError(f"vstar_ops::{name} was not called")

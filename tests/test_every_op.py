@@ -1,0 +1,142 @@
+"""What holds for every op: fake tensors, ``torch.compile``, threads, batches, gradients, empty inputs.
+
+What an op computes is tested in its own file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import op_calls
+import pytest
+import torch
+from cases import CASES, LARGE, Call
+from helpers import assert_same, map_tensors, op_arguments, tensors
+
+from vstar_ops.ops import OPS
+
+NAMES = [pytest.param(op, label, id=f"{op}-{label}") for op, found in CASES.items() for label in found]
+DIFFERENTIABLE = {"token_logp": ["logp", "entropy"], "sibling_grpo_loss": ["loss"]}
+OVER_THE_BATCH = ["sibling_grpo_loss"]  # the result is a mean over the requests
+every_op = pytest.mark.parametrize(("op", "label"), NAMES)
+
+
+def requires_grad(call: Call) -> Call:
+    """The call with copies of its tensors, of which all floats ask for a gradient."""
+    return call.map(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
+
+
+def case(op: str, label: str, batch: int = 3) -> Call:
+    return CASES[op][label](batch)
+
+
+def test_every_op_has_cases():
+    names = [
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "vstar_ops_cuda::" in name
+    ]
+    assert set(CASES) == set(LARGE) == set(names)
+
+
+@every_op
+def test_opcheck(op, label):
+    """Schema, fake tensors, autograd registration and AOT dispatch, as PyTorch checks them."""
+    arguments = op_arguments(op, case(op, label))
+    if op in DIFFERENTIABLE:
+        arguments[0].requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.vstar_ops, op).default, arguments)
+
+
+@every_op
+def test_meta_tensors(op, label):
+    """Shapes, dtypes and strides without data are those with data."""
+    arguments, run = op_arguments(op, case(op, label)), getattr(torch.ops.vstar_ops, op).default
+    want = run(*map_tensors(torch.Tensor.clone, arguments))
+    got = run(*map_tensors(lambda x: x.to("meta"), arguments))
+    for x, y in zip(tensors(got), tensors(want), strict=True):
+        assert (x.device.type, x.shape, x.dtype, x.stride()) == ("meta", y.shape, y.dtype, y.stride())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@every_op
+def test_compile(op, label, dynamic):
+    """``torch.compile(fullgraph=True)`` takes the public function, with its gradient, for several sizes."""
+    function = case(op, label).function
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    differentiable = DIFFERENTIABLE.get(op, [])
+    for batch in (5, 3):
+        call, results = case(op, label, batch), []
+        for run in (function, compiled):
+            ready = requires_grad(call) if differentiable else call
+            out = Call(run, ready.arguments)()
+            results.append(tensors(map_tensors(torch.Tensor.detach, out)))
+            if differentiable:
+                sum(getattr(out, name).clamp(min=-50).sum() for name in differentiable).backward()
+                results[-1] += [
+                    x.grad for x in tensors(tuple(ready.arguments.values())) if x.grad is not None
+                ]
+        assert len(results[0]) > len(differentiable)
+        assert_same(*map(tuple, results))
+
+
+@every_op
+def test_an_empty_batch(backend, op, label):
+    """No requests: outputs of the usual shapes and dtypes."""
+    got, want = tensors(case(op, label, 0)()), tensors(case(op, label)())
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == ((0, *y.shape[1:]) if y.dim() else ())
+
+
+@every_op
+def test_a_request_alone(backend, op, label):
+    """The same bits alone as in a batch."""
+    call = case(op, label, 4)
+    together = call()
+    assert op in OVER_THE_BATCH or all(x.shape[0] == 4 for x in tensors(together))
+    for b in range(4) if op not in OVER_THE_BATCH else ():
+        assert_same(call.request(b)(), map_tensors(lambda x, b=b: x[b : b + 1], together))
+    if backend in ("emulated", "triton"):
+        assert op_calls.launches[backend, op], "no kernel was launched"
+
+
+@pytest.mark.parametrize(
+    ("op", "label"), [pytest.param(op, label, id=f"{op}-{label}") for op in LARGE for label in LARGE[op]]
+)
+def test_threads_and_batch_give_the_same_bits(cpu, restore_threads, op, label):
+    call, results = LARGE[op][label](), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(call())
+    assert_same(*results)
+    size = len(tensors(results[0])[0]) if op not in OVER_THE_BATCH else 0
+    for b in {0, size // 2, size - 1} if size else ():
+        assert_same(call.request(b)(), map_tensors(lambda x, b=b: x[b : b + 1], results[0]))
+
+
+@every_op
+def test_no_other_gradient_flows(backend, op, label):
+    """Selections and statistics have no gradient, whatever the inputs ask for, and come out the same."""
+    call = case(op, label)
+    want, got = call(), requires_grad(call)()
+    flows = [name for name in getattr(got, "_fields", ()) if getattr(got, name).requires_grad]
+    assert flows == DIFFERENTIABLE.get(op, [])
+    if not flows:
+        assert not any(x.requires_grad for x in tensors(got))
+    assert_same(map_tensors(torch.Tensor.detach, got), want)
+
+
+@every_op
+def test_inputs_are_not_changed(backend, op, label):
+    call = case(op, label)
+    before = call.map(torch.Tensor.clone)
+    call()
+    assert_same(tuple(call.arguments.values()), tuple(before.arguments.values()))
+
+
+def test_helpers_find_differences():
+    """The comparison that the tests above rely on."""
+    x: Any = (torch.tensor([1.0, float("nan")]), torch.tensor([3]))
+    assert_same(x, map_tensors(torch.Tensor.clone, x))
+    for other in ((x[0] + 1e-7, x[1]), (x[0], x[1] + 1), (x[0],), ()):
+        with pytest.raises(AssertionError):
+            assert_same(x, other)
