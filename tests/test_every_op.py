@@ -13,8 +13,6 @@ import torch
 from cases import CASES, LARGE, Call
 from helpers import assert_same, map_tensors, op_arguments, tensors
 
-from vstar_ops.ops import OPS
-
 NAMES = [pytest.param(op, label, id=f"{op}-{label}") for op, found in CASES.items() for label in found]
 DIFFERENTIABLE = {"token_logp": ["logp", "entropy"], "sibling_grpo_loss": ["loss"]}
 OVER_THE_BATCH = ["sibling_grpo_loss"]  # the result is a mean over the requests
