@@ -138,14 +138,14 @@ def architectures() -> list[str]:
 
 
 def build_cuda(targets: list[str], objects: Path, library: Path) -> None:
-    """Compile what is out of date of csrc/cuda, and link it."""
+    """Compile the CUDA sources that are out of date, and link them."""
     import torch
 
     folder = Path(torch.__file__).parent
     words = [word for word in shlex.split(os.environ["CXX"]) if not word.startswith("-")]
     host = words[-1]  # of "ccache g++ -m64"
     command = [str(nvcc()), *NVCC_FLAGS, *targets, "-ccbin", host]
-    headers = [*Path("csrc/common").iterdir(), *Path("csrc/cuda").glob("*.cuh"), Path("setup.py")]
+    headers = [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh"), Path("setup.py")]
     objects.mkdir(parents=True, exist_ok=True)
     (objects / "command").touch()
     changed = (objects / "command").read_text() != " ".join(command)
@@ -160,7 +160,7 @@ def build_cuda(targets: list[str], objects: Path, library: Path) -> None:
 
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        found = list(pool.map(compiled, sorted(Path("csrc/cuda").glob("*.cu"))))
+        found = list(pool.map(compiled, sorted(Path("csrc").rglob("*.cu"))))
     (objects / "command").write_text(" ".join(command))
     # libtorch brings in libtorch_cuda, where it exists: the linker must not leave it out as unused. CUDA's
     # run-time library is linked statically, so that it need not be the very one that torch uses.
@@ -213,9 +213,9 @@ def extensions() -> dict:
 
     cpu = CppExtension(
         "vstar_ops._C",
-        sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+        sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
         include_dirs=[str(Path("csrc").resolve())],  # ninja runs in a folder of its own
-        depends=sorted(str(path) for folder in ("common", "cpu") for path in Path("csrc", folder).iterdir()),
+        depends=sorted(str(path) for kind in ("*.h", "*.inc") for path in Path("csrc").rglob(kind)),
         extra_compile_args={"cxx": CXX_FLAGS},
         extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
         py_limited_api=True,
