@@ -123,11 +123,11 @@ def compiler(backend: str) -> Compiler:
     if backend == "cpu":
         command = [*host, *shlex.split(os.environ.get("CXXFLAGS", "")), *CXX_FLAGS]
         return Compiler(
-            command, _output(*host, "--version").splitlines()[0], sorted(Path("csrc/cpu").glob("*.cpp"))
+            command, _output(*host, "--version").splitlines()[0], sorted(Path("csrc").rglob("*.cpp"))
         )
     program = [word for word in host if not word.startswith("-")][-1]  # of "ccache g++ -m64"
     command = [nvcc(), *NVCC_FLAGS, *architectures(), "-ccbin", program]
-    return Compiler(command, f"nvcc {nvcc_version()}", sorted(Path("csrc/cuda").glob("*.cu")))
+    return Compiler(command, f"nvcc {nvcc_version()}", sorted(Path("csrc").rglob("*.cu")))
 
 
 def check_torch(backend: str, required: bool) -> None:
