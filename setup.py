@@ -1,246 +1,138 @@
 """Builds vstar_ops: Python, and beside it a C++ module wherever a compiler and torch are at hand, and a
-CUDA module where nvcc is and torch is built for CUDA.
+CUDA module where nvcc is and torch is built for CUDA. How they are compiled is in tools/recipe.py.
 
-The modules see torch only through its stable ABI and Python not at all, so one binary serves every
-torch >= 2.11 and every Python >= 3.10. Without them everything still runs, on the reference backend.
+One binary serves every torch >= 2.11 and every Python >= 3.10. Where something is missing or a compiler
+fails, everything still runs, on the reference backend, and vstar_ops/_build.json holds the reason.
+
+VSTAR_OPS_REQUIRE=cpu,cuda makes the build fail where one of these cannot be built, and builds the CUDA module
+beside a torch without CUDA too (no GPU is needed). VSTAR_OPS_SKIP=cpu,cuda leaves them out.
 All other metadata is in pyproject.toml.
-
-The CUDA module needs neither a GPU nor a CUDA torch to be built: VSTAR_OPS_CUDA=1 builds it beside any
-torch and fails without nvcc, VSTAR_OPS_CUDA=0 leaves it out. CUDA_HOME says where nvcc is,
-TORCH_CUDA_ARCH_LIST what to build for, MAX_JOBS how many files are compiled at a time.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
 
-# The oldest torch whose stable ABI is used, 2.11, in the encoding of torch/headeronly/version.h.
-TORCH_TARGET = "0x020b000000000000"
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
-# Contraction stays off so that scores are the same on every machine; what the other two switch off
-# (errno, floating-point traps) nobody reads, and it stands in the way of vector code.
-CXX_FLAGS = [
-    "-O3",
-    "-g0",
-    "-std=c++17",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-]
+import recipe
+from recipe import MODULES, CannotBuild, Compiler
 
-# As for the CPU, nothing is contracted: what two launches compute must agree to the last bit.
-NVCC_FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-fmad=false",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-]
-
-# Front ends run this file once for each step (requirements, metadata, build). Only a build looks for
-# torch and a compiler, and only a build speaks of what is missing.
-BUILDING = not {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}.isdisjoint(
-    sys.argv
-)
-IN_PLACE = not {"editable_wheel", "develop", "--inplace", "-i"}.isdisjoint(sys.argv)
+LABELS = {"cpu": "C++", "cuda": "CUDA"}
 
 
-def compiler() -> str | None:
-    """A command that turns C++17 into a program: $CXX if it is set, else the first that works."""
-    source = "#include <optional>\nint main() { return std::optional<int>(0).value(); }\n"
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["-std=c++17", "-x", "c++", "-", "-o", str(Path(folder, "probe"))]
-        for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
+def listed(variable: str) -> list[str]:
+    """The backends that an environment variable names."""
+    text = os.environ.get(variable, "")
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not set(names) <= set(MODULES):
+        sys.exit(f"{variable} must be a list of {' and '.join(MODULES)}, separated by commas, got {text!r}")
+    return names
+
+
+def prepared(backend: str, required: bool) -> Compiler:
+    """What will compile a module; raises :class:`CannotBuild` where something is missing or does not fit."""
+    if backend in listed("VSTAR_OPS_SKIP"):
+        raise CannotBuild("VSTAR_OPS_SKIP names it")
+    recipe.check_torch(backend, required)
+    return recipe.compiler(backend)
+
+
+def sentences(missing: dict[str, str]) -> list[str]:
+    """What is not built and why, one sentence for each reason."""
+    said = []
+    for reason in dict.fromkeys(missing.values()):
+        backends = [backend for backend in missing if missing[backend] == reason]
+        modules = " and ".join(LABELS[b] for b in backends) + (" modules" if backends[1:] else " module")
+        end = ""
+        if "cpu" in backends:
+            end = "; everything still works, more slowly, on the pure-torch reference backend"
+        said.append(f"vstar_ops is built without its {modules} because {reason}{end}.")
+    return said
+
+
+def insist(required: list[str], missing: dict[str, str]) -> None:
+    """End the build where a required module is missing."""
+    for backend in required:
+        if backend in missing:
+            sys.exit(
+                f"VSTAR_OPS_REQUIRE={','.join(required)} asks for the {LABELS[backend]} module, "
+                f"but {missing[backend]}"
+            )
+
+
+class BuildModules(build_ext):
+    """Builds what can be built, and writes down what was and why the rest was not."""
+
+    def run(self) -> None:
+        required, compilers, missing = listed("VSTAR_OPS_REQUIRE"), {}, {}
+        for backend in MODULES:
             try:
-                run = subprocess.run(
-                    [*shlex.split(command), *flags], input=source, text=True, capture_output=True
-                )
-            except OSError:
-                continue
-            if run.returncode == 0:
-                return command
-    return None
+                compilers[backend] = prepared(backend, backend in required)
+            except CannotBuild as reason:
+                missing[backend] = str(reason)
+        insist(required, missing)  # before anything is compiled, which takes minutes
 
+        package = Path("vstar_ops") if self.inplace else Path(self.build_lib, "vstar_ops")
+        for backend, name in MODULES.items():
+            library = package / f"{name}.abi3.so"
+            library.unlink(missing_ok=True)  # one from an earlier build would outlive its sources
+            if backend in compilers:
+                try:
+                    self.build_module(backend, compilers[backend], library)
+                except CannotBuild as reason:
+                    missing[backend] = str(reason)
+        for sentence in sentences(missing):
+            print(sentence, flush=True)
+        self.record(package / "_build.json", compilers, missing)
+        insist(required, missing)
+        built = [MODULES[backend] for backend in MODULES if backend not in missing]
+        self.extensions = [e for e in self.extensions if e.name.rpartition(".")[2] in built]
+        self.distribution.ext_modules = self.extensions
 
-def obstacle() -> str | None:
-    """Why the C++ module cannot be built here; None where it can."""
-    if os.environ.get("VSTAR_OPS_NO_EXT", "0") not in ("", "0"):
-        return "VSTAR_OPS_NO_EXT is set"
-    try:
+    def build_module(self, backend: str, compiler: Compiler, library: Path) -> None:
         import torch
-    except ImportError:
-        return "torch is not importable at build time (install it first and use --no-build-isolation)"
-    if torch.__version__ < (2, 11):
-        return f"torch {torch.__version__} is older than 2.11"
-    command = compiler()
-    if command is None:
-        return f"{os.environ.get('CXX') or 'c++'} does not compile C++17"
-    os.environ["CXX"] = command  # torch and setuptools would each look for one of their own
-    return None
+
+        folder = Path(torch.__file__).parent
+        objects = Path(self.build_temp, backend)
+        compiled = recipe.compile_sources(compiler, folder / "include", objects, torch.__version__)
+        recipe.link(backend, compiler, compiled, folder, library)
+
+    def record(self, path: Path, compilers: dict[str, Compiler], missing: dict[str, str]) -> None:
+        """For vstar_ops/_build_info.py."""
+        found: dict[str, object] = {b: {"missing": reason} for b, reason in missing.items()}
+        for backend in compilers.keys() - missing.keys():
+            compiler = compilers[backend]
+            found[backend] = {"compiler": compiler.version, "command": " ".join(compiler.command)}
+        torch = sys.modules.get("torch")
+        found["torch"] = torch.__version__ if torch else "not found"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def nvcc() -> str | None:
-    """CUDA's compiler: below $CUDA_HOME or $CUDA_PATH where set, else on the PATH or in its usual place."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            return shutil.which("nvcc", path=str(Path(os.environ[name], "bin")))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+class Build(build):
+    sub_commands = [("build_py", None), ("build_ext", None)]  # noqa: RUF012  # the latter always, for its record
 
 
-def cuda_obstacle() -> str | None:
-    """Why the CUDA module is not built here; None where it is."""
-    wanted = os.environ.get("VSTAR_OPS_CUDA", "")
-    if wanted == "0":
-        return "VSTAR_OPS_CUDA=0 is set"
-    if nvcc() is None:
-        reason = "nvcc is not found (CUDA_HOME says where it is)"
-        if wanted:
-            sys.exit(f"VSTAR_OPS_CUDA={wanted} asks for the CUDA module, but {reason}")
-        return reason
-    import torch
-
-    if torch.version.cuda is None and not wanted:
-        return f"torch {torch.__version__} is built without CUDA (VSTAR_OPS_CUDA=1 builds it all the same)"
-    return None
+class Wheel(bdist_wheel):
+    def run(self) -> None:
+        # Before all else, since what could be built decides whether the wheel is of this platform; and once.
+        self.run_command("build")
+        self.skip_build = True
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
 
 
-def architectures() -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, such as ``8.0;9.0+PTX``; else sm_80, sm_90, sm_100, PTX."""
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if not given:
-        known = subprocess.run(
-            [str(nvcc()), "--list-gpu-arch"], capture_output=True, text=True, check=True
-        ).stdout
-        given = [a for a in ("8.0", "9.0", "10.0") if f"compute_{a.replace('.', '')}" in known.split()]
-        given[-1] += "+PTX"
-    flags = []
-    for name in given:
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
-        if match is None:
-            sys.exit(f"TORCH_CUDA_ARCH_LIST must hold entries such as 9.0 or 10.0+PTX, got {name!r}")
-        number = match[1] + match[2] + match[3]
-        code = f"[sm_{number},compute_{number}]" if match[4] else f"sm_{number}"
-        flags += ["-gencode", f"arch=compute_{number},code={code}"]
-    return flags
-
-
-def build_cuda(targets: list[str], objects: Path, library: Path) -> None:
-    """Compile what is out of date of csrc/cuda, and link it."""
-    import torch
-
-    folder = Path(torch.__file__).parent
-    words = [word for word in shlex.split(os.environ["CXX"]) if not word.startswith("-")]
-    host = words[-1]  # of "ccache g++ -m64"
-    command = [str(nvcc()), *NVCC_FLAGS, *targets, "-ccbin", host]
-    headers = [*Path("csrc/common").iterdir(), *Path("csrc/cuda").glob("*.cuh"), Path("setup.py")]
-    objects.mkdir(parents=True, exist_ok=True)
-    (objects / "command").touch()
-    changed = (objects / "command").read_text() != " ".join(command)
-
-    def compiled(source: Path) -> str:
-        target = objects / f"{source.stem}.o"
-        newest = max(path.stat().st_mtime for path in (source, *headers))
-        if changed or not target.exists() or target.stat().st_mtime < newest:
-            include = ["-Icsrc", "-isystem", str(folder / "include")]
-            subprocess.run([*command, *include, "-c", str(source), "-o", str(target)], check=True)
-        return str(target)
-
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(jobs) as pool:
-        found = list(pool.map(compiled, sorted(Path("csrc/cuda").glob("*.cu"))))
-    (objects / "command").write_text(" ".join(command))
-    # libtorch brings in libtorch_cuda, where it exists: the linker must not leave it out as unused. CUDA's
-    # run-time library is linked statically, so that it need not be the very one that torch uses.
-    torch_libraries = [
-        "-L",
-        str(folder / "lib"),
-        "-Xlinker=--no-as-needed,-s",
-        "-ltorch",
-        "-ltorch_cpu",
-        "-lc10",
-    ]
-    library.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [*command, "-shared", "--cudart=static", "-o", str(library), *found, *torch_libraries], check=True
-    )
-
-
-def ninja_found() -> bool:
-    """Whether ninja is at hand; one that pip installed need not be on the PATH of the build."""
-    try:
-        from ninja import BIN_DIR
-    except ImportError:
-        return shutil.which("ninja") is not None
-    os.environ["PATH"] = os.pathsep.join([BIN_DIR, os.environ.get("PATH", os.defpath)])
-    return True
-
-
-def forget(*modules: str) -> None:
-    """Modules left in place by an earlier build would outlive their sources."""
-    if IN_PLACE:
-        for name in modules:
-            Path(f"vstar_ops/{name}.abi3.so").unlink(missing_ok=True)
-
-
-def extensions() -> dict:
-    """The compiled modules as arguments of setup(); none where they cannot be built."""
-    if not BUILDING:
-        return {}
-    reason = obstacle()
-    if reason:
-        print(
-            f"vstar_ops is built without its C++ module because {reason}; "
-            "everything still works, more slowly, on the pure-torch reference backend.",
-            flush=True,
-        )
-        forget("_C", "_CUDA")
-        return {}
-
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
-    cpu = CppExtension(
-        "vstar_ops._C",
-        sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
-        include_dirs=[str(Path("csrc").resolve())],  # ninja runs in a folder of its own
-        depends=sorted(str(path) for folder in ("common", "cpu") for path in Path("csrc", folder).iterdir()),
-        extra_compile_args={"cxx": CXX_FLAGS},
-        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
-        py_limited_api=True,
-    )
-    modules: list[Any] = [cpu]
-    reason = cuda_obstacle()
-    if reason:
-        print(f"vstar_ops is built without its CUDA module because {reason}.", flush=True)
-        forget("_CUDA")
-    else:
-        targets = architectures()
-        modules.append(Extension("vstar_ops._CUDA", [], py_limited_api=True))
-
-    class Build(BuildExtension.with_options(use_ninja=ninja_found())):  # type: ignore[misc]
-        def build_extension(self, module: Any) -> None:
-            if module.name == "vstar_ops._CUDA":
-                build_cuda(targets, Path(self.build_temp, "cuda"), Path(self.get_ext_fullpath(module.name)))
-            else:
-                super().build_extension(module)
-
-    return {
-        "ext_modules": modules,
-        "cmdclass": {"build_ext": Build},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
-
-
-setup(**extensions())
+setup(
+    ext_modules=[Extension(f"vstar_ops.{name}", [], py_limited_api=True) for name in MODULES.values()],
+    cmdclass={"build": Build, "build_ext": BuildModules, "bdist_wheel": Wheel},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -49,7 +49,7 @@ def compiled(name: str, sources: list[Path], *, sanitizers: str = SANITIZERS, pr
     if sanitizers:
         command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     link = [] if program else ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    headers = [*FOLDER.glob("*.h"), *ROOT.glob("csrc/common/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    headers = [*FOLDER.glob("*.h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]
     state = hashlib.sha256(" ".join([*command, *link, torch.__version__]).encode())
     for path in sorted([*sources, *headers]):
         state.update(path.read_bytes())
@@ -77,7 +77,7 @@ def _run(*command: str) -> None:
 @cache
 def load() -> ctypes.CDLL:
     """Compile and load what registers ``vstar_ops_cuda`` on CPU tensors."""
-    sources = [FOLDER / "main.cpp", *sorted(ROOT.glob("csrc/cuda/*.cu"))]
+    sources = [FOLDER / "main.cpp", *sorted(ROOT.glob("csrc/**/*.cu"))]
     library = compiled("emulated", sources)
     torch.ops.load_library(library)
     return ctypes.CDLL(str(library))

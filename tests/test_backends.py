@@ -51,7 +51,7 @@ def test_cuda_says_why_it_is_off(monkeypatch):
     assert not available and detail.startswith("_CUDA.abi3.so does not load beside torch")
     monkeypatch.setattr(vstar_ops._backends, "library_path", lambda name: None)
     available, detail = load()
-    assert not available and detail.startswith("not built: no nvcc at build time")
+    assert not available and detail.startswith("not built: ")
 
 
 def test_cuda_refuses_other_devices(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import tracemalloc
@@ -345,6 +346,54 @@ def load_or_refuse(path) -> Trie | None:
         if str(path) not in str(error):
             raise
         return None
+
+
+def same(a: Trie, b: Trie) -> bool:
+    arrays = ("offset", "token", "item_offset", "item_ids")
+    return a.level_offset == b.level_offset and all(torch.equal(getattr(a, n), getattr(b, n)) for n in arrays)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_is_told_or_changes_nothing(tmp_path, bit):
+    """Every byte of the file; what is loaded is the catalogue that was saved."""
+    path = tmp_path / "trie"
+    trie = Trie.from_sequences(SMALL, np.arange(len(SMALL)) + 5)
+    trie.save(path)
+    whole, refused = path.read_bytes(), 0
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+        loaded = load_or_refuse(path)
+        refused += loaded is None
+        assert loaded is None or same(loaded, trie), at
+    assert refused > 0.5 * len(whole)
+
+
+def test_files_of_the_format_without_a_checksum(tmp_path):
+    trie = Trie.from_sequences(SMALL)
+    arrays = {n: getattr(trie, n) for n in ("offset", "token", "item_offset", "item_ids")}
+    meta = json.dumps({"level_offset": trie.level_offset, "max_children": trie.max_children})
+    save_file(arrays, tmp_path / "trie", {"format": "vstar_ops.trie.v1", "trie": meta})
+    assert same(Trie.load(tmp_path / "trie"), trie)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.array([7, 2**63 + 5], np.uint64), "item_ids must fit in int64, got 9223372036854775813"),
+        (np.array([7, 2**64 - 1], np.uint64), "item_ids must fit in int64, got 18446744073709551615"),
+        ([7, -1], "item_ids must not hold -1"),
+    ],
+)
+def test_ids_that_would_become_others(ids, message):
+    with pytest.raises(ValueError, match=message):
+        Trie.from_sequences([[1], [2]], ids)
+
+
+def test_hashed_ids():
+    large = np.array([2**63 - 1, 5], np.uint64)
+    for ids in (large, torch.tensor([-(2**63), -2]), np.array([3, 2], np.uint8)):
+        trie = Trie.from_sequences([[1], [2]], ids)
+        assert trie.items(trie.lookup([[1], [2]]))[:, 0].tolist() == [int(x) for x in ids]
 
 
 def agree_with_itself(trie: Trie) -> None:

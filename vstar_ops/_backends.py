@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from ._build_info import not_built
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 
 
@@ -24,11 +26,7 @@ class BackendStatus(NamedTuple):
 def _load_cpu() -> BackendStatus:
     library = library_path()
     if library is None:
-        return BackendStatus(
-            False,
-            "not built: no C++17 compiler or no torch at build time; "
-            "reinstall with both by `pip install --no-build-isolation vstar_ops`",
-        )
+        return BackendStatus(False, not_built("cpu"))
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -59,11 +57,7 @@ def _load_cuda() -> BackendStatus:
         built = "built, but " if library else ""
         return BackendStatus(False, f"{built}torch {torch.__version__} is built without CUDA")
     if library is None:
-        return BackendStatus(
-            False,
-            "not built: no nvcc at build time; reinstall by `CUDA_HOME=/path/to/cuda "
-            "pip install --no-build-isolation vstar_ops`",
-        )
+        return BackendStatus(False, not_built("cuda"))
     try:
         torch.ops.load_library(library)
     except OSError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vstar_ops import backends
+from vstar_ops import _build_info, backends
 
 
 def collect() -> dict[str, dict[str, str]]:
@@ -40,6 +40,7 @@ def collect() -> dict[str, dict[str, str]]:
             "c++": _first_line(*shlex.split(os.environ.get("CXX") or "c++"), "--version"),
             "nvcc": _last_line("nvcc", "--version"),
         },
+        "build": _build_info.summary(),
         "backends": {
             name: ("on: " if status.available else "off: ") + status.detail
             for name, status in backends().items()

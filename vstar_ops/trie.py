@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ._files import replacing
 
-_FORMAT = "vstar_ops.trie.v1"
+_FORMAT, _WITHOUT_CHECKSUM = "vstar_ops.trie.v2", "vstar_ops.trie.v1"
 _INT32_MAX = 2**31 - 1
 
 
@@ -107,11 +108,12 @@ class Trie:
         Args:
             sequences: ints ``[N, L]``, one row an item, as a tensor, array or nested list; values in
                 ``[0, 2^31)``; ``N`` may be 0 and rows may repeat.
-            item_ids: ints ``[N]``, by default the row numbers.
+            item_ids: ints ``[N]``, by default the row numbers; any int64 but -1, which pads :meth:`items`.
 
         Raises:
             TypeError: values are not integers.
-            ValueError: wrong shape, a negative or too large token, more than 2^31 - 2 prefixes.
+            ValueError: wrong shape, a negative or too large token, more than 2^31 - 2 prefixes, an item id
+                that is -1 or does not fit in int64.
         """
         rows = _integers("sequences", sequences)
         if rows.ndim != 2 or rows.shape[1] == 0:
@@ -127,7 +129,12 @@ class Trie:
             rows = rows.astype(np.int64)
         given = None if item_ids is None else _integers("item_ids", item_ids)
         if given is not None and given.shape != (num,):
-            raise ValueError(f"item_ids must have the shape [{num}], one a sequence, got {list(given.shape)}")
+            raise ValueError(f"item_ids must have the shape [N] = [{num}], got {list(given.shape)}")
+        if given is not None and num:
+            if (largest := int(given.max())) >= 2**63:
+                raise ValueError(f"item_ids must fit in int64, got {largest}")
+            if bool((given == -1).any()):
+                raise ValueError("item_ids must not hold -1, which stands for no item")
 
         order = _lexicographic_order(rows)
         starts = np.zeros(1, np.int32)  # in sorted order, the first row of each node of the level above
@@ -300,8 +307,10 @@ class Trie:
 
         meta = {"level_offset": self.level_offset, "max_children": self.max_children}
         arrays = {name: getattr(self, name).cpu().contiguous() for name in _ARRAYS}
+        text = json.dumps(meta)
+        metadata = {"format": _FORMAT, "trie": text, "checksum": _checksum(text, arrays)}
         with replacing(Path(path)) as temporary:
-            save_file(arrays, temporary, {"format": _FORMAT, "trie": json.dumps(meta)})
+            save_file(arrays, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Trie:
@@ -309,8 +318,9 @@ class Trie:
 
         Args:
             path: the file.
-            verify: check that the arrays form a trie, one pass over them. Without it only sizes are
-                checked and pages are read when they are first used.
+            verify: compare the checksum in the file with that of its contents and check that the arrays
+                form a trie, which reads all of them. Without it only sizes are checked and pages are read
+                when they are first used.
 
         Raises:
             ValueError: the file is not a trie of this format, or is damaged.
@@ -320,7 +330,7 @@ class Trie:
         try:
             with safe_open(path, framework="pt") as file:
                 info = file.metadata() or {}
-                if info.get("format") != _FORMAT:
+                if info.get("format") not in (_FORMAT, _WITHOUT_CHECKSUM):
                     raise ValueError(f"{path}: expected the format {_FORMAT!r}, got {info.get('format')!r}")
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
                 meta = json.loads(info["trie"])
@@ -341,6 +351,9 @@ class Trie:
             and all(a.dtype == torch.int32 for a in (offset, token, item_offset))
         )
         if sound and verify:
+            known = info["format"] == _WITHOUT_CHECKSUM
+            if not known and info.get("checksum") != _checksum(info["trie"], arrays):
+                raise ValueError(f"{path}: damaged, its contents do not have the checksum that it names")
             sound = _is_trie(arrays, levels, widest)
         if not sound:
             raise ValueError(f"{path}: damaged, its arrays do not form a trie")
@@ -351,6 +364,15 @@ class Trie:
 
 
 _ARRAYS = ("offset", "token", "item_offset", "item_ids")
+
+
+def _checksum(meta: str, arrays: dict[str, Tensor]) -> str:
+    """Of all that a file holds: any change of a bit gives another one."""
+    digest = hashlib.blake2b(meta.encode(), digest_size=16)
+    for name in _ARRAYS:
+        digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())
+        digest.update(memoryview(arrays[name].numpy()).cast("B"))
+    return digest.hexdigest()
 
 
 def _integers(name: str, value: Any) -> np.ndarray:
@@ -412,6 +434,7 @@ def _is_trie(arrays: dict[str, Tensor], levels: tuple[int, ...], max_children: i
     return bool(
         levels[:2] == (0, 1)
         and all(a <= b for a, b in zip(levels, levels[1:]))
+        and levels[-2] <= len(token) + 1
         and all(offset[level] == nxt - 1 for level, nxt in zip(levels[:-2], levels[1:-1]))
         and np.all(fanout[:inner] > 0) | (edges == 0)
         and np.all(offset[inner:] == edges)

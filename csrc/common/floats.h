@@ -9,6 +9,18 @@ struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 enum class FloatType { kFloat32, kBFloat16, kFloat16 };
 
+VSTAR_INLINE int64_t element_size(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+
+// use(T{}) with the type T of the elements.
+template <class Use>
+inline auto dispatch(FloatType type, const Use& use) {
+  switch (type) {
+    case FloatType::kFloat32: return use(float{});
+    case FloatType::kBFloat16: return use(BFloat16{});
+    default: return use(Float16{});
+  }
+}
+
 VSTAR_INLINE float to_float(float x) { return x; }
 VSTAR_INLINE float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 VSTAR_INLINE float to_float(Float16 x) {
@@ -36,10 +48,12 @@ VSTAR_INLINE void put(float x, Float16* to) {
   to->bits = uint16_t(half | (bits >> 31) << 15);
 }
 
+constexpr float kFloatMax = 3.4028234663852886e38f;
+
 // How logits are read: NaN as -inf, +inf as the largest finite float.
 VSTAR_INLINE float clean(float z) {
   if (!(z == z)) return -__builtin_inff();
-  return z > 3.4028234663852886e38f ? 3.4028234663852886e38f : z;
+  return z > kFloatMax ? kFloatMax : z;
 }
 
 }  // namespace vstar

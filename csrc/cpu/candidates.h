@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/torch_glue.h"
+#include "common/ops/candidates.h"
 
 namespace vstar {
 
@@ -22,7 +22,7 @@ struct SortedCandidates {
 inline int bit_length(uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
 
 // Fill order and shared.
-inline void sort_candidates(SortedCandidates& r, int64_t n, int64_t length) {
+inline void sort_columns(SortedCandidates& r, int64_t n, int64_t length) {
   r.order.resize(n);
   r.shared.resize(n);
   const int index_bits = bit_length(uint64_t(n - 1));
@@ -71,42 +71,24 @@ inline void sort_candidates(SortedCandidates& r, int64_t n, int64_t length) {
   }
 }
 
-// tokens[B, G, L] of any strides, and which candidates are there.
-class CandidateTokens {
- public:
-  CandidateTokens(const Tensor& tokens, const std::optional<Tensor>& mask)
-      : token_(tokens),
-        present_(mask ? data<bool>(*mask) : nullptr),
-        group_(tokens.size(1)),
-        length_(tokens.size(2)),
-        strides_{tokens.stride(0), tokens.stride(1), tokens.stride(2)},
-        mask_strides_{mask ? mask->stride(0) : 0, mask ? mask->stride(1) : 0} {}
-
-  // Sort the candidates of request b; absent(g) is called for those that are not there. Returns their number.
-  template <class Absent>
-  int64_t sort(int64_t b, SortedCandidates& r, const Absent& absent) const {
-    r.candidate.clear();
-    for (int64_t g = 0; g < group_; ++g) {
-      if (present_ && !present_[b * mask_strides_[0] + g * mask_strides_[1]]) {
-        absent(g);
-      } else {
-        r.candidate.push_back(int32_t(g));
-      }
+// Sort the candidates of request b; returns how many the mask leaves, and clears the results of the others.
+template <class Args>
+int64_t sort_candidates(const Args& a, int64_t b, SortedCandidates& r) {
+  r.candidate.clear();
+  for (int64_t g = 0; g < a.group; ++g) {
+    if (a.mask.at(b, g)) {
+      r.candidate.push_back(int32_t(g));
+    } else {
+      a.clear(b, g);
     }
-    const int64_t n = int64_t(r.candidate.size());
-    r.column.resize(n * length_);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t from = b * strides_[0] + r.candidate[i] * strides_[1];
-      for (int64_t d = 0; d < length_; ++d) r.column[d * n + i] = token_.at(from + d * strides_[2]);
-    }
-    if (n > 0) sort_candidates(r, n, length_);
-    return n;
   }
-
- private:
-  const Integers token_;
-  const bool* present_;
-  const int64_t group_, length_, strides_[3], mask_strides_[2];
-};
+  const int64_t n = int64_t(r.candidate.size());
+  r.column.resize(n * a.length);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < a.length; ++d) r.column[d * n + i] = a.token.at(b, r.candidate[i], d);
+  }
+  if (n > 0) sort_columns(r, n, a.length);
+  return n;
+}
 
 }  // namespace vstar

@@ -14,7 +14,7 @@ struct SoftmaxSums {
 
 // A prefix and its children, which lie at `position` of a batch's arrays. Their scores are
 // logp_weight * (cum_logp + (d - log_mass)) + constant (+ extra).
-struct Row {
+struct PrefixRow {
   const void* logits;
   const void* ahead;  // where a long row's successor begins, or null
   const int32_t* token;
@@ -28,7 +28,7 @@ struct Row {
 };
 
 // Score of the most probable child without extra. Rounding is monotonic: with logp_weight >= 0 no child's is above.
-VSTAR_INLINE float best_score(const Row& row, float logp_weight) {
+VSTAR_INLINE float best_score(const PrefixRow& row, float logp_weight) {
   return row.constant + (logp_weight != 0 ? logp_weight * (row.cum_logp - row.log_mass) : 0.0f);
 }
 
@@ -41,7 +41,7 @@ struct RowGradient {
 // each other without gaps, so they are processed in order.
 struct TypedLoops {
   // Fill in the rows' sums over the legal logits, and d. A row without a finite logit has the mass 1.
-  void (*legal_softmaxes)(Row* rows, int64_t count, int64_t stride, float inverse_temperature, float* d);
+  void (*legal_softmaxes)(PrefixRow* rows, int64_t count, int64_t stride, float inverse_temperature, float* d);
   // The sums over a whole row of n logits, without `weighted`.
   SoftmaxSums (*vocab_softmax)(const void* row, int64_t stride, int64_t n, float inverse_temperature);
   // The sums over n logits, entropy's too.
@@ -62,7 +62,7 @@ struct SimdLoops {
   // Scores, -inf for children that can never win or do not reach the threshold. `extra`, which starts at the
   // first row's first child, may be null.
   void (*score_rows)(
-      const Row* rows, int64_t count, const float* d, const float* extra, float logp_weight, float threshold,
+      const PrefixRow* rows, int64_t count, const float* d, const float* extra, float logp_weight, float threshold,
       float* score);
   // Some score that at least k of n scores reach; -inf where none is found cheaply.
   float (*reached_by)(const float* score, int64_t n, int64_t k);

@@ -1,17 +1,30 @@
 // The candidates of a request in lexicographic order, sorted by a block: every prefix is a run of them, and every
 // sibling group a run of runs.
 //
-// Small groups are ranked by comparing all pairs, a candidate a thread: the reads are the same for a whole warp, and
+// Small groups are ranked by comparing all pairs, one thread per candidate: the reads are the same for a whole warp, and
 // nothing waits. Larger ones go through a bitonic network. The scratch lies in shared memory where it fits, else in
 // a workspace; the code is the same.
 #pragma once
 
+#include "common/ops/candidates.h"
 #include "cuda/device.cuh"
 
 namespace vstar {
 namespace cuda {
 
 constexpr int kRanked = 128;  // candidates, from which on they are sorted by exchanges
+
+// An op's arguments, and where a block finds its scratch: in shared memory, or where it does not fit, in a workspace.
+template <class Args>
+struct WithScratch : Args {
+  unsigned char* workspace;  // null: shared memory
+  int64_t bytes;             // per request
+  int slots;                 // of the order
+
+  VSTAR_DEVICE unsigned char* scratch(int64_t b, unsigned char* shared) const {
+    return workspace ? workspace + b * bytes : shared;
+  }
+};
 
 // A request's scratch. n candidates are present; p is a position in sorted order.
 struct Candidates {
@@ -27,18 +40,19 @@ struct Candidates {
   }
 };
 
-__device__ __forceinline__ Candidates lay_out_candidates(unsigned char* memory, int64_t group, int64_t length, int64_t slots) {
+template <class Args>
+VSTAR_DEVICE Candidates lay_out_candidates(unsigned char* memory, const WithScratch<Args>& a) {
   Candidates c;
   c.token = reinterpret_cast<int64_t*>(memory);
-  c.order = reinterpret_cast<int32_t*>(c.token + group * length);
-  c.candidate = c.order + slots;
-  c.shared = c.candidate + group;
-  c.sums = c.shared + group;
+  c.order = reinterpret_cast<int32_t*>(c.token + a.group * a.length);
+  c.candidate = c.order + a.slots;
+  c.shared = c.candidate + a.group;
+  c.sums = c.shared + a.group;
   c.n = 0;
   return c;
 }
 
-__device__ __forceinline__ bool comes_before(const Candidates& c, int64_t group, int64_t length, int a, int b) {
+VSTAR_DEVICE bool comes_before(const Candidates& c, int64_t group, int64_t length, int a, int b) {
   for (int64_t d = 0; d < length; ++d) {
     const int64_t x = c.token[d * group + a], y = c.token[d * group + b];
     if (x != y) return x < y;
@@ -46,23 +60,22 @@ __device__ __forceinline__ bool comes_before(const Candidates& c, int64_t group,
   return a < b;
 }
 
-// Fill c for request b; absent(g) is called for the candidates that are not there. Ends with a barrier.
-template <class Absent>
-__device__ __forceinline__ void sort_candidates(
-    Candidates& c, const IntView& tokens, const MaskView& mask, int64_t b, int group, int64_t length, int slots,
-    const Absent& absent) {
-  const int threads = int(blockDim.x), thread = int(threadIdx.x);
+// Fill c for request b, and clear the results of the candidates that the mask leaves out. Ends with a barrier.
+template <class Args>
+VSTAR_DEVICE void sort_candidates(Candidates& c, const WithScratch<Args>& a, int64_t b) {
+  const int group = int(a.group), slots = a.slots, threads = int(blockDim.x), thread = int(threadIdx.x);
+  const int64_t length = a.length;
   int n = 0;
-  if (mask.data == nullptr) {
+  if (!a.mask) {
     for (int g = thread; g < group; g += threads) c.candidate[g] = g;
     n = group;
   } else {
     for (int first = 0; first < group; first += threads) {
       const int g = first + thread;
-      const bool there = g < group && mask.at(b, g);
-      const BlockSum sum = block_sum_before(there, c.sums);
-      if (there) c.candidate[n + sum.before] = g;
-      if (g < group && !there) absent(g);
+      const bool valid = g < group && a.mask.at(b, g);
+      const BlockSum sum = block_sum_before(valid, c.sums);
+      if (valid) c.candidate[n + sum.before] = g;
+      if (g < group && !valid) a.clear(b, g);
       n += sum.total;
     }
   }
@@ -70,7 +83,7 @@ __device__ __forceinline__ void sort_candidates(
   __syncthreads();
   for (int64_t i = thread; i < n * length; i += threads) {  // along the tokens of a candidate, as they lie
     const int64_t packed = i / length, d = i % length;
-    c.token[d * group + packed] = tokens.at(b, c.candidate[packed], d);
+    c.token[d * group + packed] = a.token.at(b, c.candidate[packed], d);
   }
   __syncthreads();
 
@@ -113,27 +126,18 @@ __device__ __forceinline__ void sort_candidates(
   __syncthreads();
 }
 
-// Where a block finds its scratch: in shared memory, or where it does not fit, in a workspace.
-struct RequestScratch {
-  unsigned char* workspace;  // null: shared memory
-  int64_t bytes;             // a request
-  int slots;                 // of the order
-
-  __device__ __forceinline__ unsigned char* of(int64_t b, unsigned char* shared) const {
-    return workspace ? workspace + b * bytes : shared;
-  }
-};
-
-// Bytes of workspace for `bytes` of scratch a request.
+// Bytes of workspace for `bytes` of scratch per request.
 inline int64_t request_workspace(int64_t batch, int64_t bytes) { return bytes <= kMostShared ? 0 : batch * bytes; }
 
-// A block a request, in one launch. The workspace has request_workspace() bytes; `a.scratch` is filled in.
-template <class Arguments>
+// One launch, one block per request. The workspace has request_workspace() bytes.
+template <class Args>
 inline void launch_requests(
-    void (*kernel)(Arguments), Arguments a, int64_t bytes, int threads, void* workspace, const Launcher& launch) {
-  const bool fits = request_workspace(a.batch, bytes) == 0;
-  a.scratch = {fits ? nullptr : static_cast<unsigned char*>(workspace), bytes, int(next_power_of_2(a.group))};
-  launch(kernel, dim3{unsigned(a.batch)}, threads, fits ? bytes : 0, a);
+    void (*kernel)(WithScratch<Args>), const Args& args, int64_t bytes, int threads, void* workspace, const Launcher& launch) {
+  if (args.batch == 0) return;
+  const bool fits = request_workspace(args.batch, bytes) == 0;
+  const WithScratch<Args> a{
+      args, fits ? nullptr : static_cast<unsigned char*>(workspace), bytes, int(next_power_of_2(args.group))};
+  launch(kernel, dim3{unsigned(args.batch)}, threads, fits ? bytes : 0, a);
 }
 
 // Of a block: one for each candidate, up to 256.
@@ -144,10 +148,21 @@ struct Level {
   int32_t* number;  // [G] p -> prefix
   int32_t* begin;   // [G + 1] prefix -> p; the last entry is n
   int size;
+
+  static VSTAR_DEVICE Level lay_out(int32_t* memory, int64_t group) { return {memory, memory + group, 0}; }
+  VSTAR_DEVICE int32_t* end(int64_t group) const { return begin + group + 1; }
 };
 
+inline int64_t level_bytes(int64_t group) { return 4 * (2 * group + 1); }
+
+VSTAR_DEVICE void swap_levels(Level& a, Level& b) {
+  const Level other = a;
+  a = b;
+  b = other;
+}
+
 // The prefixes of `depth` tokens; depth 0 is the empty prefix. Ends with a barrier.
-__device__ __forceinline__ void find_level(Level& level, const Candidates& c, int64_t depth) {
+VSTAR_DEVICE void find_level(Level& level, const Candidates& c, int64_t depth) {
   const int threads = int(blockDim.x);
   int size = 0;
   for (int first = 0; first < c.n; first += threads) {

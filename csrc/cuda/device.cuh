@@ -1,4 +1,4 @@
-// What the kernels share: views of tensors, sums over warps and blocks, launching. No torch.
+// What the kernels share: sums over warps and blocks, launching. No torch.
 //
 // Sums run over fixed trees of shuffles, so a result depends on nothing but its inputs. Multiplications and
 // additions are never fused by the compiler (-fmad=false): launches that compute a score twice get the same bits,
@@ -7,10 +7,16 @@
 
 #include <cmath>
 
-#include "common/floats.h"
+#include "common/views.h"
+
+#define VSTAR_DEVICE __device__ __forceinline__
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+
+#include <mutex>
+#include <set>
+#include <utility>
 
 // The dynamic shared memory of a block.
 #define VSTAR_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -23,68 +29,23 @@ namespace cuda {
 
 constexpr unsigned kAll = 0xFFFFFFFFu;  // lanes
 constexpr float kInf = INFINITY;
-constexpr float kFloatMax = 3.4028234663852886e38f;
 
-// Shared memory that a block may have on every GPU from sm_80 on; scratch that does not fit lies in a workspace.
+// The most shared memory that a launch asks for; a block may have it on every GPU from sm_80 on. Scratch that does
+// not fit lies in a workspace.
 constexpr int64_t kMostShared = 96 * 1024;
 
-// Elements of float32, bfloat16 or float16; the dtype is the same for all threads, so the branch costs little.
-struct FloatView {
-  const void* data;
-  FloatType type;
-  int64_t stride[3];
-
-  __device__ __forceinline__ float at(int64_t position) const {
-    if (type == FloatType::kFloat32) return __ldg(static_cast<const float*>(data) + position);
-    const uint16_t bits = __ldg(static_cast<const uint16_t*>(data) + position);
-    return type == FloatType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
-  }
-  __device__ __forceinline__ float at(int64_t i, int64_t j) const { return at(i * stride[0] + j * stride[1]); }
-  __device__ __forceinline__ float at(int64_t i, int64_t j, int64_t l) const {
-    return at(i * stride[0] + j * stride[1] + l * stride[2]);
-  }
-};
-
-// Integers of 32 or 64 bits.
-struct IntView {
-  const void* data;
-  bool wide;
-  int64_t stride[3];
-
-  __device__ __forceinline__ int64_t at(int64_t position) const {
-    if (wide) return __ldg(static_cast<const long long*>(data) + position);
-    return __ldg(static_cast<const int32_t*>(data) + position);
-  }
-  __device__ __forceinline__ int64_t at(int64_t i, int64_t j) const { return at(i * stride[0] + j * stride[1]); }
-  __device__ __forceinline__ int64_t at(int64_t i, int64_t j, int64_t l) const {
-    return at(i * stride[0] + j * stride[1] + l * stride[2]);
-  }
-};
-
-// A bool array, such as which candidates are there; all true without one.
-struct MaskView {
-  const unsigned char* data;
-  int64_t stride[3];
-
-  __device__ __forceinline__ bool at(int64_t position) const { return data == nullptr || __ldg(data + position) != 0; }
-  __device__ __forceinline__ bool at(int64_t i, int64_t j) const { return at(i * stride[0] + j * stride[1]); }
-  __device__ __forceinline__ bool at(int64_t i, int64_t j, int64_t l) const {
-    return at(i * stride[0] + j * stride[1] + l * stride[2]);
-  }
-};
-
-__device__ __forceinline__ int lane() { return int(threadIdx.x % 32); }
-__device__ __forceinline__ int warp() { return int(threadIdx.x / 32); }
+VSTAR_DEVICE int lane() { return int(threadIdx.x % 32); }
+VSTAR_DEVICE int warp() { return int(threadIdx.x / 32); }
 
 // The same bits in all lanes: every step adds the same two numbers on both sides.
 template <class T>
-__device__ __forceinline__ T warp_sum(T x) {
+VSTAR_DEVICE T warp_sum(T x) {
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
   return x;
 }
 
 template <class T>
-__device__ __forceinline__ T warp_max(T x) {
+VSTAR_DEVICE T warp_max(T x) {
   for (int step = 16; step > 0; step /= 2) {
     const T other = __shfl_xor_sync(kAll, x, step);
     x = other > x ? other : x;
@@ -93,7 +54,7 @@ __device__ __forceinline__ T warp_max(T x) {
 }
 
 template <class T>
-__device__ __forceinline__ T warp_min(T x) {
+VSTAR_DEVICE T warp_min(T x) {
   for (int step = 16; step > 0; step /= 2) {
     const T other = __shfl_xor_sync(kAll, x, step);
     x = other < x ? other : x;
@@ -104,7 +65,7 @@ __device__ __forceinline__ T warp_min(T x) {
 // Sums over a block of kWarps warps, in all threads. `scratch` holds kNumbers * kWarps numbers, free to be used again
 // at once.
 template <int kWarps, int kNumbers, class T>
-__device__ __forceinline__ void block_sums(T (&x)[kNumbers], T* scratch) {
+VSTAR_DEVICE void block_sums(T (&x)[kNumbers], T* scratch) {
   for (int n = 0; n < kNumbers; ++n) x[n] = warp_sum(x[n]);
   if (kWarps == 1) return;
   if (lane() == 0) {
@@ -119,7 +80,7 @@ __device__ __forceinline__ void block_sums(T (&x)[kNumbers], T* scratch) {
 }
 
 // Sum of the lanes before this one.
-__device__ __forceinline__ int warp_sum_before(int x) {
+VSTAR_DEVICE int warp_sum_before(int x) {
   int sum = x;
   for (int step = 1; step < 32; step *= 2) {
     const int other = __shfl_up_sync(kAll, sum, step);
@@ -133,7 +94,7 @@ __device__ __forceinline__ int warp_sum_before(int x) {
 struct BlockSum {
   int before, total;
 };
-__device__ __forceinline__ BlockSum block_sum_before(int x, int* scratch) {
+VSTAR_DEVICE BlockSum block_sum_before(int x, int* scratch) {
   const int within = warp_sum_before(x), warps = int(blockDim.x / 32);
   if (lane() == 31) scratch[warp()] = within + x;
   __syncthreads();
@@ -164,12 +125,26 @@ struct Launcher {
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared, const Arguments&... arguments) const {
-    if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+    if (shared > 48 * 1024) allow_most_shared(reinterpret_cast<const void*>(kernel));
     kernel<<<grid, dim3(unsigned(threads)), size_t(shared), stream>>>(arguments...);
     check(cudaGetLastError());
   }
 
   static void check(cudaError_t error);
+
+ private:
+  // Once per kernel and device, to the most that any launch asks for: threads that raised it to what they need
+  // themselves could lower it for each other.
+  static void allow_most_shared(const void* kernel) {
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> done;
+    int device = 0;
+    check(cudaGetDevice(&device));
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (done.count({kernel, device})) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kMostShared)));
+    done.insert({kernel, device});
+  }
 #else
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared, const Arguments&... arguments) const {

@@ -1,14 +1,14 @@
 // expand_topk in two launches: statistics of the rows, then a selection in each request.
 //
-// expand_rows_kernel: a row (prefix) is read by one warp, or by eight where rows are long, eight neighboring children
-// a thread at a time: one or two 16-byte loads where the children's tokens are consecutive, as those of a trie's upper
+// expand_rows_kernel: a row (prefix) is read by one warp, or by eight where rows are long; each thread takes eight
+// neighboring children at a time, by one or two 16-byte loads where the children's tokens are consecutive, as those of a trie's upper
 // levels are, else through the token list. In one pass over the logits every thread keeps maximum, sum of exponentials
 // and sum of their products with the exponent, which are joined at the end, and every segment (`segment` children in
-// a row) its largest logit. A thread of the eight warps has 32 logits in flight, 48 KB a multiprocessor (halves). Under
-// "vocab" all columns are read too, unless all are legal. With terms of each child's own (noise, action values) a
+// a row) its largest logit. A thread of the eight warps has 32 logits in flight, 48 KB per multiprocessor (halves). Under
+// "vocab" all columns are read too, unless all are legal. With terms of each child's own (noise, child values) a
 // segment keeps its best *score*: the row is read again once its statistics are known.
 //
-// expand_select_kernel: a block a request. The k best segments hold the k best children: a child outside of them is
+// expand_select_kernel: one block per request. The k best segments hold the k best children: a child outside of them is
 // beaten by one of each, because the score rises with the logit and ties go to the earlier segment. So the block finds
 // the k best segments, scores their children, drops what is below the k-th best segment's best, and sorts the
 // rest, mostly little more than k. Where that is more than the list takes, ties above all, it is cut first.
@@ -22,7 +22,7 @@
 #pragma once
 
 #include "common/gumbel.h"
-#include "common/trie.h"
+#include "common/ops/expand_topk.h"
 #include "cuda/rows.cuh"
 #include "cuda/select.cuh"
 
@@ -31,31 +31,25 @@ namespace cuda {
 
 // What the second launch needs to know of a row.
 struct alignas(16) ExpandRow {
-  float shift, log_sum, cum, constant;
+  float row_max, log_sum, cum_logp, constant;
   int32_t begin, count, node;
 };
 
-struct ExpandTopK {
-  FloatView logits;  // [B, W, V]
-  TrieView trie;
-  IntView node;                       // [B, W]
-  FloatView cum_logp, value, bonus;   // [B, W], or null
-  FloatView child_value;              // [B, W, V], or null
-  const int64_t* seed;                // [B], or null
-  int64_t seed_stride;
-  float logp_weight, value_weight, entropy_weight, inverse;
-  bool vocab;
-  int64_t batch, width, columns, k, max_children;
-  float *score, *logp, *entropy;
-  int32_t *parent, *token, *child, *count;
-  // Filled in by expand_topk:
-  bool own_terms;
-  int32_t segment_bits, segments;  // children a segment, as a power of 2; segments a row
+// How a call is laid out.
+struct ExpandPlan {
+  bool long_rows;
+  int32_t segment_bits, segments;  // children per segment, as a power of 2; segments per row
   int32_t winners, list, cached;   // at most; room of the list of candidates; keys of segments in shared memory
-  ExpandRow* row;                  // [B, W]
-  float* best;                     // [B, W, segments]
-  int32_t* picked;                 // [B, winners], null: in shared memory
-  uint64_t* listed;                // [B, list], null: in shared memory
+  int64_t row_bytes, best_bytes, list_bytes, picked_bytes, shared;
+};
+
+struct ExpandLaunch : ExpandTopKArgs {
+  ExpandPlan plan;
+  bool extra_terms;  // the children of a prefix differ by more than their logits
+  ExpandRow* row;    // [B, W]
+  float* best;       // [B, W, segments]
+  uint64_t* listed;  // [B, list], null: in shared memory
+  int32_t* picked;   // [B, winners], null: in shared memory
 };
 
 // ---------------------------------------------------------------- rows
@@ -64,29 +58,27 @@ struct Scored {
   float score, logp;
 };
 
-// Score (-inf: no candidate) and log-probability. Without a term of its own it never falls as z rises.
-__device__ __forceinline__ Scored scored(const ExpandTopK& a, const ExpandRow& row, float z, float own) {
-  const float logp = ((z - row.shift) * a.inverse - row.log_sum) + row.cum;
-  const float score = ((a.logp_weight == 0 ? 0.0f : a.logp_weight * logp) + row.constant) + own;
+// Score (-inf: no candidate) and log-probability. Without an extra score it never falls as z rises.
+VSTAR_DEVICE Scored scored(const ExpandLaunch& a, const ExpandRow& row, float z, float extra_score) {
+  const float logp = ((z - row.row_max) * a.inv_temperature - row.log_sum) + row.cum_logp;
+  const float score = ((a.logp_weight == 0 ? 0.0f : a.logp_weight * logp) + row.constant) + extra_score;
   const bool wins = z > -kInf && logp > -kInf && score > -kInf;
   return {wins ? score : -kInf, logp};
 }
 
-__device__ __forceinline__ float own_term(const ExpandTopK& a, int64_t b, int64_t w, int32_t node, int64_t column) {
-  float own = 0;
-  if (a.child_value.data) own = a.value_weight * a.child_value.at(b, w, column);
-  if (a.seed) {
-    own += gumbel_from_bits(philox(uint64_t(a.seed[b * a.seed_stride]), uint32_t(node), uint32_t(column)));
-  }
-  return own;
+VSTAR_DEVICE float extra_score(const ExpandLaunch& a, int64_t b, int64_t w, int32_t node, int64_t column) {
+  float extra = 0;
+  if (a.child_value) extra = a.value_weight * a.child_value.at(b, w, column);
+  if (a.seed) extra += gumbel_from_bits(philox(uint64_t(a.seed.at(b)), uint32_t(node), uint32_t(column)));
+  return extra;
 }
 
 constexpr int kLongWarps = 8, kLongVectors = 4, kLongSegment = 7;  // segments of 2^7 children
-constexpr int kShortRows = 4, kShortSegment = 3;                   // rows a block
+constexpr int kShortRows = 4, kShortSegment = 3;                   // rows per block
 
 template <class T, int kWarps>
 __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, kWarps == 1 ? 8 : 3)
-    expand_rows_kernel(ExpandTopK a) {
+    expand_rows_kernel(ExpandLaunch a) {
   constexpr int kThreads = 32 * kWarps, kVectors = kWarps == 1 ? 1 : kLongVectors;
   constexpr int kSegmentBits = kWarps == 1 ? kShortSegment : kLongSegment, kLanes = (1 << kSegmentBits) / 8;
   VSTAR_SHARED(memory);
@@ -100,29 +92,27 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
   const int32_t count = int32_t(edges.end - edges.begin < a.max_children ? edges.end - edges.begin : a.max_children);
   const int32_t* const token = a.trie.token + edges.begin;
   const int64_t first = count > 0 ? token[0] : 0, last = count > 0 ? token[count - 1] : -1;
-  const T* const from = static_cast<const T*>(a.logits.data) + b * a.logits.stride[0] + w * a.logits.stride[1];
+  const T* const from = a.logits.pointer<T>(b, w);
   const RowReader<T> reader(from, a.logits.stride[2], token, first, last, a.columns, count);
-  float* const best = a.best + r * a.segments;
-  const float inverse = a.inverse * 1.44269504088896341f;
+  float* const best = a.best + r * a.plan.segments;
+  const float inv_temperature = a.inv_temperature * 1.44269504088896341f;  // in base 2
 
   const RowStats legal = read_row<T, kWarps, kVectors, kLanes>(
-      reader, thread, inverse, a.own_terms ? nullptr : best, a.segments, scratch);
+      reader, thread, inv_temperature, a.extra_terms ? nullptr : best, a.plan.segments, scratch);
   RowStats all = legal;
   if (a.vocab && count > 0 && count != a.columns) {
     const RowReader<T> whole(from, a.logits.stride[2], nullptr, 0, a.columns - 1, a.columns, int32_t(a.columns));
-    all = read_row<T, kWarps, kVectors, kLanes>(whole, thread, inverse, nullptr, 0, scratch);
+    all = read_row<T, kWarps, kVectors, kLanes>(whole, thread, inv_temperature, nullptr, 0, scratch);
   }
   const float log_sum = logf(legal.total);
   float entropy = log_sum - legal.moment * 0.69314718055994531f / legal.total;
   if (count < 2 || !(legal.total > 0) || !(entropy > 0)) entropy = 0;
 
   ExpandRow row;
-  row.shift = all.top > -kInf ? all.top : 0.0f;
+  row.row_max = all.top > -kInf ? all.top : 0.0f;
   row.log_sum = all.total > 0 ? logf(all.total) : 0.0f;
-  row.cum = a.cum_logp.data ? a.cum_logp.at(b, w) : 0.0f;
-  row.constant = a.value.data ? a.value_weight * a.value.at(b, w) : 0.0f;
-  if (a.bonus.data) row.constant += a.bonus.at(b, w);
-  if (a.entropy_weight != 0) row.constant += a.entropy_weight * entropy;
+  row.cum_logp = a.cum_logp.at_or(0.0f, b, w);
+  row.constant = a.constant(b, w, entropy);
   row.begin = int32_t(edges.begin);
   row.count = count;
   row.node = int32_t(node);
@@ -132,7 +122,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
   }
 
   constexpr int32_t kTile = 8 * kThreads * kVectors;
-  if (a.own_terms) {
+  if (a.extra_terms) {
     for (int32_t tile = 0; tile < reader.count; tile += 8 * kThreads) {
       const int32_t at = tile + 8 * thread;
       float mine = -kInf;
@@ -141,17 +131,17 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
         if (i >= count) break;
         const int64_t v = reader.column(i);
         if (v < 0 || v >= a.columns) continue;
-        const float z = cleaned(widened(read_one(from + v * reader.stride)));
-        if (z > -kInf) mine = fmaxf(mine, scored(a, row, z, own_term(a, b, w, row.node, v)).score);
+        const float z = cleaned(widened(load(from + v * reader.stride)));
+        if (z > -kInf) mine = fmaxf(mine, scored(a, row, z, extra_score(a, b, w, row.node, v)).score);
       }
       mine = segment_max<kLanes>(mine);
-      if (thread % kLanes == 0 && (at >> kSegmentBits) < a.segments) best[at >> kSegmentBits] = mine;
+      if (thread % kLanes == 0 && (at >> kSegmentBits) < a.plan.segments) best[at >> kSegmentBits] = mine;
     }
   }
   // The segments that no tile has reached.
-  const int32_t tile = a.own_terms ? 8 * kThreads : kTile;
+  const int32_t tile = a.extra_terms ? 8 * kThreads : kTile;
   const int64_t reached = ((int64_t(count) + tile - 1) / tile * tile) >> kSegmentBits;
-  for (int64_t i = reached + thread; i < a.segments; i += kThreads) best[i] = -kInf;
+  for (int64_t i = reached + thread; i < a.plan.segments; i += kThreads) best[i] = -kInf;
 }
 
 // ---------------------------------------------------------------- selection
@@ -167,8 +157,8 @@ struct ExpandChild {
   int32_t edge, token;
 };
 
-__device__ __forceinline__ ExpandChild expand_child(const ExpandTopK& a, int64_t b, uint32_t number) {
-  const uint32_t span = uint32_t(a.segments) << a.segment_bits;
+VSTAR_DEVICE ExpandChild expand_child(const ExpandLaunch& a, int64_t b, uint32_t number) {
+  const uint32_t span = uint32_t(a.plan.segments) << a.plan.segment_bits;
   ExpandChild child{0, -kInf, number / span, -1, -1};
   const ExpandRow row = a.row[b * a.width + child.parent];
   const int32_t c = int32_t(number - child.parent * span);
@@ -178,46 +168,46 @@ __device__ __forceinline__ ExpandChild expand_child(const ExpandTopK& a, int64_t
   if (child.token < 0 || child.token >= a.columns) return child;
   const float z = cleaned(a.logits.at(b, child.parent, child.token));
   if (!(z > -kInf)) return child;
-  const float own = a.own_terms ? own_term(a, b, child.parent, row.node, child.token) : 0.0f;
-  const Scored s = scored(a, row, z, own);
+  const float extra = a.extra_terms ? extra_score(a, b, child.parent, row.node, child.token) : 0.0f;
+  const Scored s = scored(a, row, z, extra);
   child.key = s.score > -kInf ? ordered_bits(s.score) : 0;
   child.logp = s.logp;
   return child;
 }
 
-__global__ void __launch_bounds__(kSelectThreads) expand_select_kernel(ExpandTopK a) {
+__global__ void __launch_bounds__(kSelectThreads) expand_select_kernel(ExpandLaunch a) {
   VSTAR_SHARED(memory);
   SelectScratch& s = *reinterpret_cast<SelectScratch*>(memory);
-  uint64_t* const list = a.listed ? a.listed + int64_t(blockIdx.x) * a.list : reinterpret_cast<uint64_t*>(memory + kSelectScratch);
-  uint32_t* const cache = reinterpret_cast<uint32_t*>(memory + kSelectScratch + (a.listed ? 0 : 8 * int64_t(a.list)));
-  int32_t* const picked = a.picked ? a.picked + int64_t(blockIdx.x) * a.winners : reinterpret_cast<int32_t*>(cache + a.cached);
+  uint64_t* const list = a.listed ? a.listed + int64_t(blockIdx.x) * a.plan.list : reinterpret_cast<uint64_t*>(memory + kSelectScratch);
+  uint32_t* const cache = reinterpret_cast<uint32_t*>(memory + kSelectScratch + (a.listed ? 0 : 8 * int64_t(a.plan.list)));
+  int32_t* const picked = a.picked ? a.picked + int64_t(blockIdx.x) * a.plan.winners : reinterpret_cast<int32_t*>(cache + a.plan.cached);
   const int thread = int(threadIdx.x);
-  const int64_t b = blockIdx.x, all_segments = a.width * a.segments;
+  const int64_t b = blockIdx.x, all_segments = a.width * a.plan.segments;
   const float* const best = a.best + b * all_segments;
 
   const auto segment_key = [&](int64_t i) -> uint32_t {
     float score = __ldg(best + i);
-    if (!a.own_terms && score > -kInf) {
-      const float4 head = __ldg(reinterpret_cast<const float4*>(a.row + b * a.width + uint32_t(i) / uint32_t(a.segments)));
+    if (!a.extra_terms && score > -kInf) {
+      const float4 head = __ldg(reinterpret_cast<const float4*>(a.row + b * a.width + uint32_t(i) / uint32_t(a.plan.segments)));
       ExpandRow row{head.x, head.y, head.z, head.w, 0, 0, 0};
       score = scored(a, row, score, 0.0f).score;
     }
     return score > -kInf ? ordered_bits(score) : 0;
   };
-  const bool in_cache = all_segments <= a.cached;
+  const bool in_cache = all_segments <= a.plan.cached;
   if (in_cache) {
     for (int64_t i = thread; i < all_segments; i += kSelectThreads) cache[i] = segment_key(i);
     __syncthreads();
   }
   const auto key_of_segment = [&](int64_t i) { return in_cache ? cache[i] : segment_key(i); };
-  Cut cut = find_cut(key_of_segment, all_segments, uint32_t(a.winners), s);
+  Cut cut = find_cut(key_of_segment, all_segments, uint32_t(a.plan.winners), s);
   const int segments = take_winners(key_of_segment, all_segments, cut, s, [&](int slot, int64_t i) { picked[slot] = int32_t(i); });
 
   // Where k segments were found, a child that cannot win is one below the worst of their best.
-  const uint32_t bound = segments == a.winners && cut.key > 1 ? cut.key : 1;
-  const int64_t children = int64_t(segments) << a.segment_bits;
+  const uint32_t bound = segments == a.plan.winners && cut.key > 1 ? cut.key : 1;
+  const int64_t children = int64_t(segments) << a.plan.segment_bits;
   const auto number = [&](int64_t i) {
-    return (uint32_t(picked[i >> a.segment_bits]) << a.segment_bits) + uint32_t(i & ((1 << a.segment_bits) - 1));
+    return (uint32_t(picked[i >> a.plan.segment_bits]) << a.plan.segment_bits) + uint32_t(i & ((1 << a.plan.segment_bits) - 1));
   };
   if (thread == 0) s.found = 0;
   __syncthreads();
@@ -225,20 +215,20 @@ __global__ void __launch_bounds__(kSelectThreads) expand_select_kernel(ExpandTop
     const uint32_t at = number(i), key = expand_child(a, b, at).key;
     if (key < bound) continue;
     const int slot = atomicAdd(&s.found, 1);
-    if (slot < a.list) list[slot] = (uint64_t(key) << 32) | uint32_t(~at);
+    if (slot < a.plan.list) list[slot] = (uint64_t(key) << 32) | uint32_t(~at);
   }
   __syncthreads();
   int found = s.found;
   __syncthreads();
-  if (found > a.list) {
+  if (found > a.plan.list) {
     // Too many reach the bound. In enumeration order they can be cut; the list has room to sort the segments.
     for (int i = thread; i < segments; i += kSelectThreads) list[i] = uint32_t(~picked[i]);
     __syncthreads();
-    sort_descending(list, segments, a.list);
+    sort_descending(list, segments, a.plan.list);
     for (int i = thread; i < segments; i += kSelectThreads) picked[i] = int32_t(~uint32_t(list[i]));
     __syncthreads();
     const auto key = [&](int64_t i) { return expand_child(a, b, number(i)).key; };
-    cut = find_cut(key, children, uint32_t(a.winners), s);
+    cut = find_cut(key, children, uint32_t(a.plan.winners), s);
     found = take_winners(key, children, cut, s, [&](int slot, int64_t i) {
       const uint32_t at = number(i);
       list[slot] = (uint64_t(key(i)) << 32) | uint32_t(~at);
@@ -248,61 +238,58 @@ __global__ void __launch_bounds__(kSelectThreads) expand_select_kernel(ExpandTop
   while (room < found) room *= 2;
   sort_descending(list, found, room);
 
-  const int64_t count = found < a.winners ? found : a.winners;
+  const int64_t count = found < a.plan.winners ? found : a.plan.winners;
   for (int64_t i = thread; i < a.k; i += kSelectThreads) {
-    const bool there = i < count;
-    const uint64_t key = there ? list[i] : 0;
-    ExpandChild child{0, -kInf, ~0u, -2, -1};
-    if (there) child = expand_child(a, b, key_sequence(key));
-    const int64_t to = b * a.k + i;
-    a.score[to] = there ? key_score(key) : -kInf;
-    a.logp[to] = child.logp;
-    a.parent[to] = int32_t(child.parent);
-    a.token[to] = child.token;
-    a.child[to] = child.edge + 1;
+    if (i < count) {
+      const ExpandChild child = expand_child(a, b, key_sequence(list[i]));
+      a.store(b, i, key_score(list[i]), child.logp, int32_t(child.parent), child.token, child.edge);
+    } else {
+      a.store_none(b, i);
+    }
   }
-  if (thread == 0) a.count[b] = int32_t(count);
+  if (thread == 0) a.num_valid[b] = int32_t(count);
 }
 
 // ---------------------------------------------------------------- launches
 
-// How a call is laid out; `bytes` of workspace, and whether a request's children can be numbered in 32 bits.
-struct ExpandPlan {
-  bool long_rows, possible;
-  int32_t segment_bits, segments, winners, list, cached;
-  int64_t row_bytes, best_bytes, picked_bytes, list_bytes, shared;
-  int64_t bytes() const { return row_bytes + best_bytes + picked_bytes + list_bytes; }
-};
+// A request's children are numbered in 32 bits, w * span + c.
+inline int64_t expand_segment_bits(const ExpandTopKArgs& a) {
+  return (a.vocab && a.columns > a.max_children ? a.columns : a.max_children) > 1024 ? kLongSegment : kShortSegment;
+}
+inline int64_t expand_segments(const ExpandTopKArgs& a) {
+  const int64_t children = a.max_children > 1 ? a.max_children : 1, bits = expand_segment_bits(a);
+  return (children + (int64_t(1) << bits) - 1) >> bits;
+}
+inline bool expand_possible(const ExpandTopKArgs& a) {
+  const int64_t numbers = (a.width * expand_segments(a)) << expand_segment_bits(a);
+  return numbers < (int64_t(1) << 32) && a.columns < (int64_t(1) << 31);
+}
 
-inline ExpandPlan plan_expand_topk(
-    int64_t batch, int64_t width, int64_t columns, int64_t k, int64_t max_children, bool vocab) {
+inline ExpandPlan plan_expand_topk(const ExpandTopKArgs& a) {
   ExpandPlan p{};
-  const int64_t children = max_children > 1 ? max_children : 1, longest = vocab && columns > children ? columns : children;
-  p.long_rows = longest > 1024;
-  p.segment_bits = p.long_rows ? kLongSegment : kShortSegment;
-  const int64_t segments = (children + (1 << p.segment_bits) - 1) >> p.segment_bits;
-  p.possible = ((width * segments) << p.segment_bits) < (int64_t(1) << 32) && columns < (int64_t(1) << 31);
-  if (!p.possible) return p;
+  const int64_t children = a.max_children > 1 ? a.max_children : 1, segments = expand_segments(a);
+  p.segment_bits = int32_t(expand_segment_bits(a));
+  p.long_rows = p.segment_bits == kLongSegment;
   p.segments = int32_t(segments);
-  const int64_t most = width * children > 1 ? width * children : 1;
-  p.winners = int32_t(k < most ? k : most);
+  const int64_t most = a.width * children > 1 ? a.width * children : 1;
+  p.winners = int32_t(a.k < most ? a.k : most);
   p.list = int32_t(next_power_of_2(p.winners > 256 ? 2 * int64_t(p.winners) : 512));
-  p.cached = width * segments <= 11776 ? int32_t(width * segments) : 0;
+  p.cached = a.width * segments <= 11776 ? int32_t(a.width * segments) : 0;
   p.shared = kSelectScratch + 4 * int64_t(p.cached);
   const bool small = p.list <= 4096;  // list and segments lie in shared memory
-  p.row_bytes = round_up(int64_t(sizeof(ExpandRow)) * batch * width, 256);
-  p.best_bytes = round_up(4 * batch * width * segments, 256);
-  p.list_bytes = small ? 0 : 8 * batch * p.list;
-  p.picked_bytes = small ? 0 : 4 * batch * p.winners;
+  p.row_bytes = round_up(int64_t(sizeof(ExpandRow)) * a.batch * a.width, 256);
+  p.best_bytes = round_up(4 * a.batch * a.width * segments, 256);
+  p.list_bytes = small ? 0 : 8 * a.batch * p.list;
+  p.picked_bytes = small ? 0 : 4 * a.batch * p.winners;
   if (small) p.shared += 8 * int64_t(p.list) + 4 * int64_t(p.winners);
   return p;
 }
 
 template <class T>
-inline void launch_expand_rows(const ExpandTopK& a, const ExpandPlan& p, const Launcher& launch) {
+inline void launch_expand_rows(const ExpandLaunch& a, const Launcher& launch) {
   const int64_t rows = a.batch * a.width;
   if (rows == 0) return;
-  if (p.long_rows) {
+  if (a.plan.long_rows) {
     launch(expand_rows_kernel<T, kLongWarps>, dim3{unsigned(rows)}, 32 * kLongWarps, 4 * 3 * kLongWarps, a);
   } else {
     const dim3 grid{unsigned((rows + kShortRows - 1) / kShortRows)};
@@ -310,26 +297,21 @@ inline void launch_expand_rows(const ExpandTopK& a, const ExpandPlan& p, const L
   }
 }
 
-// Two launches. The workspace has plan.bytes() bytes.
-inline void expand_topk(ExpandTopK a, const ExpandPlan& p, void* workspace, const Launcher& launch) {
-  if (a.batch == 0) return;
+inline int64_t expand_topk_workspace(const ExpandPlan& p) {
+  return p.row_bytes + p.best_bytes + p.list_bytes + p.picked_bytes;
+}
+
+// Two launches. The workspace has expand_topk_workspace() bytes.
+inline void launch_expand_topk(
+    const ExpandTopKArgs& args, const ExpandPlan& p, unsigned char* memory, const Launcher& launch) {
+  if (args.batch == 0) return;
+  unsigned char *const best = memory + p.row_bytes, *const list = best + p.best_bytes;
+  ExpandLaunch a{
+      args, p, args.seed || args.child_value || args.logp_weight < 0, reinterpret_cast<ExpandRow*>(memory),
+      reinterpret_cast<float*>(best), p.list_bytes ? reinterpret_cast<uint64_t*>(list) : nullptr,
+      p.picked_bytes ? reinterpret_cast<int32_t*>(list + p.list_bytes) : nullptr};
   a.max_children = a.max_children > 1 ? a.max_children : 1;
-  a.own_terms = a.seed != nullptr || a.child_value.data != nullptr || a.logp_weight < 0;
-  a.segment_bits = p.segment_bits;
-  a.segments = p.segments;
-  a.winners = p.winners;
-  a.list = p.list;
-  a.cached = p.cached;
-  unsigned char* const memory = static_cast<unsigned char*>(workspace);
-  a.row = reinterpret_cast<ExpandRow*>(memory);
-  a.best = reinterpret_cast<float*>(memory + p.row_bytes);
-  a.listed = p.list_bytes ? reinterpret_cast<uint64_t*>(memory + p.row_bytes + p.best_bytes) : nullptr;
-  a.picked = p.picked_bytes ? reinterpret_cast<int32_t*>(memory + p.row_bytes + p.best_bytes + p.list_bytes) : nullptr;
-  switch (a.logits.type) {
-    case FloatType::kFloat32: launch_expand_rows<float>(a, p, launch); break;
-    case FloatType::kBFloat16: launch_expand_rows<BFloat16>(a, p, launch); break;
-    default: launch_expand_rows<Float16>(a, p, launch);
-  }
+  dispatch(a.logits.type, [&](auto zero) { launch_expand_rows<decltype(zero)>(a, launch); });
   launch(expand_select_kernel, dim3{unsigned(a.batch)}, kSelectThreads, p.shared, a);
 }
 

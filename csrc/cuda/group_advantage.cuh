@@ -1,29 +1,23 @@
-// group_advantage: a block a request, one warp for the usual groups and eight for large ones. Threads stride over the
+// group_advantage: one block per request, one warp for the usual groups and eight for large ones. Threads stride over the
 // group three times: sum and extremes, squares, result. The rewards come from the caches after the first time. At
 // 1,024 requests of 64 rewards the launch itself is most of the time, so nothing is kept in registers.
 #pragma once
 
+#include "common/moments.h"
+#include "common/ops/group_advantage.h"
 #include "cuda/device.cuh"
 
 namespace vstar {
 namespace cuda {
 
-struct GroupAdvantage {
-  FloatView reward;  // [B, G]
-  MaskView mask;
-  float* out;
-  int64_t batch, group, ddof;
-  double eps, std_floor;
-};
-
 template <int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advantage_kernel(GroupAdvantage a) {
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advantage_kernel(GroupAdvantageArgs a) {
   VSTAR_SHARED(memory);
   double* const scratch = reinterpret_cast<double*>(memory);
   const int64_t b = blockIdx.x;
   double totals[2] = {0, 0};  // of the rewards, and how many there are
   float top = -kInf, bottom = kInf;
-  bool ordinary = true;
+  bool ordered = true;
   for (int64_t g = threadIdx.x; g < a.group; g += 32 * kWarps) {
     if (!a.mask.at(b, g)) continue;
     const float x = a.reward.at(b, g);
@@ -31,14 +25,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advan
     totals[1] += 1;
     top = x > top ? x : top;
     bottom = x < bottom ? x : bottom;
-    ordinary = ordinary && x == x;
+    ordered = ordered && x == x;
   }
   block_sums<kWarps>(totals, scratch);
   const double count = totals[1], mean = totals[0] / count;
   // Whether some rewards differ: from the first one's side, extremes and NaN of all threads.
   top = warp_max(top);
   bottom = warp_min(bottom);
-  bool equal = __all_sync(kAll, ordinary) != 0;
+  bool equal = __all_sync(kAll, ordered) != 0;
   if (kWarps > 1) {
     float* const extremes = reinterpret_cast<float*>(scratch);
     if (lane() == 0) {
@@ -62,16 +56,15 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advan
   }
   block_sums<kWarps>(squares, scratch);
   const bool signal = count > double(a.ddof) && !equal;
-  const double std = sqrt(squares[0] / (count - double(a.ddof)));
-  const double scale = 1.0 / ((std > a.std_floor || std != std ? std : a.std_floor) + a.eps);
+  const double scale = standardizing_scale(squares[0], count - double(a.ddof), a.std_floor, a.eps);
   for (int64_t g = threadIdx.x; g < a.group; g += 32 * kWarps) {
-    const bool there = signal && a.mask.at(b, g);
-    a.out[b * a.group + g] = there ? float((double(a.reward.at(b, g)) - mean) * scale) : 0.0f;
+    const bool valid = signal && a.mask.at(b, g);
+    a.advantage[b * a.group + g] = valid ? float((double(a.reward.at(b, g)) - mean) * scale) : 0.0f;
   }
 }
 
 // One launch, no workspace.
-inline void group_advantage(const GroupAdvantage& a, const Launcher& launch) {
+inline void launch_group_advantage(const GroupAdvantageArgs& a, const Launcher& launch) {
   if (a.batch == 0 || a.group == 0) return;
   const dim3 grid{unsigned(a.batch)};
   if (a.group <= 1024) {

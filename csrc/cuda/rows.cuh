@@ -1,5 +1,5 @@
-// A row of logits, read once: eight neighboring entries a thread at a time, by 16-byte loads where they lie together,
-// and the statistics from which its softmax and entropy are found. A warp a row, or a block.
+// A row of logits, read once: each thread takes eight neighboring entries at a time, by 16-byte loads where they lie
+// together, and the statistics from which its softmax and entropy are found. One warp per row, or one block.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -8,7 +8,7 @@ namespace vstar {
 namespace cuda {
 
 // 2^x for x <= 0.
-__device__ __forceinline__ float power_of_2(float x) {
+VSTAR_DEVICE float power_of_2(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -24,17 +24,19 @@ struct RowStats {
 };
 
 // x for z; what is infinitely below is far enough below to add nothing.
-__device__ __forceinline__ float below(float z, float top, float inverse) { return fmaxf((z - top) * inverse, -160.0f); }
+VSTAR_DEVICE float below(float z, float top, float inv_temperature) {
+  return fmaxf((z - top) * inv_temperature, -160.0f);
+}
 
-__device__ __forceinline__ RowStats rescaled(const RowStats& s, float top, float inverse) {
-  const float off = below(s.top, top, inverse), scale = power_of_2(off);
+VSTAR_DEVICE RowStats rescaled(const RowStats& s, float top, float inv_temperature) {
+  const float off = below(s.top, top, inv_temperature), scale = power_of_2(off);
   return {top, s.total * scale, (s.moment + s.total * off) * scale};
 }
 
 // Joined over the threads of a row. `scratch` holds 3 * kWarps floats.
 template <int kWarps>
-__device__ __forceinline__ RowStats joined(RowStats s, float inverse, float* scratch) {
-  s = rescaled(s, warp_max(s.top), inverse);
+VSTAR_DEVICE RowStats joined(RowStats s, float inv_temperature, float* scratch) {
+  s = rescaled(s, warp_max(s.top), inv_temperature);
   s.total = warp_sum(s.total);
   s.moment = warp_sum(s.moment);
   if (kWarps == 1) return s;
@@ -48,7 +50,7 @@ __device__ __forceinline__ RowStats joined(RowStats s, float inverse, float* scr
   for (int i = 0; i < kWarps; ++i) top = fmaxf(top, scratch[3 * i]);
   RowStats all{top, 0, 0};
   for (int i = 0; i < kWarps; ++i) {
-    const RowStats one = rescaled({scratch[3 * i], scratch[3 * i + 1], scratch[3 * i + 2]}, top, inverse);
+    const RowStats one = rescaled({scratch[3 * i], scratch[3 * i + 1], scratch[3 * i + 2]}, top, inv_temperature);
     all.total += one.total;
     all.moment += one.moment;
   }
@@ -57,21 +59,15 @@ __device__ __forceinline__ RowStats joined(RowStats s, float inverse, float* scr
 }
 
 // NaN reads as -inf, +inf as the largest finite float: `clean` in two instructions.
-__device__ __forceinline__ float cleaned(float z) { return fminf(fmaxf(z, -kInf), kFloatMax); }
+VSTAR_DEVICE float cleaned(float z) { return fminf(fmaxf(z, -kInf), kFloatMax); }
 
 template <class T> constexpr uint32_t kNone = 0;  // the bits of -inf
 template <> inline constexpr uint32_t kNone<BFloat16> = 0xFF80;
 template <> inline constexpr uint32_t kNone<Float16> = 0xFC00;
 
-__device__ __forceinline__ float read_one(const float* from) { return __ldg(from); }
-template <class Half>
-__device__ __forceinline__ Half read_one(const Half* from) {
-  return {__ldg(reinterpret_cast<const uint16_t*>(from))};
-}
-
-__device__ __forceinline__ float widened(float x) { return x; }
-__device__ __forceinline__ float widened(BFloat16 x) { return to_float(x); }
-__device__ __forceinline__ float widened(Float16 x) {
+VSTAR_DEVICE float widened(float x) { return x; }
+VSTAR_DEVICE float widened(BFloat16 x) { return to_float(x); }
+VSTAR_DEVICE float widened(Float16 x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
@@ -86,8 +82,8 @@ template <class T>
 struct Eight {
   uint32_t word[4];
 
-  __device__ __forceinline__ float at(int i) const { return widened(T{uint16_t(word[i / 2] >> (i % 2 * 16))}); }
-  __device__ __forceinline__ void read(const T* from) {
+  VSTAR_DEVICE float at(int i) const { return widened(T{uint16_t(word[i / 2] >> (i % 2 * 16))}); }
+  VSTAR_DEVICE void read(const T* from) {
     const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
     word[0] = v.x;
     word[1] = v.y;
@@ -95,7 +91,7 @@ struct Eight {
     word[3] = v.w;
   }
   // The eight from `skip` bytes after a multiple of 16 on; reads the 32 bytes that hold them.
-  __device__ __forceinline__ void read_skewed(const T* from, int skip) {
+  VSTAR_DEVICE void read_skewed(const T* from, int skip) {
     const uint4* const aligned = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(from) - uintptr_t(skip));
     const uint4 x = __ldg(aligned), y = __ldg(aligned + 1);
     const uint64_t a = x.x | uint64_t(x.y) << 32, b = x.z | uint64_t(x.w) << 32;
@@ -109,11 +105,11 @@ struct Eight {
     word[3] = uint32_t(second >> 32);
   }
   static constexpr bool kSkewed = true;
-  __device__ __forceinline__ void clear() {
+  VSTAR_DEVICE void clear() {
     const uint32_t lowest = kNone<T> | kNone<T> << 16;
     word[0] = word[1] = word[2] = word[3] = lowest;
   }
-  __device__ __forceinline__ void put(int i, T x) {
+  VSTAR_DEVICE void put(int i, T x) {
     const uint32_t bits = x.bits;
     word[i / 2] = i % 2 ? (word[i / 2] & 0xFFFFu) | bits << 16 : (word[i / 2] & 0xFFFF0000u) | bits;
   }
@@ -122,8 +118,8 @@ template <>
 struct Eight<float> {
   float z[8];
 
-  __device__ __forceinline__ float at(int i) const { return z[i]; }
-  __device__ __forceinline__ void read(const float* from) {
+  VSTAR_DEVICE float at(int i) const { return z[i]; }
+  VSTAR_DEVICE void read(const float* from) {
     for (int half = 0; half < 2; ++half) {
       const float4 v = __ldg(reinterpret_cast<const float4*>(from) + half);
       z[4 * half] = v.x;
@@ -132,12 +128,12 @@ struct Eight<float> {
       z[4 * half + 3] = v.w;
     }
   }
-  __device__ __forceinline__ void read_skewed(const float*, int) {}
+  VSTAR_DEVICE void read_skewed(const float*, int) {}
   static constexpr bool kSkewed = false;  // floats are read one by one instead: that is half as many as of halves
-  __device__ __forceinline__ void clear() {
+  VSTAR_DEVICE void clear() {
     for (int i = 0; i < 8; ++i) z[i] = -kInf;
   }
-  __device__ __forceinline__ void put(int i, float x) { z[i] = x; }
+  VSTAR_DEVICE void put(int i, float x) { z[i] = x; }
 };
 
 // Columns of a row of logits: those of a list of tokens, or `count` from `first` on.
@@ -150,7 +146,7 @@ struct RowReader {
   int32_t count, skip;  // bytes from a multiple of 16 to the first
   bool plain;           // consecutive in memory and inside of the row
 
-  __device__ __forceinline__ RowReader(
+  VSTAR_DEVICE RowReader(
       const T* from, int64_t stride, const int32_t* token, int64_t first, int64_t last, int64_t columns, int32_t count)
       : from(from), stride(stride), token(token), first(first), columns(columns), count(count) {
     const bool consecutive = count > 0 && first >= 0 && last < columns && last - first + 1 == count;
@@ -158,10 +154,10 @@ struct RowReader {
     if (consecutive) this->token = nullptr;
     skip = plain ? int32_t(reinterpret_cast<uintptr_t>(from + first) % 16) : 0;
   }
-  __device__ __forceinline__ int64_t column(int32_t c) const { return token ? int64_t(token[c]) : first + c; }
+  VSTAR_DEVICE int64_t column(int32_t c) const { return token ? int64_t(token[c]) : first + c; }
 
   // The logits of the children c .. c + 7, a multiple of 8; -inf where there is none.
-  __device__ __forceinline__ void read(int32_t c, Eight<T>& z) const {
+  VSTAR_DEVICE void read(int32_t c, Eight<T>& z) const {
     if (plain && skip == 0 && c + 8 <= count) {
       z.read(from + first + c);
       return;
@@ -176,22 +172,22 @@ struct RowReader {
     for (int i = 0; i < 8; ++i) {
       if (c + i >= count) continue;
       const int64_t v = column(c + i);
-      if (v >= 0 && v < columns) z.put(i, read_one(from + v * stride));
+      if (v >= 0 && v < columns) z.put(i, load(from + v * stride));
     }
   }
 };
 
 // The largest of a segment, in all of its lanes, of which each brings the largest of its eight.
 template <int kLanes>
-__device__ __forceinline__ float segment_max(float x) {
+VSTAR_DEVICE float segment_max(float x) {
   for (int step = 1; step < kLanes; step *= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
   return x;
 }
 
 // Statistics of what `reader` reads; with `best`, also the largest logit of every segment up to the last tile's end.
 template <class T, int kWarps, int kVectors, int kLanes>
-__device__ __forceinline__ RowStats read_row(
-    const RowReader<T>& reader, int thread, float inverse, float* best, int32_t segments, float* scratch) {
+VSTAR_DEVICE RowStats read_row(
+    const RowReader<T>& reader, int thread, float inv_temperature, float* best, int32_t segments, float* scratch) {
   constexpr int kThreads = 32 * kWarps;
   RowStats s;
   for (int32_t tile = 0; tile < reader.count; tile += 8 * kThreads * kVectors) {
@@ -212,13 +208,13 @@ __device__ __forceinline__ RowStats read_row(
         if (thread % kLanes == 0 && segment < segments) best[segment] = mine;
       }
     }
-    s = rescaled(s, fmaxf(s.top, top), inverse);
+    s = rescaled(s, fmaxf(s.top, top), inv_temperature);
     float total = 0, moment = 0;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float x = fminf(below(z[v].at(i), s.top, inverse), 0.0f), p = power_of_2(x);  // +inf is at the top
+        const float x = fminf(below(z[v].at(i), s.top, inv_temperature), 0.0f), p = power_of_2(x);  // +inf is at the top
         total += p;
         moment = fmaf(p, x, moment);
       }
@@ -226,7 +222,7 @@ __device__ __forceinline__ RowStats read_row(
     s.total += total;
     s.moment += moment;
   }
-  return joined<kWarps>(s, inverse, scratch);
+  return joined<kWarps>(s, inv_temperature, scratch);
 }
 
 }  // namespace cuda

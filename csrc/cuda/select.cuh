@@ -30,7 +30,7 @@ struct Cut {
 
 // The cut that leaves the k best of n candidates, or all of them if fewer exist. Ends with a barrier.
 template <class Key>
-__device__ __forceinline__ Cut find_cut(const Key& key, int64_t n, uint32_t k, SelectScratch& s) {
+VSTAR_DEVICE Cut find_cut(const Key& key, int64_t n, uint32_t k, SelectScratch& s) {
   const int threads = int(blockDim.x), thread = int(threadIdx.x), warps = threads / 32;
   uint32_t low = ~0u, high = 0, exist = 0;
   for (int64_t i = thread; i < n; i += threads) {
@@ -94,7 +94,7 @@ __device__ __forceinline__ Cut find_cut(const Key& key, int64_t n, uint32_t k, S
 // Hand every winner to take(slot, i); slots are 0, 1, ... in no particular order. Returns how many there are. Ends
 // with a barrier.
 template <class Key, class Take>
-__device__ __forceinline__ int take_winners(
+VSTAR_DEVICE int take_winners(
     const Key& key, int64_t n, const Cut& cut, SelectScratch& s, const Take& take) {
   const int threads = int(blockDim.x), thread = int(threadIdx.x);
   if (thread == 0) s.found = 0;
@@ -121,7 +121,7 @@ __device__ __forceinline__ int take_winners(
 }
 
 // Sort 64-bit keys, descending; the room of `keys` is `size`, a power of two, of which n are filled. Ends with a barrier.
-__device__ __forceinline__ void sort_descending(uint64_t* keys, int64_t n, int64_t size) {
+VSTAR_DEVICE void sort_descending(uint64_t* keys, int64_t n, int64_t size) {
   const int threads = int(blockDim.x), thread = int(threadIdx.x);
   for (int64_t i = n + thread; i < size; i += threads) keys[i] = 0;
   __syncthreads();

@@ -1,31 +1,19 @@
-// token_logp: a row a block, or a row a warp where a trie leaves at most a thousand columns of it.
+// token_logp: one block per row, or one warp where a trie leaves at most a thousand columns of it.
 //
-// token_logp_kernel reads a row once (rows.cuh) and keeps its largest logit and the logarithm of its mass; then a
-// thread looks up a target. token_logp_backward_kernel reads the row again and writes the gradient: over the whole
-// vocabulary eight entries a thread at a time, 16 bytes each way where they are aligned; below a trie it clears the
-// row first. Targets come last, behind a barrier: the first of equal ones writes the entry of all, so that a target
+// token_logp_kernel reads a row once (rows.cuh) and keeps its largest logit and the logarithm of its mass; then one
+// thread per target looks it up. token_logp_backward_kernel reads the row again and writes the gradient: over the whole
+// vocabulary each thread takes eight entries at a time, 16 bytes each way where they are aligned; below a trie it clears
+// the row first. Targets come last, behind a barrier: the first of equal ones writes the entry of all, so that a target
 // that comes twice needs no atomics.
 //
 // bf16 [4096, 151936]: 1.2 GB of logits read in each pass, 1.2 GB of gradient written.
 #pragma once
 
-#include "common/trie.h"
+#include "common/ops/token_logp.h"
 #include "cuda/rows.cuh"
 
 namespace vstar {
 namespace cuda {
-
-struct TokenLogp {
-  FloatView logits;  // [B, W, V]
-  IntView target;    // [B, W, T]
-  TrieView trie;     // without nodes: the whole vocabulary
-  IntView node;      // [B, W], or null
-  float inverse;     // 1 / temperature
-  int64_t width, columns, targets, rows, max_children;
-  float *logp, *entropy, *top, *log_mass;  // written by the forward pass, read by the backward pass
-  FloatView grad_logp, grad_entropy;       // [B, W, T] and [B, W], or null
-  void* gradient;                          // [B, W, V], of the logits' type
-};
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
@@ -38,10 +26,10 @@ struct TokenRow {
   const T* from;
   int64_t stride;
 
-  __device__ __forceinline__ TokenRow(const TokenLogp& a, int64_t r) : b(r / a.width), w(r % a.width), token(nullptr), count(0) {
-    from = static_cast<const T*>(a.logits.data) + b * a.logits.stride[0] + w * a.logits.stride[1];
+  VSTAR_DEVICE TokenRow(const LogitRows& a, int64_t r) : b(r / a.width), w(r % a.width), token(nullptr), count(0) {
+    from = a.logits.pointer<T>(b, w);
     stride = a.logits.stride[2];
-    if (a.node.data == nullptr) {
+    if (!a.node) {
       count = int32_t(a.columns);
       return;
     }
@@ -49,12 +37,12 @@ struct TokenRow {
     token = a.trie.token + edges.begin;
     count = int32_t(edges.end - edges.begin < a.max_children ? edges.end - edges.begin : a.max_children);
   }
-  __device__ __forceinline__ RowReader<T> reader(const TokenLogp& a) const {
+  VSTAR_DEVICE RowReader<T> reader(const LogitRows& a) const {
     const int64_t first = token == nullptr || count == 0 ? 0 : token[0];
     const int64_t last = token == nullptr || count == 0 ? int64_t(count) - 1 : token[count - 1];
     return {from, stride, token, first, last, a.columns, count};
   }
-  __device__ __forceinline__ bool holds(const TokenLogp& a, int64_t v) const {
+  VSTAR_DEVICE bool holds(const LogitRows& a, int64_t v) const {
     if (v < 0 || v >= a.columns) return false;
     if (token == nullptr) return true;
     int32_t low = 0, high = count;  // tokens are sorted
@@ -64,11 +52,11 @@ struct TokenRow {
     }
     return low < count && token[low] == v;
   }
-  __device__ __forceinline__ float at(int64_t v) const { return cleaned(widened(read_one(from + v * stride))); }
+  VSTAR_DEVICE float at(int64_t v) const { return cleaned(widened(load(from + v * stride))); }
 };
 
 template <class T, int kWarps>
-__global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogp a) {
+__global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogpArgs a) {
   constexpr int kThreads = 32 * kWarps, kVectors = kWarps == 1 ? 1 : 4;
   VSTAR_SHARED(memory);
   const int thread = kWarps == 1 ? lane() : int(threadIdx.x);
@@ -76,8 +64,8 @@ __global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogp a) {
   if (r >= a.rows) return;  // a whole warp, and no barriers of the block follow
   const TokenRow<T> row(a, r);
   const RowStats s = read_row<T, kWarps, kVectors, 1>(
-      row.reader(a), thread, a.inverse * kLog2e, nullptr, 0, reinterpret_cast<float*>(memory));
-  const float log_mass = s.total > 0 ? logf(s.total) : 0.0f, shift = s.top > -kInf ? s.top : 0.0f;
+      row.reader(a), thread, a.inv_temperature * kLog2e, nullptr, 0, reinterpret_cast<float*>(memory));
+  const float log_mass = s.total > 0 ? logf(s.total) : 0.0f, row_max = s.top > -kInf ? s.top : 0.0f;
   if (thread == 0) {
     const float entropy = log_mass - s.moment * kLn2 / s.total;
     a.entropy[r] = s.total > 0 && row.count > 1 && entropy > 0 ? entropy : 0.0f;
@@ -89,26 +77,26 @@ __global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogp a) {
     float logp = v < 0 ? 0.0f : -kInf;
     if (row.holds(a, v)) {
       const float z = row.at(v);
-      if (z > -kInf) logp = (z - shift) * a.inverse - log_mass;
+      if (z > -kInf) logp = (z - row_max) * a.inv_temperature - log_mass;
     }
     a.logp[r * a.targets + t] = logp;
   }
 }
 
 // What the gradient of an entry is made of, but for targets.
-struct RowGradient {
-  float shift, log_mass, inverse, total, of_entropy, entropy;
+struct EntryGradient {
+  float row_max, log_mass, inv_temperature, grad_logp, grad_entropy, entropy;
 
-  __device__ __forceinline__ float at(float z) const {
+  VSTAR_DEVICE float at(float z) const {
     if (!(z > -kInf)) return 0;
-    const float logp = (z - shift) * inverse - log_mass, p = power_of_2(fminf(logp * kLog2e, 0.0f));
+    const float logp = (z - row_max) * inv_temperature - log_mass, p = power_of_2(fminf(logp * kLog2e, 0.0f));
     if (!(p > 0)) return 0;  // where logp may be -inf
-    return (-p * total - of_entropy * (p * (logp + entropy))) * inverse;
+    return (-p * grad_logp - grad_entropy * (p * (logp + entropy))) * inv_temperature;
   }
 };
 
 // Eight entries of a row, at once where they lie at a multiple of 16 bytes.
-__device__ __forceinline__ void write_eight(float* to, const float* x, bool whole, int64_t left) {
+VSTAR_DEVICE void write_eight(float* to, const float* x, bool whole, int64_t left) {
   if (whole) {
     reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
     reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
@@ -117,7 +105,7 @@ __device__ __forceinline__ void write_eight(float* to, const float* x, bool whol
   for (int i = 0; i < 8 && i < left; ++i) to[i] = x[i];
 }
 template <class Half>
-__device__ __forceinline__ void write_eight(Half* to, const float* x, bool whole, int64_t left) {
+VSTAR_DEVICE void write_eight(Half* to, const float* x, bool whole, int64_t left) {
   Half half[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) put(x[i], half + i);
@@ -139,7 +127,7 @@ __device__ __forceinline__ void write_eight(Half* to, const float* x, bool whole
 constexpr int kGradientWarps = 8;
 
 template <class T>
-__global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_kernel(TokenLogp a) {
+__global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_kernel(TokenLogpBackwardArgs a) {
   constexpr int kThreads = 32 * kGradientWarps;
   VSTAR_SHARED(memory);
   double* const scratch = reinterpret_cast<double*>(memory);
@@ -150,18 +138,18 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
   T* const to = static_cast<T*>(a.gradient) + r * a.columns;
 
   const auto weight = [&](int64_t t) -> double {  // of a target; padding and what has no probability has none
-    const bool there = a.target.at(row.b, row.w, t) >= 0 && a.logp[r * a.targets + t] > -kInf;
-    return there ? double(a.grad_logp.at(row.b, row.w, t)) : 0.0;
+    const bool valid = a.target.at(row.b, row.w, t) >= 0 && a.logp[r * a.targets + t] > -kInf;
+    return valid ? double(a.grad_logp.at(row.b, row.w, t)) : 0.0;
   };
   double total[1] = {0};
-  if (a.grad_logp.data) {
+  if (a.grad_logp) {
     for (int64_t t = thread; t < a.targets; t += kThreads) total[0] += weight(t);
     block_sums<kGradientWarps>(total, scratch);
   }
   const float top = a.top[r];
-  const RowGradient gradient{
-      top > -kInf ? top : 0.0f, a.log_mass[r], a.inverse, float(total[0]),
-      a.grad_entropy.data ? a.grad_entropy.at(row.b, row.w) : 0.0f, a.entropy[r]};
+  const EntryGradient gradient{
+      top > -kInf ? top : 0.0f, a.log_mass[r], a.inv_temperature, float(total[0]),
+      a.grad_entropy ? a.grad_entropy.at(row.b, row.w) : 0.0f, a.entropy[r]};
 
   const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0;
   if (row.token == nullptr) {
@@ -185,7 +173,7 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
       if (v >= 0 && v < a.columns) put(count > 1 ? gradient.at(row.at(v)) : 0.0f, to + v);
     }
   }
-  if (a.grad_logp.data == nullptr || (row.token != nullptr && count < 2)) return;
+  if (!a.grad_logp || (row.token != nullptr && count < 2)) return;
   __syncthreads();  // the targets' entries have been written by other threads
   for (int64_t t = thread; t < a.targets; t += kThreads) {
     const int64_t v = a.target.at(row.b, row.w, t);
@@ -193,40 +181,31 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
     bool first = true;
     for (int64_t u = 0; u < t && first; ++u) first = a.target.at(row.b, row.w, u) != v;
     if (!first) continue;
-    double here = 0;
-    for (int64_t u = t; u < a.targets; ++u) here += a.target.at(row.b, row.w, u) == v ? weight(u) : 0.0;
-    put(float(here) * a.inverse + gradient.at(row.at(v)), to + v);
-  }
-}
-
-template <class T>
-inline void launch_token_logp(const TokenLogp& a, const Launcher& launch) {
-  if (a.node.data && a.max_children <= 1024) {
-    launch(token_logp_kernel<T, 1>, dim3{unsigned((a.rows + 7) / 8)}, 256, 0, a);
-  } else {
-    launch(token_logp_kernel<T, 8>, dim3{unsigned(a.rows)}, 256, 4 * 3 * 8, a);
+    double own = 0;
+    for (int64_t u = t; u < a.targets; ++u) own += a.target.at(row.b, row.w, u) == v ? weight(u) : 0.0;
+    put(float(own) * a.inv_temperature + gradient.at(row.at(v)), to + v);
   }
 }
 
 // One launch each, no workspace.
-inline void token_logp(const TokenLogp& a, const Launcher& launch) {
+inline void launch_token_logp(const TokenLogpArgs& a, const Launcher& launch) {
   if (a.rows == 0) return;
-  switch (a.logits.type) {
-    case FloatType::kFloat32: return launch_token_logp<float>(a, launch);
-    case FloatType::kBFloat16: return launch_token_logp<BFloat16>(a, launch);
-    default: return launch_token_logp<Float16>(a, launch);
-  }
+  dispatch(a.logits.type, [&](auto zero) {
+    using T = decltype(zero);
+    if (a.node && a.max_children <= 1024) {
+      launch(token_logp_kernel<T, 1>, dim3{unsigned((a.rows + 7) / 8)}, 256, 0, a);
+    } else {
+      launch(token_logp_kernel<T, 8>, dim3{unsigned(a.rows)}, 256, 4 * 3 * 8, a);
+    }
+  });
 }
 
-inline void token_logp_backward(const TokenLogp& a, const Launcher& launch) {
+inline void launch_token_logp_backward(const TokenLogpBackwardArgs& a, const Launcher& launch) {
   if (a.rows == 0 || a.columns == 0) return;
-  const dim3 grid{unsigned(a.rows)};
-  constexpr int kThreads = 32 * kGradientWarps, kShared = 8 * kGradientWarps;
-  switch (a.logits.type) {
-    case FloatType::kFloat32: return launch(token_logp_backward_kernel<float>, grid, kThreads, kShared, a);
-    case FloatType::kBFloat16: return launch(token_logp_backward_kernel<BFloat16>, grid, kThreads, kShared, a);
-    default: return launch(token_logp_backward_kernel<Float16>, grid, kThreads, kShared, a);
-  }
+  dispatch(a.logits.type, [&](auto zero) {
+    constexpr int kThreads = 32 * kGradientWarps, kShared = 8 * kGradientWarps;
+    launch(token_logp_backward_kernel<decltype(zero)>, dim3{unsigned(a.rows)}, kThreads, kShared, a);
+  });
 }
 
 }  // namespace cuda

@@ -1,6 +1,8 @@
-// Statistics of a group of numbers. Two passes in double over float32 data: sums of float32 rewards are
-// exact in practice, so the order of candidates does not show, and equal means compare equal.
+// Mean and deviation of a group of numbers. Two passes in double over float32 data: sums of float32 rewards are exact
+// in practice, so the order of candidates does not show, and equal means compare equal.
 #pragma once
+
+#include <cmath>
 
 #include "macros.h"
 
@@ -30,6 +32,12 @@ VSTAR_INLINE Moments moments(int64_t n, const At& at) {
     squares += off * off;
   }
   return {mean, squares, equal};
+}
+
+// 1 / (max(std, std_floor) + eps). A standard deviation of NaN stays NaN.
+VSTAR_INLINE double standardizing_scale(double sum_of_squares, double degrees_of_freedom, double std_floor, double eps) {
+  const double std = sqrt(sum_of_squares / degrees_of_freedom);
+  return 1.0 / ((std < std_floor ? std_floor : std) + eps);
 }
 
 }  // namespace vstar

@@ -1,0 +1,17 @@
+// What the ops on groups of token sequences have in common.
+#pragma once
+
+#include "common/views.h"
+
+namespace vstar {
+
+struct CandidateArgs {
+  IntView token;  // [B, G, L]
+  MaskView mask;  // [B, G]
+  int64_t batch, group, length;
+
+  // Of the outputs [B, G, L] of a request's candidate.
+  VSTAR_INLINE_MEMBER int64_t slot(int64_t b, int64_t g) const { return (b * group + g) * length; }
+};
+
+}  // namespace vstar

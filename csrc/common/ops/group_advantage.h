@@ -1,0 +1,15 @@
+#pragma once
+
+#include "common/views.h"
+
+namespace vstar {
+
+struct GroupAdvantageArgs {
+  FloatView reward;  // [B, G]
+  MaskView mask;     // [B, G]
+  int64_t batch, group, ddof;
+  double eps, std_floor;
+  float* advantage;  // [B, G]
+};
+
+}  // namespace vstar

@@ -1,0 +1,65 @@
+#pragma once
+
+#include "common/moments.h"
+#include "common/ops/candidates.h"
+
+namespace vstar {
+
+enum class Baseline { kSibling, kParent, kLeaveOneOut };
+
+struct SiblingAdvantageArgs : CandidateArgs {
+  FloatView reward;  // [B, G]
+  double eps, std_floor;
+  int64_t ddof, min_siblings;
+  Baseline baseline;
+  float* advantage;  // [B, G, L], as all results
+  bool* valid;
+  int32_t *node, *count;
+
+  VSTAR_INLINE_MEMBER void store(int64_t at, float its_advantage, bool is_valid, int64_t its_node, int64_t its_count) const {
+    advantage[at] = its_advantage;
+    valid[at] = is_valid;
+    node[at] = int32_t(its_node);
+    count[at] = int32_t(its_count);
+  }
+
+  // The results of a candidate that the mask leaves out.
+  VSTAR_INLINE_MEMBER void clear(int64_t b, int64_t g) const {
+    for (int64_t d = 0; d < length; ++d) store(slot(b, g) + d, 0.0f, false, -1, 0);
+  }
+};
+
+// (mean - base) * scale is the advantage of a child; a scale of 0 means no signal.
+struct SiblingScale {
+  double base, scale, total;
+};
+
+// Of the children of one parent: mean(i) is the i-th child's mean reward, count(i) its number of candidates.
+template <class Mean, class Count>
+VSTAR_INLINE SiblingScale sibling_scale(
+    const SiblingAdvantageArgs& a, int64_t siblings, const Mean& mean, const Count& count) {
+  if (siblings < a.min_siblings) return {0, 0, 0};
+  const Moments m = moments(siblings, mean);
+  if (m.equal) return {0, 0, 0};
+  const double scale = standardizing_scale(m.sum_of_squares, double(siblings - a.ddof), a.std_floor, a.eps);
+  double base = m.mean;
+  if (a.baseline == Baseline::kParent) {
+    double sum = 0;
+    int32_t candidates = 0;
+    for (int64_t i = 0; i < siblings; ++i) {
+      sum += mean(i) * double(count(i));
+      candidates += int32_t(count(i));
+    }
+    base = sum / double(candidates);
+  }
+  return {base, scale, m.mean * double(siblings)};
+}
+
+VSTAR_INLINE float sibling_advantage_of(
+    const SiblingAdvantageArgs& a, const SiblingScale& s, double mean, int64_t siblings) {
+  const bool leave_one_out = a.baseline == Baseline::kLeaveOneOut;
+  const double base = leave_one_out ? (s.total - mean) / double(siblings - 1) : s.base;
+  return s.scale == 0 ? 0.0f : float((mean - base) * s.scale);
+}
+
+}  // namespace vstar

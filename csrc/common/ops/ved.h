@@ -1,0 +1,189 @@
+// Arguments and arithmetic of value-guided tree search (V-STAR, Eqs. 10-14), in double over float32 data so that every
+// backend takes the same branch. Arrays are contiguous: [B, T] by node, [B, T, C] by child, [B, T, D] by leaf,
+// [B, levels + 1] by depth, [B] by tree, [B, rows] by row of a round.
+#pragma once
+
+#include <cmath>
+
+#include "common/floats.h"
+#include "common/order.h"
+
+namespace vstar {
+
+// G(s) = V(s) + lambda H(s) (+ w_p log pi(s)), a finite float32.
+VSTAR_INLINE float tree_priority(float value, float entropy, float logp, double entropy_weight, double logp_weight) {
+  double g = double(value) + entropy_weight * double(entropy);
+  if (logp_weight != 0) g += logp_weight * double(logp);
+  if (!(g >= -double(kFloatMax))) g = -double(kFloatMax);  // NaN too
+  return float(g > double(kFloatMax) ? double(kFloatMax) : g);
+}
+
+// U(s) = G(s) + beta sqrt(ln(N_root + 1) / (N(s) + 1)), with log_total = ln(N_root + 1).
+VSTAR_INLINE double tree_bound(float priority, int32_t visits, double log_total, double exploration) {
+  return double(priority) + exploration * sqrt(log_total / double(visits + 1));
+}
+
+// The nodes of a tree, whatever its size claims.
+VSTAR_INLINE int64_t tree_size(int32_t size, int64_t capacity) {
+  if (size < 0) return 0;
+  return size < capacity ? size : capacity;
+}
+
+// ---------------------------------------------------------------- select
+
+struct VedSelectArgs {
+  const int32_t *node, *parent, *num_children, *child_node, *depth, *depth_count, *size;
+  const float *priority, *child_logp;
+  const double* depth_sum;
+  int32_t *visits, *next_child, *budget;
+  int64_t batch, capacity, children, levels, paths, max_idle;
+  double exploration;
+  int32_t *row_parent, *row_node;
+  float* row_logp;
+
+  VSTAR_INLINE_MEMBER int64_t rows() const { return paths * levels; }
+
+  // The mean priority of a depth, which a node must reach to be expanded.
+  VSTAR_INLINE_MEMBER double gate(int64_t b, int64_t level) const {
+    const int64_t at = b * (levels + 1) + level;
+    return depth_sum[at] / double(depth_count[at] > 1 ? depth_count[at] : 1);
+  }
+  // Entries in the list of a node's children; s counts the nodes of all trees.
+  VSTAR_INLINE_MEMBER int64_t listed(int64_t s) const { return num_children[s] < children ? num_children[s] : children; }
+
+  VSTAR_INLINE_MEMBER void clear(int64_t row) const {
+    row_parent[row] = row_node[row] = -1;
+    row_logp[row] = -INFINITY;
+  }
+  // Give a row the next child of node s of tree b.
+  VSTAR_INLINE_MEMBER void take(int64_t b, int64_t row, int64_t s) const {
+    const int64_t child = (b * capacity + s) * children + next_child[b * capacity + s]++;
+    row_parent[row] = int32_t(s);
+    row_node[row] = child_node[child];
+    row_logp[row] = child_logp[child];
+  }
+};
+
+// ---------------------------------------------------------------- insert
+
+// An array of the tree that takes the rows' entries as they are.
+template <class T>
+struct EntryCopy {
+  T* to;
+  const T* from;
+  int64_t width;
+
+  VSTAR_INLINE_MEMBER void copy(int64_t target, int64_t source, int64_t first, int64_t step) const {
+    for (int64_t i = first; i < width; i += step) to[target * width + i] = from[source * width + i];
+  }
+};
+
+struct VedInsertArgs {
+  EntryCopy<int32_t> ints[6];
+  EntryCopy<float> floats[5];
+  EntryCopy<int64_t> slot;
+  const int32_t *row_node, *row_parent;
+  const float *row_logp, *row_value, *row_entropy;
+  float *value, *priority;
+  int32_t *visits, *next_child, *depth, *size, *depth_count;
+  double* depth_sum;
+  int64_t batch, capacity, rows, depths;
+  double logp_weight, entropy_weight;
+
+  // The depth that a row takes in a tree of this size; -1 if it is not stored.
+  VSTAR_INLINE_MEMBER int64_t level(int64_t b, int64_t row, int32_t its_size) const {
+    if (row_node[row] < 0 || its_size < 0 || its_size >= capacity) return -1;
+    const int64_t above = row_parent[row];
+    const int64_t level = above >= 0 && above < its_size ? depth[b * capacity + above] + 1 : 0;
+    return level < depths ? level : -1;
+  }
+  // Of the arrays, those from `first` on, one in `step`.
+  VSTAR_INLINE_MEMBER void copy_entries(int64_t to, int64_t row, int64_t first, int64_t step) const {
+    for (const auto& array : ints) array.copy(to, row, first, step);
+    for (const auto& array : floats) array.copy(to, row, first, step);
+    slot.copy(to, row, first, step);
+  }
+  // What a node is given beside its entries.
+  VSTAR_INLINE_MEMBER void set_up(int64_t b, int64_t to, int64_t row, int64_t level) const {
+    float v = row_value[row];
+    if (!(v >= -kFloatMax)) v = -kFloatMax;  // NaN too
+    if (v > kFloatMax) v = kFloatMax;
+    const float g = tree_priority(v, row_entropy[row], row_logp[row], entropy_weight, logp_weight);
+    value[to] = v;
+    priority[to] = g;
+    visits[to] = next_child[to] = 0;
+    depth[to] = int32_t(level);
+    depth_sum[b * depths + level] += double(g);
+    ++depth_count[b * depths + level];
+  }
+};
+
+// ---------------------------------------------------------------- candidates
+
+// Order of a leaf; the larger is the better, {0, 0} is none.
+struct LeafKey {
+  uint64_t first;   // whether it was evaluated or is forced, score, prefix
+  uint64_t second;  // log-probability among the completions of a prefix, then node
+};
+
+VSTAR_INLINE LeafKey leaf_key(bool completion, float score, int32_t prefix, float logp, int32_t node) {
+  const uint64_t body = (uint64_t(ordered_bits(score)) << 31) | (0x7FFFFFFFu - uint32_t(prefix));
+  const uint64_t of_logp = completion ? ordered_bits(logp) : 0;
+  return {completion ? body : body | uint64_t(1) << 63, (of_logp << 32) | (0x7FFFFFFFu - uint32_t(node))};
+}
+
+// Whether key x at place i comes before key y at place j.
+VSTAR_INLINE bool better_leaf(const LeafKey& x, int64_t i, const LeafKey& y, int64_t j) {
+  if (x.first != y.first) return x.first > y.first;
+  if (x.second != y.second) return x.second > y.second;
+  return i < j;
+}
+
+struct VedCandidatesArgs {
+  const int32_t *node, *size, *depth, *leaf_node, *num_leaves;
+  const float *logp, *value, *leaf_logp, *leaf_score;
+  int64_t batch, capacity, slots, length, k;
+  double logp_weight;
+  bool forced_first;
+  int32_t* out_node;
+  float *out_logp, *out_score;
+  int32_t* out_count;
+
+  // A leaf's place: of a node the leaf that it is itself, if it is one, then those listed below it.
+  VSTAR_INLINE_MEMBER int64_t width() const { return 1 + slots; }
+
+  // What an evaluated leaf is ranked by: V (+ w_p log pi). s counts the nodes of all trees.
+  VSTAR_INLINE_MEMBER float rank(int64_t s) const {
+    double score = double(value[s]);
+    if (logp_weight != 0) score += logp_weight * double(logp[s]);
+    return float(score);
+  }
+  VSTAR_INLINE_MEMBER LeafKey evaluated_key(int64_t s) const {
+    return leaf_key(false, rank(s), node[s], logp[s], node[s]);
+  }
+  VSTAR_INLINE_MEMBER LeafKey completion_key(int64_t s, int64_t slot) const {
+    const int64_t at = s * slots + slot;
+    const bool forced = forced_first && num_leaves[s] == 1;
+    return leaf_key(!forced, leaf_score[at], forced ? leaf_node[at] : node[s], leaf_logp[at], leaf_node[at]);
+  }
+
+  // The leaf at a place of tree b as its i-th candidate; none for a negative place.
+  VSTAR_INLINE_MEMBER void store(int64_t b, int64_t i, int64_t place) const {
+    const int64_t to = b * k + i, s = b * capacity + place / width(), slot = place % width() - 1;
+    const int64_t at = s * slots + slot;
+    if (place < 0) {
+      out_node[to] = -1;
+      out_logp[to] = out_score[to] = -INFINITY;
+    } else if (slot < 0) {
+      out_node[to] = node[s];
+      out_logp[to] = logp[s];
+      out_score[to] = rank(s);
+    } else {
+      out_node[to] = leaf_node[at];
+      out_logp[to] = leaf_logp[at];
+      out_score[to] = leaf_score[at];
+    }
+  }
+};
+
+}  // namespace vstar
