@@ -13,10 +13,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
+JOBS ?= 2
 
-LIST_TESTS = from vstar_ops.ops import OPS; print(*sorted({f"tests/test_{op.module}.py" for op in OPS.values()}))
+LIST_TESTS = from vstar_ops.ops import OPS; print("tests/test_every_op.py", *sorted({f"tests/test_{op.module}.py" for op in OPS.values()}))
 
 PY := $(VENV)/bin/python
+PARALLEL_TESTS := $(PY) -m pytest -n $(JOBS) --dist loadgroup
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.vstar_ops-ready
 
@@ -29,10 +31,10 @@ demo: setup
 	$(PY) -m vstar_ops.train $(or $(ARGS),--test-decoder ved)
 
 check: lint
-	$(PY) -m pytest -m "not slow" -n 2 $(ARGS)
+	$(PARALLEL_TESTS) -m "not slow" $(ARGS)
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PARALLEL_TESTS) $(ARGS)
 
 bench: setup
 	$(PY) -m benchmarks $(ARGS)

@@ -41,6 +41,7 @@ def finish(process: subprocess.Popen[bytes]) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(toy: Path, tmp_path: Path) -> None:
     alone, together, resumed = (tmp_path / name for name in ("alone", "together", "resumed"))
     options = ["--data", str(toy), *OPTIONS.split()]

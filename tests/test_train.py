@@ -355,6 +355,7 @@ def steps_done(run: Path, stage: str) -> int:
     return checkpoint.load(path)["now"]["step"] if path.exists() else -1
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--data", str(toy), *OPTIONS.split()]
@@ -382,6 +383,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
         assert (run / "curves.png").stat().st_size > 1000 and "SFT" in (run / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_policys_share_of_the_candidates_rises(toy: Path, tmp_path: Path, monkeypatch) -> None:
     seen = []
 
@@ -432,6 +434,7 @@ def test_ved_at_test(toy: Path, tmp_path: Path, monkeypatch, prior: bool) -> Non
     assert ("value_head.prior.weight" in weights) == prior
 
 
+@pytest.mark.slow
 def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     options = (
@@ -447,6 +450,7 @@ def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(results) == {"0", "1"} and len(results["0"]) == 5
 
 
+@pytest.mark.slow
 def test_packing_changes_no_result(toy: Path, tmp_path: Path) -> None:
     """A run with packed rows is one with a row a candidate."""
     options = ["--data", str(toy), *OPTIONS.split(), "--sft-epochs", "1", "--rl-steps", "3"]
