@@ -86,8 +86,10 @@ class VEDConfig:
         for name in ("budget", "max_leaves_per_prefix"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
-        for name, low in _LOWEST.items():
-            check_int(name, getattr(self, name), low)
+        for name in ("beam_width", "traversals_per_round"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("num_value_beams", "num_policy_candidates", "max_idle"):
+            check_int(name, getattr(self, name), 0)
         for name in ("entropy_weight", "exploration", "value_weight", "logp_weight"):
             check_finite(name, getattr(self, name))
         for name in ("evaluate_leaves", "child_values", "expand_root"):
@@ -104,17 +106,9 @@ class VEDConfig:
     @classmethod
     def paper(cls, **changes: Any) -> VEDConfig:
         """The search of the paper, with some fields changed."""
-        return cls(
-            **{
-                "beam_width": 8,
-                "value_weight": 1.0,
-                "logp_weight": 0.0,
-                "evaluate_leaves": True,
-                "child_values": False,
-                "num_value_beams": 0,
-                **changes,
-            }
-        )
+        fields: dict[str, Any] = {"beam_width": 8, "value_weight": 1.0, "logp_weight": 0.0}
+        fields |= {"evaluate_leaves": True, "child_values": False, "num_value_beams": 0}
+        return cls(**{**fields, **changes})
 
     @classmethod
     def training(cls, **changes: Any) -> VEDConfig:
@@ -142,12 +136,3 @@ class VEDConfig:
         if self.budget is None:
             return 1 + (length - 1) * num_candidates
         return check_int("budget", self.budget, length)
-
-
-_LOWEST = {
-    "beam_width": 1,
-    "num_value_beams": 0,
-    "num_policy_candidates": 0,
-    "traversals_per_round": 1,
-    "max_idle": 0,
-}
