@@ -116,18 +116,15 @@ def ved(
 
 def _check_model(model: PrefixModel, config: VEDConfig) -> None:
     """The methods that the config needs."""
+    unasked = "child_values=False and num_value_beams=0"
     for method, needed, otherwise in (
-        ("value", config.value_weight != 0, "config with value_weight=0"),
-        (
-            "child_value",
-            config.child_values,
-            "config VEDConfig.paper(), or one with child_values=False and num_value_beams=0",
-        ),
+        ("value", config.value_weight != 0, f"one with value_weight=0, {unasked}"),
+        ("child_value", config.child_values, f"VEDConfig.paper(), or one with {unasked}"),
     ):
         if needed and not hasattr(model, method):
+            given = type(model).__name__
             raise TypeError(
-                f"model must have {method}(state, slot), got {type(model).__name__}; for a model without it, "
-                f"pass a {otherwise}"
+                f"model must have {method}(state, slot), got {given}; else config must be {otherwise}"
             )
 
 

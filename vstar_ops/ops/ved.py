@@ -115,17 +115,18 @@ class SearchTrees:
         sizes: dict[str, int] = {}
         device = None
         for name, (dtype, axes, _fill) in _LAYOUT.items():
-            shape = tuple(sizes.get(axis) for axis in axes)
-            text = f"[{', '.join(axes)}]"
-            array = check(f"trees.{name}", getattr(self, name), shape, text, (dtype,), device)
+            array, shape = getattr(self, name), tuple([sizes.get(axis) for axis in axes])
+            check(f"trees.{name}", array, shape, _AXES[axes], (dtype,), device)
             if not array.is_contiguous():
                 raise ValueError(f"trees.{name} must be contiguous, got strides {array.stride()}")
-            sizes.update(zip(axes, array.shape))
-            device = array.device
+            if None in shape:
+                sizes.update(zip(axes, array.shape))
+                device = array.device
 
 
 # Array of SearchTrees -> dtype, axes, and what it holds in a tree without nodes.
 _LAYOUT = {name: hint.__metadata__ for name, hint in get_type_hints(SearchTrees, include_extras=True).items()}
+_AXES = {axes: f"[{', '.join(axes)}]" for _, axes, _ in _LAYOUT.values()}
 
 
 class SelectedRows(NamedTuple):
@@ -226,7 +227,7 @@ _run_candidates = define(
 def ved_select(
     trees: SearchTrees, *, exploration: float = 1.0, traversals: int = 1, max_idle: int = 1000
 ) -> SelectedRows:
-    r"""Steps 2 and 3: traverse every tree, and take one new child of each node that passes the gate.
+    r"""Traverse every tree, and take one new child of each node that passes the gate.
 
     A traversal goes from the root always to the child of largest
     :math:`U(s) = G(s) + \beta \sqrt{\ln(N_{root} + 1) / (N(s) + 1)}`, ties to the lower token, until a node
@@ -267,7 +268,7 @@ def ved_insert(
     entropy_weight: float = 0.1,
     logp_weight: float = 0.0,
 ) -> None:
-    r"""Step 4: append the evaluated rows to the trees, and add their G to the sums of their depths.
+    r"""Append the evaluated rows to the trees, and add their G to the sums of their depths.
 
     :math:`G = V + \lambda H + w_p \log\pi` (Eq. 10 for :math:`w_p = 0`), rounded to float32; a value that is
     NaN counts as the smallest finite float32. Rows with node -1, and what does not fit, are left out.
