@@ -235,7 +235,7 @@ def _ved(words: list[str] | None, default: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"--ved: expected paper or OPTION=VALUE of {', '.join(VED_OPTIONS)}, got {word!r}"
             )
-        kind = type(VED_OPTIONS[name])
+        kind = VED_OPTIONS[name]
         try:
             options[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):

@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import asdict, fields
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..decoding import BeamResult, beam_search, topk_sampling, ved
+from ..decoding import BeamResult, VEDConfig, beam_search, topk_sampling, ved
 from ..trie import Trie
 from .model import SIDTransformer
 
 DECODERS = ("beam", "topk", "ved")
 
-# Options of `ved`: the paper's own setting, and ours. Half of the first beams are the most probable prefixes,
-# half the most valuable of the others. So is a training batch: half of the candidates, at first, are what the
-# policy would answer anyway, since its mistakes are only unlearned in sight, and the others are the best leaf
-# of each other prefix, which spreads what V learns from. Action values rank the leaves, so that no tokens go
-# to these.
-PAPER: dict[str, Any] = {
-    "entropy_weight": 0.1,
-    "exploration": 1.0,
-    "logp_weight": 0.0,
-    "evaluate_leaves": True,
-}
-TUNED: dict[str, Any] = {
-    "entropy_weight": 0.1,
-    "exploration": 1.0,
-    "logp_weight": 1.0,
-    "value_weight": 3.0,
-    "evaluate_leaves": False,
-    "action_values": True,
-    "width": 12,
-    "guided": 6,
-    "completions": 1,
-    "own": 8,
-}
-
-VED_OPTIONS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(ved).parameters.items()
-    if type(parameter.default) in (int, float, bool) and name not in ("candidates", "seed")
-}
+PAPER: dict[str, Any] = asdict(VEDConfig.paper())
+TUNED: dict[str, Any] = asdict(VEDConfig.training())
+_KINDS = {"bool": bool, "int": int, "int | None": int, "float": float}
+VED_OPTIONS = {field.name: _KINDS[str(field.type)] for field in fields(VEDConfig) if field.type in _KINDS}
 
 
 def at_test(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a search in training, as a decoder at test: all candidates by rank."""
-    return {**options, "own": 0, "completions": 0}
+    return {**options, "num_policy_candidates": 0, "max_leaves_per_prefix": None}
 
 
 class Decoded(Protocol):
@@ -75,12 +50,11 @@ def decode(
 
     Args:
         seed: int64 ``[B]``; a beam search needs none.
-        options: of :func:`vstar_ops.decoding.ved`. Its budget is what a beam search of the same number of
-            candidates may spend, ``1 + (L - 1) K``, if there is none. A beam search takes a ``width`` above
+        options: fields of :class:`vstar_ops.decoding.VEDConfig`. A beam search takes a ``beam_width`` above
             ``candidates``, of which it returns the first.
     """
     if decoder == "beam":
-        found = beam_search(model, context, trie, max(options.get("width", 0), candidates))
+        found = beam_search(model, context, trie, max(options.get("beam_width", 0), candidates))
         sequence, node, logp = (x[:, :candidates] for x in found[:3])
         num_valid = found.num_valid.clamp(max=candidates)
         return BeamResult(sequence, node, logp, num_valid, found.forward_tokens)
@@ -88,5 +62,4 @@ def decode(
         return topk_sampling(model, context, trie, candidates, seed=seed)
     if decoder != "ved":
         raise ValueError(f"decoder must be one of {DECODERS}, got {decoder!r}")
-    budget = 1 + (trie.length - 1) * candidates
-    return ved(model, context, trie, candidates, seed=seed, **{"budget": max(budget, trie.length), **options})
+    return ved(model, context, trie, candidates, VEDConfig(**options), seed=seed)

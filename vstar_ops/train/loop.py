@@ -348,9 +348,9 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
     model.load_state_dict(sft.state_dict())
     sft.eval()
     options = dict(c.ved) if decoder == "ved" else {}
-    own, leaves = options.get("own", 0), options.get("evaluate_leaves", True)
+    own, leaves = options.get("num_policy_candidates", 0), options.get("evaluate_leaves", True)
     valued = decoder == "ved" and options.get("value_weight", 1) != 0
-    action_values = valued and options.get("action_values", False)
+    action_values = valued and options.get("child_values", False)
     if valued:
         job.add_value_head(model, action_values)
         returns_of = job.returns(reward_of)
@@ -369,7 +369,7 @@ def reinforce(job: Job, variant: str, sft: SIDTransformer) -> tuple[SIDTransform
         if decoder != "beam":
             seed = job.world.shard(torch.randint(2**62, (len(rows),))).rows
         if own:
-            options["own"] = round(own + (c.candidates - own) * progress)
+            options["num_policy_candidates"] = round(own + (c.candidates - own) * progress)
         found = decode(decoder, model, part.context, trie, c.candidates, seed, options)
         tokens = found.sequence.long()
         mask = found.node >= 0
