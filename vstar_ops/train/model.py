@@ -72,7 +72,7 @@ class PrefixCache:
 class PackedScores(NamedTuple):
     """What a model says at the outputs of :class:`vstar_ops.packing.PackedRows`.
 
-    Logits ``[B, 1 + n, V]``, with a value head V ``[B, 1 + n]``, and Q - V ``[B, 1 + n, V]`` where asked for.
+    Logits ``[B, 1 + n, V]``, with a value head V ``[B, 1 + n]``, and child values ``[B, 1 + n, V]`` where asked for.
     """
 
     logits: Tensor
@@ -116,12 +116,12 @@ class SIDTransformer(nn.Module):
                 deep = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * layers) ** 0.5 if deep else 0.02)
 
-    def add_value_head(self, *, action_values: bool = False, items: ItemEmbeddings | None = None) -> None:
+    def add_value_head(self, *, child_values: bool = False, items: ItemEmbeddings | None = None) -> None:
         """Value prefixes from now on. The head reads the backbone's hidden states and never moves them; with
         ``items`` it starts from what the prompt's items say, see :class:`ItemPrior`."""
         dim, block = self.token.weight.shape[1], self.blocks[0]
         own = Block(dim, block.heads, block.rate)  # type: ignore[arg-type]
-        self.value_head = ValueHead(own, dim, self.vocab, action_values=action_values, items=items)
+        self.value_head = ValueHead(own, dim, self.vocab, child_values=child_values, items=items)
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters of the policy and of the value head."""
@@ -142,7 +142,7 @@ class SIDTransformer(nn.Module):
         options = {"prompt_mask": prompt >= 0, "needed": needed, "leaves": leaves}
         return pack_prompts(prompt, candidates, mask, **options, compact=True)  # type: ignore[arg-type]
 
-    def packed(self, rows: PackedRows, *, action_values: bool = False) -> PackedScores:
+    def packed(self, rows: PackedRows, *, child_values: bool = False) -> PackedScores:
         """Evaluate all prefixes of packed rows in one causal pass."""
         token, mask = rows.input_ids, rows.mask()[:, 0]
         x = self.dropout(self.token(token) + self.position(rows.position_ids))
@@ -162,9 +162,9 @@ class SIDTransformer(nn.Module):
         request = torch.arange(shape[0], device=token.device).repeat_interleave(shape[1])
         of = (valued.flatten(0, 1), rows.select(prefix).flatten(), request, prior)
         value = self.value_head(*of).view(shape)
-        if not action_values:
+        if not child_values:
             return PackedScores(logits, value, None)
-        return PackedScores(logits, value, self.value_head.corrections(*of).view(*shape, -1))
+        return PackedScores(logits, value, self.value_head.child_values(*of).view(*shape, -1))
 
     def value(self, state: PrefixCache, slot: Tensor) -> Tensor:
         """V of evaluated prefixes; see :class:`ValueModel`."""
@@ -172,9 +172,9 @@ class SIDTransformer(nn.Module):
         return head(*of)
 
     def child_value(self, state: PrefixCache, slot: Tensor) -> Tensor:
-        """Q - V of evaluated prefixes and every token; see :class:`ValueModel`."""
+        """Child values of evaluated prefixes and every token; see :class:`ValueModel`."""
         head, of = self._valued(state, slot)
-        return head.corrections(*of)
+        return head.child_values(*of)
 
     def _valued(
         self, state: PrefixCache, slot: Tensor

@@ -21,7 +21,7 @@ class ItemEmbeddings:
     Args:
         trie: the catalogue.
         sequences: ints ``[N, L]``, its items.
-        vectors: float ``[N, E]``, one row an item.
+        vectors: float ``[N, E]``, one row per item.
     """
 
     def __init__(self, trie: Trie, sequences: Tensor, vectors: Tensor) -> None:
@@ -36,6 +36,15 @@ class ItemEmbeddings:
         return self.vectors[leaf.clamp(min=0)] * (leaf >= 0)[..., None]
 
 
+def item_embeddings(path: str | None, dataset: Dataset, trie: Trie) -> ItemEmbeddings:
+    """Those of the file ``path``, or, for None, out of the training clicks."""
+    if path:
+        vectors = load_embeddings(path, len(dataset.sequences))
+    else:
+        vectors = cooccurrence_embeddings(dataset, trie)
+    return ItemEmbeddings(trie, dataset.sequences, vectors)
+
+
 def load_embeddings(path: str | Path, items: int) -> Tensor:
     """Read float ``[items, E]`` from a ``.npy`` file, rows in the order of the catalogue's index.
 
@@ -45,7 +54,7 @@ def load_embeddings(path: str | Path, items: int) -> Tensor:
     array = np.load(path, allow_pickle=False)
     if array.ndim != 2 or len(array) != items or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
-            f"{path}: expected floats [{items}, E], one row an item, got {array.dtype} {list(array.shape)}"
+            f"{path}: expected floats [{items}, E], one row per item, got {array.dtype} {list(array.shape)}"
         )
     return torch.from_numpy(array.astype(np.float32))
 
@@ -89,14 +98,13 @@ def squared_error(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 class DenseReturn:
     """r of Eq. 8: nearness of a prefix's items to the logged target, at every level."""
 
-    def __init__(self, items: ItemEmbeddings, weights: tuple[float, ...] | None = None) -> None:
-        self.items, self.weights = items, weights
+    def __init__(self, items: ItemEmbeddings) -> None:
+        self.items = items
 
     def __call__(self, split: Split, candidates: Tensor, mask: Tensor) -> Tensor:
         """float32 ``[B, G, L]`` of ``candidates[B, G, L]``."""
         target = split.target
-        inputs = (candidates, self.items(candidates), target, self.items(target))
-        return prefix_returns(*inputs, mask, weights=self.weights).returns
+        return prefix_returns(candidates, self.items(candidates), target, self.items(target), mask).returns
 
 
 class RewardReturn:
@@ -214,7 +222,8 @@ def _levels(trie: Trie) -> list[tuple[int, int]]:
 
 
 class ValueHead(nn.Module):
-    """An MLP over the hidden states of a causal block of its own: V(s), and Q(s, v) - V(s) if asked for.
+    """An MLP over the hidden states of a causal block of its own: V(s), and on demand
+    the child values, ``Q(s, v) - V(s)``.
 
     The block is the model's own kind and is run with the model's layers, see :class:`SIDTransformer`. It
     reads the backbone's hidden states, which it never moves, and embeddings of its own, of the token and of
@@ -231,7 +240,7 @@ class ValueHead(nn.Module):
         dim: int,
         vocab: int,
         *,
-        action_values: bool = False,
+        child_values: bool = False,
         items: ItemEmbeddings | None = None,
         buckets: int = 2**14,
     ) -> None:
@@ -242,7 +251,7 @@ class ValueHead(nn.Module):
         self.norm, self.hidden = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.value = nn.Linear(dim, 1)
         self.reader = nn.Embedding(buckets, dim)
-        self.child = ChildValues(dim, vocab, 4 * buckets) if action_values else None
+        self.child = ChildValues(dim, vocab, 4 * buckets) if child_values else None
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
@@ -267,10 +276,10 @@ class ValueHead(nn.Module):
             return value
         return value + self.prior.at(prior, request, self.prior.find(prefix))
 
-    def corrections(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
-        """Q - V ``[N, vocab]``; with a prior 0 for what is no legal child."""
+    def child_values(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
+        """The child values ``[N, vocab]``; with a prior, 0 for what is no legal child."""
         if self.child is None:
-            raise ValueError("the value head was made without action values")
+            raise ValueError("the value head was made without child values")
         features = self._features(x)
         if self.prior is None or prior is None:
             token = torch.arange(self.child.token.out_features, device=x.device)
