@@ -23,7 +23,7 @@ TOGETHER = [*TORCHRUN, "-m", "vstar_ops.train"]
 # Dropout is each process' own.
 OPTIONS = "--category Toy --threads 1 --dropout 0 --sft-epochs 3 --rl-steps 8 --sft-batch-size 13"
 OPTIONS += " --rl-batch-size 13 --candidates 6 --checkpoint-every 1 --sft-evals 2 --rl-evals 2 --patience 9"
-OPTIONS += " --ved action_values=true evaluate_leaves=true logp_weight=1.0 --decoder ved --objective joint"
+OPTIONS += " --ved child_values=true evaluate_leaves=true logp_weight=1.0 --decoder ved --objective joint"
 STAGES = ("sft", "ved+joint")
 
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch is without gloo")

@@ -388,16 +388,16 @@ def test_the_policys_share_of_the_candidates_rises(toy: Path, tmp_path: Path, mo
     seen = []
 
     def spy(*arguments):
-        seen.append(arguments[-1].get("own"))
+        seen.append(arguments[-1]["num_policy_candidates"])
         return decode(*arguments)
 
     monkeypatch.setattr(loop, "decode", spy)
     options = ["--data", str(toy), *OPTIONS.split(), "--rl-steps", "4", "--sft-epochs", "1", "--ved"]
-    assert main([*options, "own=2", "--out", str(tmp_path / "ours")]) == 0
+    assert main([*options, "num_policy_candidates=2", "--out", str(tmp_path / "ours")]) == 0
     assert seen == [2, 3, 4, 5]  # of 6
     seen.clear()
     assert main([*options, "paper", "--out", str(tmp_path / "paper")]) == 0
-    assert seen == [None] * 4
+    assert seen == [0] * 4
 
 
 @pytest.mark.parametrize("prior", [True, False])

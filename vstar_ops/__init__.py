@@ -5,11 +5,15 @@ trie of legal semantic IDs, value-guided tree search, and sibling advantages for
 
 from ._backends import BackendStatus, backends, initialize, use_backend
 from ._triton import warmup
+from .noise import derive_seeds
 from .ops import (
     ExpandTopK,
+    LeafCandidates,
+    NodeEvaluation,
     PrefixReturns,
     PrefixTree,
     SearchTrees,
+    SelectedRows,
     SiblingAdvantage,
     SiblingGRPOLoss,
     TokenLogp,
@@ -26,7 +30,6 @@ from .ops import (
     ved_insert,
     ved_select,
 )
-from .reference import derive_seeds
 from .trie import Trie
 
 initialize()
@@ -36,9 +39,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendStatus",
     "ExpandTopK",
+    "LeafCandidates",
+    "NodeEvaluation",
     "PrefixReturns",
     "PrefixTree",
     "SearchTrees",
+    "SelectedRows",
     "SiblingAdvantage",
     "SiblingGRPOLoss",
     "TokenLogp",

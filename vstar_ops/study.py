@@ -42,12 +42,15 @@ from .trie import Trie
 Scores = dict[str, float]
 
 # (a): name -> decoder+objective, and what differs from the config's search; `item_prior` is the config's.
-NO_VALUE = {"value_weight": 0.0, "action_values": False, "guided": 0}
+NO_VALUE = {"value_weight": 0.0, "child_values": False, "num_value_beams": 0}
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRPO, beam search": ("beam+grpo", {}),
     "joint, beam search": ("beam+joint", {}),
     "joint, top-k sampling": ("topk+joint", {}),
-    "GRPO, beam search, V learned beside": ("ved+grpo", {"guided": 0, "width": 16, "own": 16}),
+    "GRPO, beam search, V learned beside": (
+        "ved+grpo",
+        {"num_value_beams": 0, "beam_width": 16, "num_policy_candidates": 16},
+    ),
     "GRPO, VED": ("ved+grpo", {}),
     "sibling only, VED": ("ved+sibling", {}),
     "V-STAR: joint, VED": ("ved+joint", {}),
@@ -56,12 +59,12 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "V-STAR, score H": ("ved+joint", {**NO_VALUE, "entropy_weight": 1.0, "logp_weight": 0.0}),
     "best-first, V = 0": ("ved+joint", NO_VALUE),
     "V-STAR without the item prior": ("ved+joint", {"item_prior": False}),
-    "V-STAR, not guided": ("ved+joint", {"guided": 0}),
+    "V-STAR, not guided": ("ved+joint", {"num_value_beams": 0}),
     "not guided, leaves evaluated": (
         "ved+joint",
-        {"guided": 0, "evaluate_leaves": True, "action_values": False},
+        {"num_value_beams": 0, "evaluate_leaves": True, "child_values": False},
     ),
-    "not guided, leaves by their parent's V": ("ved+joint", {"guided": 0, "action_values": False}),
+    "not guided, leaves by their parent's V": ("ved+joint", {"num_value_beams": 0, "child_values": False}),
 }
 REFERENCE, PLAIN = "V-STAR: joint, VED", "GRPO, beam search"
 WITHOUT = "log pi, V = 0"
@@ -71,7 +74,7 @@ PAPERS = "V-STAR, the paper's own search"  # evaluates leaves, so its policy is 
 SEARCHES: dict[str, dict[str, Any]] = {
     "log pi, V = 0": NO_VALUE,
     **{f"log pi + {weight:g} V": {"value_weight": weight} for weight in (1.0, 3.0, 30.0, 100.0)},
-    "beams by value alone": {"width": 10**6, "guided": 10**6},  # as wide as the budget allows
+    "beams by value alone": {"beam_width": 10**6, "num_value_beams": 10**6},  # as wide as the budget allows
 }
 COLUMNS = ("HR@10", "NDCG@10", "true_reward@10", "best_reward", "diversity", "forward_tokens")
 
@@ -177,7 +180,9 @@ class Study:
             budget = 1 + (self.job.trie.length - 1) * 16 * times
             _, options = self.chosen(model, 16, budget)
             papers, without = {**PAPER, "budget": budget}, self.search(WITHOUT, budget)
-            rows["beam search"][str(times)] = self.scores(model, "test", 16, "beam", {"width": 16 * times})
+            rows["beam search"][str(times)] = self.scores(
+                model, "test", 16, "beam", {"beam_width": 16 * times}
+            )
             rows["VED, the paper's"][str(times)] = self.scores(paper, "test", 16, "ved", papers)
             rows["VED, V = 0"][str(times)] = self.scores(model, "test", 16, "ved", without)
             rows["VED, chosen"][str(times)] = self.scores(model, "test", 16, "ved", options)

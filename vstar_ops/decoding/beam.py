@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import expand_topk
+from ..ops._library import check_int
 from ..trie import Trie
 from .protocol import PrefixModel
 
@@ -28,13 +29,13 @@ def beam_search(
     model: PrefixModel,
     context: Any,
     trie: Trie,
-    width: int,
+    beam_width: int,
     *,
     normalize: str = "legal",
     temperature: float = 1.0,
     skip_forced: bool = True,
 ) -> BeamResult:
-    """The ``width`` most probable legal sequences that a beam of that width finds.
+    """The ``beam_width`` most probable legal sequences that a beam of that width finds.
 
     ``L`` rounds of :func:`vstar_ops.expand_topk`; the last level is scored but never evaluated.
 
@@ -42,7 +43,7 @@ def beam_search(
         model: see :class:`PrefixModel`.
         context: a batch of ``B`` prompts, as the model takes them.
         trie: the catalogue, on the model's device.
-        width: ``K``, beams a request and candidates returned.
+        beam_width: ``K``, beams per request, and candidates returned.
         normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``.
         temperature: divides the logits.
         skip_forced: do not run the model on a prefix with a single legal child: under ``"legal"`` that
@@ -62,6 +63,7 @@ def beam_search(
     Raises:
         TypeError, ValueError: as :func:`vstar_ops.expand_topk`.
     """
+    check_int("beam_width", beam_width, 1)
     skip_forced = skip_forced and normalize == "legal"
     logits, state = model.prefill(context)
     batch = logits.shape[0]
@@ -88,7 +90,7 @@ def beam_search(
             frontier, beams.slot = frontier.unflatten(0, node.shape), slot.view_as(node)
             forward_tokens += (node >= 0).sum(1)
         out = expand_topk(
-            frontier, trie, node, width, cum_logp=cum_logp, normalize=normalize, temperature=temperature
+            frontier, trie, node, beam_width, cum_logp=cum_logp, normalize=normalize, temperature=temperature
         )
         beams.choose(out.parent.clamp(min=0).to(torch.int64), out.token.to(torch.int64))
         node, cum_logp, count = out.node.to(torch.int64), out.logp, out.num_valid

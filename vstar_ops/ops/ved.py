@@ -156,15 +156,15 @@ class SearchTrees:
 _FLOATS = ("logp", "value", "entropy", "priority", "child_logp", "leaf_logp", "leaf_score")
 
 
-class Rows(NamedTuple):
-    """The nodes that a round evaluates, ``[B, P]``; unused rows hold -1 and -inf."""
+class SelectedRows(NamedTuple):
+    """The nodes that a round evaluates, ``[B, P]``, one per row; unused rows hold -1 and -inf."""
 
     parent: Tensor
     node: Tensor
     logp: Tensor
 
 
-class Evaluation(NamedTuple):
+class NodeEvaluation(NamedTuple):
     """What the model says about the rows of a round, ``[B, P]`` or ``[B, P, C or D]``; see SearchTrees."""
 
     slot: Tensor
@@ -179,7 +179,7 @@ class Evaluation(NamedTuple):
     num_leaves: Tensor
 
 
-class Candidates(NamedTuple):
+class LeafCandidates(NamedTuple):
     """Leaves, best first; slots past ``num_valid`` hold -1 and -inf."""
 
     node: Tensor
@@ -251,7 +251,9 @@ _run_candidates = define(
 )
 
 
-def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, max_idle: int = 1000) -> Rows:
+def ved_select(
+    trees: SearchTrees, *, exploration: float = 1.0, traversals: int = 1, max_idle: int = 1000
+) -> SelectedRows:
     r"""Steps 2 and 3: traverse every tree, and take one new child of each node that passes the gate.
 
     A traversal goes from the root always to the child of largest
@@ -263,13 +265,14 @@ def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, 
     Args:
         trees: ``visits``, ``next_child`` and ``budget`` change.
         exploration: :math:`\beta`.
-        paths: traversals that give children, one after the other, before the model is asked. Later ones see
-            the visits of earlier ones, not their children: more than 1 trades exactness for larger forwards.
+        traversals: number of traversals that give children, one after the other, before the model is asked.
+            Later ones see the visits of earlier ones, not their children: more than 1 trades exactness for
+            larger forwards.
         max_idle: traversals in a row that may give nothing; one more ends the search of that tree.
 
     Returns:
-        :class:`Rows` ``[B, P]``, ``P = paths * levels``. A tree gives no row once its budget is spent, or
-        nothing can be expanded: no node with an unexpanded child passes the gate.
+        :class:`SelectedRows` ``[B, P]``, ``P = traversals * levels``. A tree gives no row once its budget is
+        spent, or nothing can be expanded: no node with an unexpanded child passes the gate.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
@@ -278,16 +281,16 @@ def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, 
     exploration = check_finite("exploration", exploration)
     if exploration < 0:
         raise ValueError(f"exploration must be >= 0, got {exploration}")
-    paths, max_idle = check_int("paths", paths, 1), check_int("max_idle", max_idle, 0)
+    traversals, max_idle = check_int("traversals", traversals, 1), check_int("max_idle", max_idle, 0)
     levels = trees.depth_sum.shape[1] - 1
     arrays = (getattr(trees, name) for name in _SELECT)
-    return Rows(*_run_select(trees.node.device, *arrays, levels, exploration, paths, max_idle))
+    return SelectedRows(*_run_select(trees.node.device, *arrays, levels, exploration, traversals, max_idle))
 
 
 def ved_insert(
     trees: SearchTrees,
-    rows: Rows,
-    evaluation: Evaluation,
+    rows: SelectedRows,
+    evaluation: NodeEvaluation,
     *,
     entropy_weight: float = 0.1,
     logp_weight: float = 0.0,
@@ -322,7 +325,7 @@ def ved_insert(
 
 def ved_candidates(
     trees: SearchTrees, length: int, k: int, *, logp_weight: float = 0.0, forced_first: bool = False
-) -> Candidates:
+) -> LeafCandidates:
     r"""The ``k`` best leaves of every tree: first those that were evaluated, then completions.
 
     Evaluated leaves (nodes of depth ``length``) are ordered by :math:`V + w_p \log\pi` descending, then by
@@ -331,7 +334,7 @@ def ved_candidates(
     token. ``forced_first`` ranks the only child of a prefix among the evaluated leaves.
 
     Returns:
-        :class:`Candidates` ``[B, k]``: distinct leaves; ``num_valid`` says how many exist.
+        :class:`LeafCandidates` ``[B, k]``: distinct leaves; ``num_valid`` says how many exist.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
@@ -339,7 +342,7 @@ def ved_candidates(
     trees.check()
     length, k = check_int("length", length, 1), check_int("k", k, 1)
     arrays = (getattr(trees, name) for name in _CANDIDATES)
-    return Candidates(
+    return LeafCandidates(
         *_run_candidates(
             trees.node.device,
             *arrays,

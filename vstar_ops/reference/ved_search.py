@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..noise import gumbel
 from ..trie import Trie
-from .gumbel import gumbel
 
 
 @dataclass
