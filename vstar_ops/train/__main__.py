@@ -81,7 +81,7 @@ def run_seed(run: Run) -> dict[str, Scores]:
         checkpoint.save(run.folder / f"{stage}.weights.pt", model.state_dict())
         known = {"seconds": seconds, "valid_NDCG@10": scores(model, "valid", tested)["NDCG@10"]}
         results[row] = scores(model, "test", tested) | known
-        if tested.for_model(model) != beam:
+        if tested.for_model(model).name != "beam":
             results[f"{row}, beam search at test"] = scores(model, "test", beam) | known
     return results
 

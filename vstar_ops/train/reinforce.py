@@ -18,7 +18,7 @@ from .data import Split
 from .decode import Decoded, Decoder
 from .model import SIDTransformer
 from .rewards import make_reward, reward_name
-from .scoring import CandidateRows, CandidateScores, candidate_rows
+from .scoring import CandidateScores, candidate_rows
 from .trainer import Batches, Evaluate, Run, Schedule, fit, optimizer_of
 from .value import DenseReturn, RewardReturn, item_embeddings, squared_error, td_target
 
@@ -90,7 +90,7 @@ class PolicyGradient:
         found = self.search(rows, requests, progress)
         tokens, mask = found.sequence.long(), found.node >= 0
         reward = self.reward_of(requests, tokens)
-        packed = candidate_rows(
+        laid_out = candidate_rows(
             self.model,
             requests.context,
             self.run.trie,
@@ -99,7 +99,9 @@ class PolicyGradient:
             leaves=c.ved.evaluate_leaves,
             pack=c.pack,
         )
-        scores, reference = self.score(packed)
+        scores = laid_out.scores(lambda rows: self.call("packed", rows, child_values=self.child_values))
+        with torch.no_grad():
+            reference = laid_out.scores(self.sft.packed).logp
         per_request, per_candidate = shard.weights(len(tokens), mask.sum())
         policy = sibling_grpo_loss(
             scores.logp,
@@ -134,16 +136,6 @@ class PolicyGradient:
             own = round(own + (c.candidates - own) * progress)
             decoder = dataclasses.replace(decoder, ved=c.ved.replace(num_policy_candidates=own))
         return decoder(self.model, requests.context, self.run.trie, seed)
-
-    def score(self, packed: CandidateRows) -> tuple[CandidateScores, Tensor]:
-        """What the policy says of the candidates, and the supervised policy's log-probabilities."""
-        scores = packed.scores(
-            lambda rows: self.call("packed", rows, child_values=self.child_values),
-            values=self.values,
-            child_values=self.child_values,
-        )
-        with torch.no_grad():
-            return scores, packed.scores(self.sft.packed).logp
 
     def value_loss(self, scores: CandidateScores, requests: Split, tokens: Tensor, mask: Tensor) -> Tensor:
         """The squared error of V, and of V + child value of each parent, against Eq. 9; 0 without values."""
