@@ -60,50 +60,30 @@ def option(default: Any, help: str, **argparse: Any) -> Any:
 class Config:
     """All options of a run. The defaults are those on real data."""
 
-    data: str | None = option(
-        None, "folder in MiniOneRec's layout (default: the synthetic catalogue)", metavar="DIR"
-    )
-    category: str = option("Industrial_and_Scientific", "which of its catalogues", metavar="NAME")
-    variants: tuple[Variant, ...] = (Variant("beam", "grpo"), Variant("beam", "joint"), Variant("ved", "joint"))
+    data: str | None = option(None, "folder in MiniOneRec's layout (default: the synthetic catalogue)")
+    category: str = option("Industrial_and_Scientific", "which of its catalogues")
+    variants: tuple[Variant, ...] = tuple(map(Variant.parse, ("beam+grpo", "beam+joint", "ved+joint")))
     seeds: tuple[int, ...] = option((0,), "one or several, as 0,1,2; several give 95 % intervals")
-    threads: int | None = option(
-        None, "CPU threads; with one, a run is repeatable bit for bit (default: torch's choice)"
-    )
+    threads: int | None = option(None, "CPU threads; one is repeatable bit for bit (default: torch's choice)")
     candidates: int = option(16, "candidates per request, and beam width")
     pack: bool = option(True, "run each prompt once per candidate, the conventional way, for comparison")
-    reward: str | None = option(
-        None, "what reinforcement maximizes (default: true on synthetic data, ranking otherwise)", choices=REWARDS
-    )
+    reward: str | None = option(None, "default: true on synthetic data, otherwise ranking", choices=REWARDS)
     sft_epochs: int = option(60, "epochs of supervised training")
     sft_batch_size: int = option(64, "users per step")
     sft_lr: float = option(1e-3, "peak learning rate of supervised training")
     rl_steps: int = option(300, "steps of reinforcement")
     rl_batch_size: int = option(64, "requests per step")
     rl_lr: float = option(1e-4, "learning rate of reinforcement")
-    clip: tuple[float, float] | None = option(
-        None, "bounds LOW HIGH of the ratio, as 0.2 0.28 (default: none)", nargs=2, type=float
-    )
     sibling_weight: float = option(1.0, "weight of the sibling term in joint")
     kl_weight: float = option(1e-3, "weight of the KL divergence from the supervised model")
-    ved: VEDConfig = VEDConfig.training()
+    ved: VEDConfig = VEDConfig.training()  # noqa: RUF009 (it is immutable)
     value_lr: float = option(1e-3, "learning rate of the value head")
-    value_loss_weight: float = option(1.0, "weight of the value loss")
-    value_return: str | None = option(
-        None,
-        "what V learns from: the reward, or the dense return of Eq. 8 (default: reward for true, otherwise dense)",
-        choices=("reward", "dense"),
-    )
     gamma: float = option(0.99, "discount of V's targets")
-    item_embeddings: str | None = option(
-        None,
-        "E numbers per item, for V and the dense return (default: computed from the clicks)",
-        metavar="NPY",
-    )
+    item_embeddings: str | None = option(None, ".npy file, E numbers per item (default: from the clicks)")
     item_prior: bool = option(True, "do not tell V how near the user's items are to a prefix")
     test_decoder: str = option(
         "beam",
-        "decoder in early stopping and at test; models without a value head always use beam, and a model tested "
-        "by ved gets a row for beam search too",
+        "in early stopping and at test; ved is for models with a value head, which get a row for beam too",
         choices=("beam", "ved"),
     )
     dropout: float = option(0.2, "dropout rate of supervised training")
@@ -118,8 +98,8 @@ class Config:
 
     @classmethod
     def synthetic(cls) -> Config:
-        """The defaults on the synthetic catalogue, which is easier to fit and has a denser reward. V learns that
-        reward itself, so that it deserves more weight."""
+        """The defaults on the synthetic catalogue, which is easier to fit and has a denser reward. V learns
+        that reward itself, so it deserves more weight."""
         ved = VEDConfig.training(value_weight=30.0)
         return cls(sft_epochs=12, rl_steps=150, rl_lr=6e-4, sibling_weight=0.1, ved=ved)
 
@@ -129,12 +109,12 @@ class Config:
 
     def to_json(self) -> str:
         """Text for :meth:`from_json`."""
-        values = dataclasses.asdict(self) | {"variants": [str(variant) for variant in self.variants]}
-        return json.dumps(values, indent=1)
+        return json.dumps(dataclasses.asdict(self) | {"variants": list(map(str, self.variants))}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Config:
         """The config that :meth:`to_json` wrote."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        values: dict[str, Any] = json.loads(text)
         values["variants"] = tuple(map(Variant.parse, values["variants"]))
-        return cls(**values | {"ved": VEDConfig(**values["ved"])})
+        values |= {"seeds": tuple(values["seeds"]), "ved": VEDConfig(**values["ved"])}
+        return cls(**values)

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from torch import Tensor
 
-from ..decoding import BeamResult, VEDConfig, beam_search, topk_sampling, ved
+from ..decoding import BeamResult, SampleResult, VEDConfig, VEDResult, beam_search, topk_sampling, ved
 from ..trie import Trie
 from .config import DECODERS
 from .model import SIDTransformer
 
 
-class Decoded(Protocol):
-    """The part of a decoder's result that training and evaluation read."""
-
-    @property
-    def sequence(self) -> Tensor: ...
-    @property
-    def node(self) -> Tensor: ...
-    @property
-    def num_valid(self) -> Tensor: ...
-    @property
-    def forward_tokens(self) -> Tensor: ...
+Decoded = BeamResult | SampleResult | VEDResult
 
 
 @dataclass(frozen=True)
@@ -42,7 +31,7 @@ class Decoder:
 
     name: str = "beam"
     num_candidates: int = 16
-    ved: VEDConfig = VEDConfig()
+    ved: VEDConfig = VEDConfig()  # noqa: RUF009 (it is immutable)
     beam_width: int = 0
 
     def __post_init__(self) -> None:
@@ -57,8 +46,8 @@ class Decoder:
         if self.name == "ved":
             return ved(model, context, trie, size, self.ved, seed=seed)
         found = beam_search(model, context, trie, max(self.beam_width, size))
-        first = (x[:, :size] for x in found[:3])
-        return BeamResult(*first, found.num_valid.clamp(max=size), found.forward_tokens)
+        sequence, node, logp = (x[:, :size] for x in found[:3])
+        return BeamResult(sequence, node, logp, found.num_valid.clamp(max=size), found.forward_tokens)
 
     def for_model(self, model: SIDTransformer) -> Decoder:
         """This decoder; instead of VED, beam search for a model without a value head."""

@@ -63,8 +63,9 @@ class PolicyGradient:
     """The step of reinforcement: search, reward, losses, backward.
 
     With a value head the search uses V as it stands, and the step then refines policy and V on what was
-    found. The number of the policy's own candidates rises from ``ved.num_policy_candidates`` to all of them at
-    the last step: what the search finds teaches early, what the policy itself would answer is polished late.
+    found. The number of the policy's own candidates rises from ``ved.num_policy_candidates`` to all of them
+    at the last step: what the search finds teaches early, what the policy itself would answer is polished
+    late.
     """
 
     def __init__(self, run: Run, variant: Variant, model: SIDTransformer, sft: SIDTransformer) -> None:
@@ -78,8 +79,9 @@ class PolicyGradient:
         self.sibling_weight = {"grpo": 0.0, "sibling": 1.0, "joint": c.sibling_weight}[variant.objective]
         name = reward_name(c.reward, run.dataset)
         self.reward_of = make_reward(name, run.dataset)
+        # The true reward says something of every candidate; others are too sparse to learn V from.
         self.returns_of: DenseReturn | RewardReturn = RewardReturn(self.reward_of)
-        if self.values and (c.value_return or ("reward" if name == "true" else "dense")) == "dense":
+        if self.values and name != "true":
             self.returns_of = DenseReturn(item_embeddings(c.item_embeddings, run.dataset, run.trie))
 
     def __call__(self, rows: Tensor, progress: float) -> dict[str, float]:
@@ -112,10 +114,9 @@ class PolicyGradient:
             global_weight=per_candidate * self.global_weight,
             sibling_weight=per_request * self.sibling_weight,
             kl_weight=per_candidate * c.kl_weight,
-            clip=c.clip,
         )
         value_loss = self.value_loss(scores, requests, tokens, mask)
-        (policy.loss + per_candidate * c.value_loss_weight * value_loss).backward()
+        (policy.loss + per_candidate * value_loss).backward()
         best = reward.max(1).values
         spread = best > reward.masked_fill(~mask, torch.inf).min(1).values
         by_request = {
