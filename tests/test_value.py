@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from vstar_ops import Trie
-from vstar_ops.decoding import beam_search, topk_sampling, ved
+from vstar_ops.decoding import VEDConfig, beam_search, topk_sampling, ved
 from vstar_ops.reference.ved_search import ved_search
 from vstar_ops.train import scoring
 from vstar_ops.train.decode import at_test, decode
@@ -133,37 +133,42 @@ def test_td_target() -> None:
 
 
 @pytest.mark.parametrize("evaluate_leaves", [True, False])
-@pytest.mark.parametrize("action_values", [True, False])
-def test_ved_of_the_model_is_the_sequential_search(model, trie, evaluate_leaves, action_values) -> None:
+@pytest.mark.parametrize("child_values", [True, False])
+def test_ved_of_the_model_is_the_sequential_search(model, trie, evaluate_leaves, child_values) -> None:
     context = torch.tensor([[0, 4, 8], [2, 6, 11], [-1, -1, -1]])
-    options = {"budget": 9, "width": 2, "evaluate_leaves": evaluate_leaves, "action_values": action_values}
-    options["guided"] = int(action_values)
-    out = ved(model, context, trie, 5, seed=torch.tensor([5, 6, 7]), **options)
+    config = VEDConfig.paper(
+        budget=9,
+        beam_width=2,
+        evaluate_leaves=evaluate_leaves,
+        child_values=child_values,
+        num_value_beams=int(child_values),
+    )
+    out = ved(model, context, trie, 5, config, seed=torch.tensor([5, 6, 7]))
     for b in range(3):
-        leaves, tree = ved_search(model, context[b : b + 1], trie, 5, seed=5 + b, **options)
+        leaves, tree = ved_search(model, context[b : b + 1], trie, 5, config, seed=5 + b)
         assert out.node[b, : len(leaves)].tolist() == [leaf.node for leaf in leaves]
         assert out.trees.node[b, : len(tree)].tolist() == [s.node for s in tree]
 
 
-@pytest.mark.parametrize("options", [{"own": 2}, {"completions": 1}, {"own": 2, "completions": 1}])
-def test_whose_candidates(model, trie, options) -> None:
+@pytest.mark.parametrize(("own", "most"), [(2, None), (0, 1), (2, 1)])
+def test_whose_candidates(model, trie, own, most) -> None:
     """The policy's own come first, then at most so many of each prefix while there are other prefixes."""
     context = torch.tensor([[0, 4, 8], [2, 6, 11]])
-    search = {"budget": 11, "evaluate_leaves": False, "action_values": True, "seed": 3}
-    plain = ved(model, context, trie, 5, **search)
-    out = ved(model, context, trie, 5, **search, **options)
+    search = VEDConfig.paper(budget=11, evaluate_leaves=False, child_values=True)
+    plain = ved(model, context, trie, 5, search, seed=3)
+    config = search.replace(num_policy_candidates=own, max_leaves_per_prefix=most)
+    out = ved(model, context, trie, 5, config, seed=3)
     assert torch.equal(out.trees.node, plain.trees.node) and out.num_valid.tolist() == [5, 5]
     probable = beam_search(model, context, trie, 7)  # the tree holds every prefix of this catalogue
-    own = options.get("own", 0)
     assert torch.equal(out.node[:, :own], probable.node[:, :own])
     torch.testing.assert_close(out.score[:, :own], probable.logp[:, :own])
     for b in range(2):
         rest = [n for n in plain.node[b].tolist() if n not in out.node[b, :own].tolist()]
-        if "completions" not in options:
+        if most is None:
             assert out.node[b, own:].tolist() == rest[: 5 - own]
             continue
         best_below: dict[tuple[int, ...], int] = {}
-        everything = ved(model, context, trie, 7, **search)
+        everything = ved(model, context, trie, 7, search, seed=3)
         for node, sequence in zip(everything.node[b].tolist(), everything.sequence[b, :, :2].tolist()):
             best_below.setdefault(tuple(sequence), node)
         want = [n for n in best_below.values() if n not in out.node[b, :own].tolist()]
@@ -211,18 +216,16 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
     assert torch.equal(prior.at(found, request, node), found[request, node])
 
 
-def test_guided_searches_start_from_the_best_by_value(model, trie) -> None:
-    """The first beams are ranked by log pi + w (V + Q)."""
+def test_value_beams_are_the_best_by_value(model, trie) -> None:
+    """The first beams are ranked by log pi + w (V + child value)."""
     context = torch.tensor([[0, 4, 8], [2, 6, 11]])
-    options = {"evaluate_leaves": False, "action_values": True, "logp_weight": 0.5, "value_weight": 3.0}
-    out = ved(model, context, trie, 2, budget=5, width=2, guided=2, **options)
+    config = VEDConfig(budget=5, beam_width=2, num_value_beams=2, logp_weight=0.5, value_weight=3.0)
+    out = ved(model, context, trie, 2, config)
     logits, state = model.prefill(context)
     root = torch.arange(2)
     q = 3 * (model.value(state, root)[:, None] + model.child_value(state, root))[:, :4]
     rank = 0.5 * logits[:, :4].log_softmax(1) + q  # the first tokens of the catalogue are 0 to 3
     assert torch.equal(out.trees.node[:, 1:3].long() - 1, rank.topk(2, 1).indices)
-    with pytest.raises(ValueError, match="guided needs action_values=True, got guided=1"):
-        ved(model, context, trie, 2, guided=1)
 
 
 def test_topk_sampling_draws_from_the_policy(model: SIDTransformer, trie: Trie) -> None:
@@ -276,7 +279,8 @@ def test_cooccurrence_embeddings_know_who_clicked_what() -> None:
 
 def test_decode_names(model: SIDTransformer, trie: Trie) -> None:
     context, seed = torch.tensor([[0, 4, 8]]), torch.tensor([1])
-    assert at_test({"own": 3, "width": 2}) == {"own": 0, "completions": 0, "width": 2}
+    training = {"num_policy_candidates": 3, "beam_width": 2}
+    assert at_test(training) == {"num_policy_candidates": 0, "max_leaves_per_prefix": None, "beam_width": 2}
     for name in ("beam", "topk", "ved"):
         found = decode(name, model, context, trie, 3, seed, {})
         assert found.sequence.shape == (1, 3, 3) and int(found.forward_tokens) <= 7

@@ -262,7 +262,8 @@ class _Search:
         )
         if child_value is None or not config.num_value_beams:
             return {}
-        return {"value": shaped["value"] / self.value_scale, "child_value": child_value.view(*shape, -1)}
+        child_value = child_value.view(*shape, child_value.shape[2])
+        return {"value": shaped["value"] / self.value_scale, "child_value": child_value}
 
     def leaves_below(
         self, node: Tensor, logp: Tensor, logits: Tensor, value: Tensor, child_value: Tensor | None
