@@ -227,9 +227,7 @@ def _correlations(model: SIDTransformer, run: Run, part: Split) -> dict[tuple[st
     """
     trie, result = run.trie, {}
     tokens = beam_search(model, part.context, trie, 64).sequence.long()
-    scores = candidate_scores(
-        model, part.context, trie, tokens, values=True, child_values=True, leaves=False
-    )
+    scores = candidate_scores(model, part.context, trie, tokens, values=True, child_values=True, leaves=False)
     assert scores.value is not None and scores.value_from_parent is not None
     # Leaves are valued by their parents: their own V is what no search asks and no loss trains.
     value = torch.cat([scores.value[..., :-1], scores.value_from_parent[..., -1:]], 2)

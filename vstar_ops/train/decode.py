@@ -11,7 +11,6 @@ from ..trie import Trie
 from .config import DECODERS
 from .model import SIDTransformer
 
-
 Decoded = BeamResult | SampleResult | VEDResult
 
 
