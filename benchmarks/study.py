@@ -131,7 +131,7 @@ class Study:
         return model.eval()
 
     def on_valid(self, config: Config) -> Callable[[SIDTransformer], Scores]:
-        """The evaluation of early stopping: the search of training as a decoder, where there is a value head."""
+        """The evaluation of early stopping: by VED where there is a value head."""
         decoder = Decoder("ved", config.candidates, config.ved.for_evaluation())
         return lambda model: self.scores(model, decoder.for_model(model), "valid", config.valid_rows)
 

@@ -23,7 +23,7 @@ REQUESTS, CANDIDATES = 64, 16
 
 
 class Updates:
-    """The update with or without packing, on a model of its own; requests go through in parts, to fit in memory."""
+    """The update with or without packing, on its own model; in parts of the requests, to fit in memory."""
 
     def __init__(
         self, pack: bool, model: SIDTransformer, batch: tuple[Tensor, ...], trie: Trie, part: int
@@ -33,7 +33,7 @@ class Updates:
         self.optimizer = optimizer_of(self.model, 1e-4, 0.0)
 
     def gradients(self) -> list[Tensor]:
-        """Of the objective, by forward and backward."""
+        """Gradients of the objective, by forward and backward."""
         self.optimizer.zero_grad()
         for context, candidates, reward, reference in zip(*(x.split(self.part) for x in self.batch)):
             scores = candidate_scores(self.model, context, self.trie, candidates, pack=self.pack)

@@ -97,88 +97,82 @@ def parser() -> argparse.ArgumentParser:
         "the candidates of a decoder. Without arguments on an embedded synthetic catalogue.",
         argument_default=argparse.SUPPRESS,
     )
+    real, made = Config(), Config.synthetic()
     p.add_argument("--out", type=Path, help="the run's folder (default: runs/<data>-<time>)")
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue the killed run in this folder")
-    p.add_argument(
-        "--decoder",
-        type=_some_of(DECODERS),
-        help=f"finds the candidates of training: some of {','.join(DECODERS)} (default: beam)",
+    for name, known in (("decoder", DECODERS), ("objective", OBJECTIVES)):
+        some_of = functools.partial(_some_of, known)
+        p.add_argument(f"--{name}", type=some_of, help=f"of the variants: some of {','.join(known)}")
+    p.epilog = (
+        "Every --objective is trained with every --decoder; the default of one alone is joint or beam, and of "
+        f"both {', '.join(map(str, real.variants))}, the last being V-STAR."
     )
-    p.add_argument(
-        "--objective",
-        type=_some_of(OBJECTIVES),
-        help=f"some of {','.join(OBJECTIVES)}, each with each decoder (default: joint; without --decoder and "
-        f"--objective {', '.join(map(str, Config().variants))}, the last being V-STAR)",
-    )
-    real, synthetic = Config(), Config.synthetic()
+    options = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(real.ved).items())
     p.add_argument(
         "--ved",
         nargs="+",
         metavar="OPTION=VALUE",
-        help="options of the tree search, the fields of VEDConfig, or paper for the paper's own: "
-        f"{', '.join(f'{name}={value}' for name, value in dataclasses.asdict(real.ved).items())}; on synthetic "
-        f"data value_weight={synthetic.ved.value_weight}",
+        help="options of the tree search, or paper for the paper's own; default: "
+        f"{options}; on synthetic data value_weight={made.ved.value_weight}",
     )
     for field in dataclasses.fields(Config):
         if not field.metadata:
             continue
-        options, name = dict(field.metadata), field.name.replace("_", "-")
-        options["help"] = options["help"].replace("%", "%%")
+        keywords, name = dict(field.metadata), field.name.replace("_", "-")
         if field.default is True:
-            p.add_argument(f"--no-{name}", dest=field.name, action="store_false", **options)
+            p.add_argument(f"--no-{name}", dest=field.name, action="store_false", **keywords)
             continue
-        if field.default is not None:
-            values = [getattr(config, field.name) for config in (synthetic, real)]
+        values = [getattr(config, field.name) for config in (made, real)]
+        if isinstance(field.default, (int, float, str)):
             default = "{} on synthetic data, {} otherwise" if values[0] != values[1] else "{}"
-            options["help"] += f" (default: {default.format(*values)})"
-        p.add_argument(f"--{name}", **{"type": _PARSE.get(str(field.type), str), **options})
+            keywords["help"] += f" (default: {default.format(*values)})"
+        p.add_argument(f"--{name}", **{"type": _PARSE.get(str(field.type), str), **keywords})
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the options, run, print the table."""
     with parallel.world() as world:
-        return _main(sys.argv[1:] if argv is None else argv, world)
+        p = parser()
+        given = vars(p.parse_args(argv))
+        try:
+            folder, config, dataset = _prepare(given, world)
+        except (OSError, TypeError, ValueError) as error:
+            p.error(str(error))
+        if world.is_main:
+            checkpoint.save_text(folder / "config.json", config.to_json())
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        text = run(config, dataset, folder, world)
+        if world.is_main:
+            print(text)
+            print(f"in {folder}: results.md, results.json, curves.png, and a folder per seed")
+        return 0
 
 
-def _main(argv: list[str], world: parallel.World) -> int:
-    p = parser()
-    given = vars(p.parse_args(argv))
+def _prepare(given: dict[str, Any], world: parallel.World) -> tuple[Path, Config, Dataset]:
+    """Folder, config and data of the options that were given."""
     if "resume" in given:
-        folder = given["resume"]
+        folder = given.pop("resume")
         if not (folder / "config.json").exists():
-            p.error(f"{folder} holds no run (no config.json)")
-        if len(given) > 1:
-            p.error("--resume continues a run with the options it was started with: give no others")
+            raise ValueError(f"{folder} holds no run (no config.json)")
+        if given:
+            raise ValueError("--resume continues a run with the options it was started with: give no others")
         config = Config.from_json((folder / "config.json").read_text())
     else:
         out = given.pop("out", None)
-        try:
-            config = _config(given)
-        except (TypeError, ValueError) as error:
-            p.error(str(error))
+        config = _config(given)
         name = config.category if config.data else "synthetic"
         folder = world.broadcast(out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if world.broadcast((folder / "config.json").exists()):
-            p.error(f"{folder} already holds a run: choose another --out, or give --resume {folder}")
-    try:
-        dataset = load_minionerec(config.data, config.category) if config.data else synthetic()
-        if config.item_embeddings:
-            load_embeddings(config.item_embeddings, len(dataset.sequences))
-    except (OSError, ValueError) as error:
-        p.error(str(error))
+            raise ValueError(f"{folder} already holds a run: choose another --out, or give --resume {folder}")
+    dataset = load_minionerec(config.data, config.category) if config.data else synthetic()
+    if config.item_embeddings:
+        load_embeddings(config.item_embeddings, len(dataset.sequences))  # fail now, not after a stage
     if config.reward == "true" and dataset.reward is None:
-        p.error("--reward true needs the synthetic catalogue; on real data choose rule or ranking")
+        raise ValueError("--reward true needs the synthetic catalogue; on real data choose rule or ranking")
     folder.mkdir(parents=True, exist_ok=True)
-    if world.is_main:
-        checkpoint.save_text(folder / "config.json", config.to_json())
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    text = run(config, dataset, folder, world)
-    if world.is_main:
-        print(text)
-        print(f"in {folder}: results.md, results.json, curves.png, and a folder per seed")
-    return 0
+    return folder, config, dataset
 
 
 def _config(given: dict[str, Any]) -> Config:
@@ -193,36 +187,33 @@ def _config(given: dict[str, Any]) -> Config:
 
 def _ved(words: Iterable[str], config: VEDConfig) -> VEDConfig:
     """``config`` changed by the words of ``--ved``: OPTION=VALUE, or ``paper``, which changes them all."""
-    changes: dict[str, Any] = {}
     types = {field.name: str(field.type) for field in dataclasses.fields(VEDConfig)}
+    changes: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if word == "paper":
             config, changes = VEDConfig.paper(), {}
-            continue
-        if name not in types or not equals:
+        elif name not in types or not equals:
             raise ValueError(f"--ved: expected paper or OPTION=VALUE of {', '.join(types)}, got {word!r}")
-        parse, expected = _VED_TYPES[types[name]]
-        try:
-            changes[name] = parse(text)
-        except (KeyError, ValueError):
-            raise ValueError(f"--ved: {name} must be {expected}, got {text!r}") from None
+        else:
+            parse, expected = _VED_TYPES[types[name]]
+            try:
+                changes[name] = parse(text)
+            except (KeyError, ValueError):
+                raise ValueError(f"--ved: {name} must be {expected}, got {text!r}") from None
     return config.replace(**changes)
 
 
-def _some_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(text.split(","))
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {unknown[0]!r}")
-        return tuple(dict.fromkeys(names))
-
-    return parse
+def _some_of(known: Iterable[str], text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {unknown[0]!r}")
+    return names
 
 
 def _seeds(text: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        return tuple(dict.fromkeys(map(int, text.split(","))))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers as 0,1,2, got {text!r}") from None
 

@@ -63,7 +63,7 @@ class Config:
     data: str | None = option(None, "folder in MiniOneRec's layout (default: the synthetic catalogue)")
     category: str = option("Industrial_and_Scientific", "which of its catalogues")
     variants: tuple[Variant, ...] = tuple(map(Variant.parse, ("beam+grpo", "beam+joint", "ved+joint")))
-    seeds: tuple[int, ...] = option((0,), "one or several, as 0,1,2; several give 95 % intervals")
+    seeds: tuple[int, ...] = option((0,), "one or several, as 0,1,2; several give intervals (default: 0)")
     threads: int | None = option(None, "CPU threads; one is repeatable bit for bit (default: torch's choice)")
     candidates: int = option(16, "candidates per request, and beam width")
     pack: bool = option(True, "run each prompt once per candidate, the conventional way, for comparison")

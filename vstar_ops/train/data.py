@@ -129,7 +129,7 @@ class UserWindows:
         return torch.stack([torch.arange(len(lengths)), stop - size, stop], 1), size
 
     def items(self, windows: Tensor, dropout: float) -> Tensor:
-        """The items of ``windows[B, 3]`` but for those dropped at random; int64 ``[B, n, L]``, padded by -1."""
+        """The items of ``windows[B, 3]``, some dropped at random; int64 ``[B, n, L]``, padded by -1."""
         views = (self.sequences[user][start:stop] for user, start, stop in windows.tolist())
         kept = [_drop_items(view, dropout) for view in views]
         return nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)

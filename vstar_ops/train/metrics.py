@@ -64,7 +64,7 @@ def evaluate(
 ) -> Scores:
     """Decode candidates for every request of a split with fixed seeds, and score them.
 
-    The reward is the true one where it is known (then ``true_reward@10`` is added), otherwise 1 for the target.
+    The reward is the true one where it is known (this adds ``true_reward@10``), otherwise 1 for the target.
     """
     training = model.training
     model.eval()

@@ -26,11 +26,11 @@ from .value import ItemEmbeddings, ValueHead, hash_prefix, hash_prefixes
 class PrefixCache:
     """The evaluated prefixes of ``B`` requests.
 
-    Keys and values are laid out by request, ``[B, heads, S, head_dim]`` a layer: first the prompt, then
+    Keys and values are laid out by request, ``[B, heads, S, head_dim]`` per layer: first the prompt, then
     the evaluated prefixes. A prefix is described by the *columns* of its request that it sees.
 
     Attributes:
-        keys, values: one tensor a layer, the value head's block being the last; ``S`` columns are in use.
+        keys, values: one tensor per layer, the value head's block being the last; ``S`` columns are in use.
         visible: bool ``[slots, S]``, what a slot sees of its request: what its parent sees, and itself.
         request: int64 ``[slots]``, the request of a slot.
         position: int64 ``[slots]``, the number of tokens before the slot's own.
@@ -72,7 +72,7 @@ class PrefixCache:
 class PackedScores(NamedTuple):
     """What a model says at the outputs of :class:`vstar_ops.packing.PackedRows`.
 
-    Logits ``[B, 1 + n, V]``, with a value head V ``[B, 1 + n]``, and child values ``[B, 1 + n, V]`` where asked for.
+    Logits ``[B, 1 + n, V]``, with a value head V ``[B, 1 + n]``, on demand child values ``[B, 1 + n, V]``.
     """
 
     logits: Tensor
@@ -129,18 +129,18 @@ class SIDTransformer(nn.Module):
         own = {id(p) for p in head}
         return [p for p in self.parameters() if id(p) not in own], head
 
-    def forward(self, tokens: Tensor, last: int = 0) -> Tensor:
-        """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns. With ``last``
-        only so many rows, the last ones."""
-        return self._head(self._causal(tokens)[0][:, -last:])
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns."""
+        return self._head(self._causal(tokens)[0])
 
     def pack(
         self, context: Tensor, candidates: Tensor, mask: Tensor, needed: Tensor, *, leaves: bool
     ) -> PackedRows:
         """Prompts ``context[B, T]`` and the prefixes of their candidates, for :meth:`packed`."""
         prompt = F.pad(context.long(), (1, 0), value=self.vocab)
-        options = {"prompt_mask": prompt >= 0, "needed": needed, "leaves": leaves}
-        return pack_prompts(prompt, candidates, mask, **options, compact=True)  # type: ignore[arg-type]
+        return pack_prompts(
+            prompt, candidates, mask, prompt_mask=prompt >= 0, needed=needed, leaves=leaves, compact=True
+        )
 
     def packed(self, rows: PackedRows, *, child_values: bool = False) -> PackedScores:
         """Evaluate all prefixes of packed rows in one causal pass."""
@@ -253,7 +253,7 @@ class SIDTransformer(nn.Module):
         self, tokens: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], list[Tensor]]:
         """The causal pass: hidden states of backbone and value block, positions, mask ``[B, 1+T, 1+T]``, keys
-        and values a layer."""
+        and values per layer."""
         tokens = F.pad(tokens.long(), (1, 0), value=self.vocab)
         real = tokens >= 0
         position = (real.cumsum(1) - 1).masked_fill(~real, 0)  # columns of padding do not count

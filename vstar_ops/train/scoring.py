@@ -115,8 +115,9 @@ def candidate_scores(
     leaves: bool = True,
     pack: bool = True,
 ) -> CandidateScores:
-    """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable; with ``values`` also V
-    of every prefix, all in one pass.
+    """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable.
+
+    With ``values`` also V of every prefix, all in one pass.
 
     A row of logits depends on the request and the parent prefix only. So each prompt is run once, with the
     tree of its candidates' prefixes behind it; prefixes below which nothing branches are not run at all.
@@ -124,8 +125,8 @@ def candidate_scores(
 
     Values need every prefix to be run, with ``leaves`` the whole candidates as well. ``value[..., l]`` and
     ``value_from_parent[..., l]`` are about the prefix of ``l + 1`` tokens: V of the prefix itself, and, with
-    ``child_values``, V of its parent plus the child value. Both are 0 for padded candidates; ``value`` is also
-    0 for whole candidates without ``leaves``.
+    ``child_values``, V of its parent plus the child value. Both are 0 for padded candidates; without
+    ``leaves``, ``value`` is also 0 for whole candidates.
 
     Args:
         model: see :class:`SIDTransformer`.

@@ -188,8 +188,7 @@ class _State:
         self, run: Run, stage: str, model: SIDTransformer, optimizer: torch.optim.Optimizer, batches: Batches
     ) -> None:
         self.model, self.optimizer, self.batches = model, optimizer, batches
-        self.path, self.progress = run.folder / f"{stage}.pt", Progress()
-        self.best_weights = {k: v.clone() for k, v in model.state_dict().items()}
+        self.path, self.progress, self.best_weights = run.folder / f"{stage}.pt", Progress(), _weights(model)
         self.resumed = run.world.broadcast(self.path.exists())
         if self.resumed:
             saved = checkpoint.load(self.path)
@@ -198,9 +197,8 @@ class _State:
             optimizer.load_state_dict(saved["optimizer"])
             batches.plan, batches.position = saved["plan"], saved["position"]
             torch.set_rng_state(saved["rng"])
-        self.file = None
-        if run.world.is_main:
-            self.file = checkpoint.MetricsFile(run.folder / f"{stage}.jsonl", self.progress.metrics)
+        path = run.folder / f"{stage}.jsonl"
+        self.file = checkpoint.MetricsFile(path, self.progress.metrics) if run.world.is_main else None
 
     def log(self, record: dict[str, Any]) -> None:
         if self.file:
@@ -211,26 +209,25 @@ class _State:
         self.progress.bad += 1
         if score > self.progress.best:
             self.progress.best, self.progress.bad = score, 0
-            self.best_weights.update({k: v.clone() for k, v in self.model.state_dict().items()})
+            self.best_weights = _weights(self.model)
 
     def save(self) -> None:
         """Write the checkpoint, in the main process."""
-        if self.file is None:
-            return
-        self.progress.metrics = self.file.position()
-        state = {
-            "progress": dataclasses.asdict(self.progress),
-            "model": self.model.state_dict(),
-            "best_weights": self.best_weights,
-            "optimizer": self.optimizer.state_dict(),
-            "plan": self.batches.plan,
-            "position": self.batches.position,
-            "rng": torch.get_rng_state(),
-        }
-        checkpoint.save(self.path, state)
+        if self.file:
+            self.progress.metrics = self.file.position()
+            state: dict[str, Any] = {
+                name: getattr(self, name).state_dict() for name in ("model", "optimizer")
+            }
+            state |= {"progress": dataclasses.asdict(self.progress), "best_weights": self.best_weights}
+            state |= {"plan": self.batches.plan, "position": self.batches.position}
+            checkpoint.save(self.path, state)
 
     def close(self) -> None:
         """Leave the best weights in the model."""
         if self.file:
             self.file.close()
         self.model.load_state_dict(self.best_weights)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -2,6 +2,7 @@ r"""The value model: its head, what it is trained on, and where item embeddings 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +96,11 @@ def squared_error(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, error, 0).sum() / mask.sum().clamp(min=1)
 
 
+@dataclass(frozen=True)
 class DenseReturn:
     """r of Eq. 8: nearness of a prefix's items to the logged target, at every level."""
 
-    def __init__(self, items: ItemEmbeddings) -> None:
-        self.items = items
+    items: ItemEmbeddings
 
     def __call__(self, split: Split, candidates: Tensor, mask: Tensor) -> Tensor:
         """float32 ``[B, G, L]`` of ``candidates[B, G, L]``."""
@@ -107,11 +108,11 @@ class DenseReturn:
         return prefix_returns(candidates, self.items(candidates), target, self.items(target), mask).returns
 
 
+@dataclass(frozen=True)
 class RewardReturn:
     """r where the reward itself says enough: 0 on the way, and the candidate's reward at its last token."""
 
-    def __init__(self, reward: Reward) -> None:
-        self.reward = reward
+    reward: Reward
 
     def __call__(self, split: Split, candidates: Tensor, mask: Tensor) -> Tensor:
         """float32 ``[B, G, L]`` of ``candidates[B, G, L]``."""
@@ -136,10 +137,10 @@ def hash_prefixes(tokens: Tensor) -> Tensor:
 class ItemPrior(nn.Module):
     r"""What the user's own items say of every prefix of the catalogue, before anything is learned of it.
 
-    :math:`w_\ell \langle u, e(y_{\le\ell}) \rangle` with a learned weight a level. :math:`e` is the direction
+    :math:`w_\ell \langle u, e(y_{\le\ell}) \rangle`, one learned weight per level. :math:`e` is the direction
     of the mean embedding of the items below a prefix, added to those of the prefixes before it, since few
     clicks make the embedding of an item but many that of a prefix; :math:`u` is the mean direction of the
-    items in the prompt. One number a level generalizes over all users and prefixes from the first step on,
+    items in the prompt. One number per level generalizes over all users and prefixes from the first step on,
     where embeddings of prefixes learn what everybody likes and know nothing of what was never tried.
     """
 
@@ -227,31 +228,26 @@ class ValueHead(nn.Module):
 
     The block is the model's own kind and is run with the model's layers, see :class:`SIDTransformer`. It
     reads the backbone's hidden states, which it never moves, and embeddings of its own, of the token and of
-    the whole prefix since the prompt (hashed into ``buckets`` rows): what makes an item worth something need
+    the whole prefix since the prompt (hashed into ``BUCKETS`` rows): what makes an item worth something need
     not be in features that were trained on clicks, and tokens of SIDs mean little without those before them.
     For the same reason every prefix has a read-out of its own (``reader``) on top of the shared one: worth is
     a product of who asks and what is offered, and a sum of embeddings learns a product slowly. With ``items``
     all of this is learned on top of :class:`ItemPrior`.
     """
 
+    BUCKETS = 2**14
+
     def __init__(
-        self,
-        block: nn.Module,
-        dim: int,
-        vocab: int,
-        *,
-        child_values: bool = False,
-        items: ItemEmbeddings | None = None,
-        buckets: int = 2**14,
+        self, block: nn.Module, dim: int, vocab: int, *, child_values: bool, items: ItemEmbeddings | None
     ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab + 1, dim)
-        self.prefix = nn.Embedding(buckets, dim)
+        self.prefix = nn.Embedding(self.BUCKETS, dim)
         self.block = block
         self.norm, self.hidden = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.value = nn.Linear(dim, 1)
-        self.reader = nn.Embedding(buckets, dim)
-        self.child = ChildValues(dim, vocab, 4 * buckets) if child_values else None
+        self.reader = nn.Embedding(self.BUCKETS, dim)
+        self.child = ChildValues(dim, vocab, 4 * self.BUCKETS) if child_values else None
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
@@ -264,13 +260,13 @@ class ValueHead(nn.Module):
 
     def embed(self, token: Tensor, prefix: Tensor) -> Tensor:
         """What is added to the hidden states; ``prefix`` as :func:`hash_prefix` makes it."""
-        return self.token(token) + self.prefix(prefix % self.prefix.num_embeddings)
+        return self.token(token) + self.prefix(prefix % self.BUCKETS)
 
     def forward(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
         """V ``[N]`` of block outputs ``[N, dim]``, which stand for prefixes ``[N]`` of requests ``[N]``, and
         the prior's ``[B, T + 1]``."""
         features = self._features(x)
-        own = (features * self.reader(prefix % self.reader.num_embeddings)).sum(1)
+        own = (features * self.reader(prefix % self.BUCKETS)).sum(1)
         value = self.value(features)[:, 0] + own
         if self.prior is None or prior is None:
             return value
