@@ -139,9 +139,7 @@ class Study:
         self, model: SIDTransformer, decoder: Decoder, split: str = "test", rows: int | None = None
     ) -> Scores:
         """Metrics of a decoder on ``rows`` of a split, by default as many as the study looks at."""
-        data = self.run.dataset
-        requests = getattr(data, split).part(rows or self.rows[split])
-        return evaluate(model, requests, self.run.trie, decoder, true_reward=data.reward, title=split)
+        return evaluate(model, self.run.dataset, self.run.trie, decoder, split, rows or self.rows[split])
 
     # ------------------------------------------------------------------ the parts
 
@@ -313,7 +311,7 @@ def _plots(folder: Path, seeds: dict[int, dict[str, Any]]) -> None:
 
     def lines(axis: Any, part: str, value: Callable[[Any], float], **labels: str) -> None:
         for name, row in first[part].items():
-            points = [stats(lambda parts, n=name, x=x: value(parts[part][n][x])) for x in row]  # type: ignore[misc]
+            points = [stats(lambda parts, n=name, x=x: value(parts[part][n][x])) for x in row]
             mean, half = zip(*points)
             axis.errorbar([int(x) for x in row], mean, half, marker="o", capsize=3, label=name)
         axis.set(**labels)
@@ -323,7 +321,7 @@ def _plots(folder: Path, seeds: dict[int, dict[str, Any]]) -> None:
             column = next(c for c in ("true_reward@10", "NDCG@10") if c in first["a"]["beam"][PLAIN])
             for decoder, suffix in (("ved", ", VED at test"), ("beam", "")):
                 for name in reversed(first["a"][decoder]):
-                    mean, half = stats(lambda parts, d=decoder, n=name: parts["a"][d][n][column])  # type: ignore[misc]
+                    mean, half = stats(lambda parts, d=decoder, n=name: parts["a"][d][n][column])
                     axes[0].barh(name + suffix, mean, xerr=half, color="steelblue", ecolor="black")
             axes[0].set(title="(a) trained with", xlabel=report.COLUMNS[column])
         if "c" in first:

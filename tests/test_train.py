@@ -408,9 +408,9 @@ def test_ved_at_test(toy: Path, tmp_path: Path, monkeypatch, prior: bool) -> Non
     """It stops early by the decoder of the test, and beam search is one more row."""
     asked, evaluate = [], metrics.evaluate
 
-    def spy(model, split, trie, decoder, **options):
-        asked.append((options["title"], decoder.name))
-        return evaluate(model, split, trie, decoder, **options)
+    def spy(model, data, trie, decoder, split, rows):
+        asked.append((split, decoder.name))
+        return evaluate(model, data, trie, decoder, split, rows)
 
     monkeypatch.setattr(__main__, "evaluate", spy)
     run = tmp_path / "run"

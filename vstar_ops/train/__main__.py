@@ -62,14 +62,13 @@ def run_seed(run: Run) -> dict[str, Scores]:
 
     Empty in processes other than the main one.
     """
-    c, data = run.config, run.dataset
+    c = run.config
     run.folder.mkdir(parents=True, exist_ok=True)
     beam = Decoder("beam", c.candidates)
     tested = Decoder(c.test_decoder, c.candidates, c.ved.for_evaluation())
 
     def scores(model: SIDTransformer, split: str, decoder: Decoder, rows: int | None = None) -> Scores:
-        requests, known = getattr(data, split).part(rows), data.reward
-        return evaluate(model, requests, run.trie, decoder.for_model(model), true_reward=known, title=split)
+        return evaluate(model, run.dataset, run.trie, decoder.for_model(model), split, rows)
 
     on_valid = functools.partial(scores, split="valid", decoder=tested, rows=c.valid_rows)
     sft, seconds = supervised(run, on_valid)
@@ -104,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
         some_of = functools.partial(_some_of, known)
         p.add_argument(f"--{name}", type=some_of, help=f"of the variants: some of {','.join(known)}")
     p.epilog = (
-        "Every --objective is trained with every --decoder; the default of one alone is joint or beam, and of "
-        f"both {', '.join(map(str, real.variants))}, the last being V-STAR."
+        "Every --objective is trained with every --decoder; where one is missing it is joint or beam. "
+        f"Without both: {', '.join(map(str, real.variants))}, the last of which is V-STAR."
     )
     options = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(real.ved).items())
     p.add_argument(

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ..reference import derive_seeds
 from ..trie import Trie
-from .data import Split, TrueReward
+from .data import Dataset
 from .decode import Decoder
 from .model import SIDTransformer
 from .rewards import hits, rule
@@ -54,26 +54,21 @@ def diversity(candidates: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: SIDTransformer,
-    split: Split,
-    trie: Trie,
-    decoder: Decoder,
-    *,
-    true_reward: TrueReward | None = None,
-    title: str = "evaluate",
+    model: SIDTransformer, data: Dataset, trie: Trie, decoder: Decoder, name: str, rows: int | None = None
 ) -> Scores:
-    """Decode candidates for every request of a split with fixed seeds, and score them.
+    """Decode candidates for the requests of the split ``name`` with fixed seeds, and score them.
 
+    With ``rows`` only for so many requests, a fixed random choice; see :meth:`Split.part`.
     The reward is the true one where it is known (this adds ``true_reward@10``), otherwise 1 for the target.
     """
-    training = model.training
+    split, true_reward, training = getattr(data, name).part(rows), data.reward, model.training
     model.eval()
     parts: dict[str, list[Tensor]] = {}
     seeds = derive_seeds(0, len(split), split.target.device)
     order = split.items.argsort(stable=True)  # equal lengths together: little padding
-    for rows in tqdm(order.split(BATCH_SIZE), desc=title, leave=False, disable=None):
-        part = split[rows]
-        found = decoder(model, part.context, trie, seeds[rows])
+    for batch in tqdm(order.split(BATCH_SIZE), desc=name, leave=False, disable=None):
+        part = split[batch]
+        found = decoder(model, part.context, trie, seeds[batch])
         tokens = found.sequence.long()
         reward = true_reward(part.user, tokens) if true_reward else rule(tokens, part.target)
         for name, values in {

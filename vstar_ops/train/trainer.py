@@ -215,9 +215,8 @@ class _State:
         """Write the checkpoint, in the main process."""
         if self.file:
             self.progress.metrics = self.file.position()
-            state: dict[str, Any] = {
-                name: getattr(self, name).state_dict() for name in ("model", "optimizer")
-            }
+            state: dict[str, Any] = {"model": self.model.state_dict(), "rng": torch.get_rng_state()}
+            state |= {"optimizer": self.optimizer.state_dict()}
             state |= {"progress": dataclasses.asdict(self.progress), "best_weights": self.best_weights}
             state |= {"plan": self.batches.plan, "position": self.batches.position}
             checkpoint.save(self.path, state)
