@@ -162,12 +162,9 @@ class Study:
 
     def chosen(self, model: SIDTransformer, candidates: int, budget: int) -> tuple[str, Decoder]:
         """The search of the highest best reward on the valid split."""
-        best, found = -math.inf, ""
-        for name in SEARCHES:
-            scores = self.scores(model, self.search(name, candidates, budget), "valid")
-            if scores["best_reward"] > best:
-                best, found = scores["best_reward"], name
-        return found, self.search(found, candidates, budget)
+        searches = {name: self.search(name, candidates, budget) for name in SEARCHES}
+        best = max(searches, key=lambda name: self.scores(model, searches[name], "valid")["best_reward"])
+        return best, searches[best]
 
     def search(self, name: str, candidates: int, budget: int) -> Decoder:
         """One of :data:`SEARCHES`."""

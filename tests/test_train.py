@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import loss_reference
@@ -22,6 +23,23 @@ from vstar_ops.train.model import SIDTransformer
 from vstar_ops.train.synthetic import synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Of the modules of training, each imports only those before it; no stage imports evaluation.
+ORDER = "config data synthetic rewards value model scoring decode checkpoint parallel trainer"
+ORDER += " supervised reinforce metrics report __main__"
+
+
+def test_nothing_imports_upward() -> None:
+    folder, below = Path(trainer.__file__).parent, {"__init__"}
+    assert {path.stem for path in folder.glob("*.py")} == {*ORDER.split(), "__init__"}
+    for name in ORDER.split():
+        imports = re.findall(r"^from \.(\w*) import (.*)", (folder / f"{name}.py").read_text(), re.MULTILINE)
+        found = {
+            one.strip() for module, names in imports for one in ([module] if module else names.split(","))
+        }
+        assert found <= below, f"{name} imports {found - below}"
+        below.add(name)
 
 
 # ------------------------------------------------------------------ data

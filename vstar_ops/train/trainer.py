@@ -22,12 +22,11 @@ from ..trie import Trie
 from . import checkpoint
 from .config import Config
 from .data import Dataset
-from .metrics import Scores
 from .model import SIDTransformer
 from .parallel import World
 
 Step = Callable[[Tensor, float], dict[str, float]]
-Evaluate = Callable[[SIDTransformer], Scores]
+Evaluate = Callable[[SIDTransformer], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The length of a stage and its learning rate, which rises over ``warmup`` steps and then stays, or falls
-    along a cosine."""
+    """The length of a stage and its learning rate.
+
+    The learning rate rises over ``warmup`` steps and then stays, or falls along a cosine.
+    """
 
     steps: int
     evals: int
@@ -83,6 +84,12 @@ class Batches:
             self.plan, self.position = [batches[i] for i in torch.randperm(len(batches)).tolist()], 0
         self.position += 1
         return self.plan[self.position - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"plan": self.plan, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
 
 def optimizer_of(
@@ -187,15 +194,15 @@ class _State:
     def __init__(
         self, run: Run, stage: str, model: SIDTransformer, optimizer: torch.optim.Optimizer, batches: Batches
     ) -> None:
-        self.model, self.optimizer, self.batches = model, optimizer, batches
-        self.path, self.progress, self.best_weights = run.folder / f"{stage}.pt", Progress(), _weights(model)
+        self.model, self.progress, self.best_weights = model, Progress(), _weights(model)
+        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": batches}
+        self.path = run.folder / f"{stage}.pt"
         self.resumed = run.world.broadcast(self.path.exists())
         if self.resumed:
             saved = checkpoint.load(self.path)
             self.progress, self.best_weights = Progress(**saved["progress"]), saved["best_weights"]
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            batches.plan, batches.position = saved["plan"], saved["position"]
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
             torch.set_rng_state(saved["rng"])
         path = run.folder / f"{stage}.jsonl"
         self.file = checkpoint.MetricsFile(path, self.progress.metrics) if run.world.is_main else None
@@ -215,11 +222,9 @@ class _State:
         """Write the checkpoint, in the main process."""
         if self.file:
             self.progress.metrics = self.file.position()
-            state: dict[str, Any] = {"model": self.model.state_dict(), "rng": torch.get_rng_state()}
-            state |= {"optimizer": self.optimizer.state_dict()}
+            state = {name: part.state_dict() for name, part in self.parts.items()}
             state |= {"progress": dataclasses.asdict(self.progress), "best_weights": self.best_weights}
-            state |= {"plan": self.batches.plan, "position": self.batches.position}
-            checkpoint.save(self.path, state)
+            checkpoint.save(self.path, state | {"rng": torch.get_rng_state()})
 
     def close(self) -> None:
         """Leave the best weights in the model."""
