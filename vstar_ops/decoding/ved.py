@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import expand_topk
-from ..ops._library import check_int, check_seeds
-from ..ops.ved import (
+from ..ops import (
+    ExpandTopK,
     LeafCandidates,
     NodeEvaluation,
     SearchTrees,
     SelectedRows,
+    expand_topk,
     ved_candidates,
     ved_insert,
     ved_select,
 )
+from ..ops._library import check_int, check_seeds
 from ..trie import Trie
 from .protocol import PrefixModel
 from .ved_config import VEDConfig
@@ -116,18 +117,14 @@ def ved(
 
 def _check_model(model: PrefixModel, config: VEDConfig) -> None:
     """The methods that the config needs."""
-    for method, needed, otherwise in (
-        ("value", config.value_weight != 0, "config with value_weight=0"),
-        (
-            "child_value",
-            config.child_values,
-            "config VEDConfig.paper(), or one with child_values=False and num_value_beams=0",
-        ),
-    ):
+    unasked = "child_values=False and num_value_beams=0"
+    value = "value", config.value_weight != 0, f"one with value_weight=0, {unasked}"
+    child_value = "child_value", config.child_values, f"VEDConfig.paper(), or one with {unasked}"
+    for method, needed, otherwise in (value, child_value):
         if needed and not hasattr(model, method):
+            given = type(model).__name__
             raise TypeError(
-                f"model must have {method}(state, slot), got {type(model).__name__}; for a model without it, "
-                f"pass a {otherwise}"
+                f"model must have {method}(state, slot), got {given}; else config must be {otherwise}"
             )
 
 
@@ -143,13 +140,15 @@ class _Search:
     config: VEDConfig
     levels: int  # the depth of the deepest node that is evaluated
 
-    def __post_init__(self) -> None:
-        self.policy: dict[str, Any] = {
-            "normalize": self.config.normalize,
-            "temperature": self.config.temperature,
-        }
-        # What turns child values into a score. Where V has no weight, they have weight 1.
-        self.value_scale = self.config.value_weight or 1.0
+    @property
+    def weights(self) -> dict[str, float]:
+        """What ranks children by value. Where V has no weight, child values have weight 1."""
+        return {"value_weight": self.config.value_weight or 1.0, "logp_weight": self.config.logp_weight}
+
+    def expand(self, logits: Tensor, node: Tensor, k: int, logp: Tensor, **options: Any) -> ExpandTopK:
+        """The best children of nodes, by the policy."""
+        policy: dict[str, Any] = {"normalize": self.config.normalize, "temperature": self.config.temperature}
+        return expand_topk(logits, self.trie, node, k, cum_logp=logp, **policy, **options)
 
     def plant(self, logits: Tensor, budget: int) -> None:
         """The initial beam search; each of its nodes is evaluated."""
@@ -179,15 +178,12 @@ class _Search:
         num_value_beams = min(self.config.num_value_beams, width)
 
         def best(count: int, **ranking: Any) -> SelectedRows:
-            out = expand_topk(
-                logits, self.trie, rows.node, count, cum_logp=rows.logp, **self.policy, **ranking
-            )
+            out = self.expand(logits, rows.node, count, rows.logp, **ranking)
             return SelectedRows(out.parent, out.node, out.logp)
 
         if not num_value_beams:
             return best(width)
-        weights = {"value_weight": self.value_scale, "logp_weight": self.config.logp_weight}
-        valuable = best(width, **values, **weights)
+        valuable = best(width, **values, **self.weights)
         if num_value_beams == width:
             return valuable
         return _first_then(best(width - num_value_beams), valuable)
@@ -230,15 +226,7 @@ class _Search:
 
         # The Gumbel order is a sample without replacement, so "draw an unexpanded child" is "take the next".
         seeds = self.seeds.repeat_interleave(shape[1])
-        drawn = expand_topk(
-            logits,
-            self.trie,
-            node,
-            trees.child_node.shape[2],
-            cum_logp=logp,
-            gumbel_seed=seeds,
-            **self.policy,
-        )
+        drawn = self.expand(logits, node, trees.child_node.shape[2], logp, gumbel_seed=seeds)
         closed = node[:, 0] >= self.trie.level_offset[self.levels]
         if not config.expand_root:
             closed |= node[:, 0] == 0
@@ -253,17 +241,12 @@ class _Search:
             **self.leaves_below(node, logp, logits, value[:, None], child_value),
         }
         shaped = {name: x.reshape(*shape, *getattr(trees, name).shape[2:]) for name, x in evaluation.items()}
-        ved_insert(
-            trees,
-            rows,
-            NodeEvaluation(**shaped),
-            entropy_weight=config.entropy_weight,
-            logp_weight=config.logp_weight,
-        )
+        priority = {"entropy_weight": config.entropy_weight, "logp_weight": config.logp_weight}
+        ved_insert(trees, rows, NodeEvaluation(**shaped), **priority)
         if child_value is None or not config.num_value_beams:
             return {}
         child_value = child_value.view(*shape, child_value.shape[2])
-        return {"value": shaped["value"] / self.value_scale, "child_value": child_value}
+        return {"value": shaped["value"] / self.weights["value_weight"], "child_value": child_value}
 
     def leaves_below(
         self, node: Tensor, logp: Tensor, logits: Tensor, value: Tensor, child_value: Tensor | None
@@ -272,18 +255,8 @@ class _Search:
         first, end = self.trie.level_offset[-3:-1]
         above_leaves = node.masked_fill((node < first) | (node >= end), -1)
         weight = self.config.logp_weight
-        ranking: dict[str, Any] = {}
-        if child_value is not None:
-            ranking = {"child_value": child_value, "value_weight": self.value_scale, "logp_weight": weight}
-        listed = expand_topk(
-            logits,
-            self.trie,
-            above_leaves,
-            self.trees.leaf_node.shape[2],
-            cum_logp=logp,
-            **ranking,
-            **self.policy,
-        )
+        ranking = {} if child_value is None else {"child_value": child_value, **self.weights}
+        listed = self.expand(logits, above_leaves, self.trees.leaf_node.shape[2], logp, **ranking)
         score = listed.score
         if child_value is None:
             score = weight * listed.logp if weight != 0 else torch.zeros_like(listed.logp)

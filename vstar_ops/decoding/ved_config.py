@@ -31,9 +31,10 @@ class VEDConfig:
         entropy_weight: :math:`\lambda`, weight of the entropy in the priority G.
             *Worth:* 0 instead of 0.1: .595 / .842, the same.
         exploration: :math:`\beta` of the upper confidence bound U, at least 0. *Worth:* not measured.
-        value_weight: :math:`w_v`, weight of the value. 0 is a best-first search by probability, which needs
-            no ``value`` of the model. *Worth:* 0 loses .074 / .019, with the same policy. 3 was chosen on
-            logged clicks; where V learns the true reward itself, as on the synthetic catalogue, 30 is better.
+        value_weight: :math:`w_v`, weight of the value. With 0, and without ``child_values``, this is a
+            best-first search by probability, and the model needs no values. *Worth:* 0 loses .074 / .019,
+            with the same policy. 3 was chosen on logged clicks, 30 on the synthetic catalogue, where V learns
+            the true reward itself.
         logp_weight: :math:`w_p`, weight of the log-probability in G and in the ranking of leaves; 0 is the
             paper. *Worth:* not measured alone.
         evaluate_leaves: True: leaves are evaluated, cost a token each, and are ranked by their own value.
@@ -56,7 +57,7 @@ class VEDConfig:
         traversals_per_round: traversals between two forwards of the model. More than 1 trades exactness for
             fewer and larger forwards. *Worth:* not measured.
         max_idle: number of traversals in a row that may expand nothing before the search of a request ends.
-            It bounds the time of a search that never finds a node to expand, as with ``exploration`` 0.
+            It bounds the time of a search that never finds a node to expand, which ``exploration`` 0 may be.
         expand_root: False leaves the root out of the expansion: only the initial beams have first tokens.
             *Worth:* not measured.
         normalize, temperature: of the policy, as in :func:`vstar_ops.expand_topk`.
@@ -86,8 +87,10 @@ class VEDConfig:
         for name in ("budget", "max_leaves_per_prefix"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
-        for name, low in _LOWEST.items():
-            check_int(name, getattr(self, name), low)
+        for name in ("beam_width", "traversals_per_round"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("num_value_beams", "num_policy_candidates", "max_idle"):
+            check_int(name, getattr(self, name), 0)
         for name in ("entropy_weight", "exploration", "value_weight", "logp_weight"):
             check_finite(name, getattr(self, name))
         for name in ("evaluate_leaves", "child_values", "expand_root"):
@@ -104,17 +107,9 @@ class VEDConfig:
     @classmethod
     def paper(cls, **changes: Any) -> VEDConfig:
         """The search of the paper, with some fields changed."""
-        return cls(
-            **{
-                "beam_width": 8,
-                "value_weight": 1.0,
-                "logp_weight": 0.0,
-                "evaluate_leaves": True,
-                "child_values": False,
-                "num_value_beams": 0,
-                **changes,
-            }
-        )
+        fields: dict[str, Any] = {"beam_width": 8, "value_weight": 1.0, "logp_weight": 0.0}
+        fields |= {"evaluate_leaves": True, "child_values": False, "num_value_beams": 0}
+        return cls(**{**fields, **changes})
 
     @classmethod
     def training(cls, **changes: Any) -> VEDConfig:
@@ -142,12 +137,3 @@ class VEDConfig:
         if self.budget is None:
             return 1 + (length - 1) * num_candidates
         return check_int("budget", self.budget, length)
-
-
-_LOWEST = {
-    "beam_width": 1,
-    "num_value_beams": 0,
-    "num_policy_candidates": 0,
-    "traversals_per_round": 1,
-    "max_idle": 0,
-}
