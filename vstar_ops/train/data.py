@@ -55,7 +55,7 @@ class Split:
         return (self.history[:, :, 0] >= 0).sum(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone: tensors have no truth value
 class Dataset:
     """A catalogue, three splits, and the true reward where it is known.
 

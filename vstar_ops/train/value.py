@@ -2,6 +2,7 @@ r"""The value model: its head, what it is trained on, and where item embeddings 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class ItemEmbeddings:
         return self.vectors[leaf.clamp(min=0)] * (leaf >= 0)[..., None]
 
 
+@functools.lru_cache(maxsize=1)  # they take seconds, and are the same for all variants and seeds of a run
 def item_embeddings(path: str | None, dataset: Dataset, trie: Trie) -> ItemEmbeddings:
     """Those of the file ``path``, or, for None, out of the training clicks."""
     if path:
