@@ -11,10 +11,10 @@ from vstar_ops import Trie
 from vstar_ops.decoding import VEDConfig, beam_search, topk_sampling, ved
 from vstar_ops.reference.ved_search import ved_search
 from vstar_ops.train import scoring
-from vstar_ops.train.decode import at_test, decode
-from vstar_ops.train.loop import optimizer_of
+from vstar_ops.train.decode import Decoder
 from vstar_ops.train.model import SIDTransformer
 from vstar_ops.train.synthetic import synthetic
+from vstar_ops.train.trainer import optimizer_of
 from vstar_ops.train.value import (
     DenseReturn,
     ItemEmbeddings,
@@ -41,7 +41,7 @@ def model() -> SIDTransformer:
     torch.manual_seed(0)
     model = SIDTransformer(12, 12, dim=32, layers=2, heads=2, dropout=0.0)
     items = ItemEmbeddings(Trie.from_sequences(CATALOGUE), CATALOGUE, torch.randn(len(CATALOGUE), 5))
-    model.add_value_head(action_values=True, items=items)
+    model.add_value_head(child_values=True, items=items)
     for parameter in model.parameters():  # far from the initial, almost constant outputs
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
@@ -63,9 +63,9 @@ def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie, p
     context = torch.tensor([[0, 4, 8], [-1, -1, -1]])
     candidates = torch.stack([CATALOGUE[:5], CATALOGUE[[6, 6, 0, 2, 3]]])
     candidates[1, 4] = -1
-    options = {"values": True, "action_values": True, "pack": pack}
+    options = {"values": True, "child_values": True, "pack": pack}
     scores = scoring.candidate_scores(model, context, trie, candidates, **options)
-    logp = scoring.candidate_logp(model, context, trie, candidates)
+    logp = scoring.candidate_scores(model, context, trie, candidates).logp
     torch.testing.assert_close(scores.logp, logp)
     for b in range(2):
         for g in range(5):
@@ -77,7 +77,7 @@ def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie, p
     _, state = model.prefill(context)
     zero = torch.tensor([0])
     q = model.value(state, zero) + model.child_value(state, zero)[:, 1]
-    torch.testing.assert_close(scores.action_value[0, 3, 0], q[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.value_from_parent[0, 3, 0], q[0], rtol=1e-4, atol=1e-5)
 
 
 def test_leaves_need_not_be_run(model: SIDTransformer, trie: Trie) -> None:
@@ -87,11 +87,11 @@ def test_leaves_need_not_be_run(model: SIDTransformer, trie: Trie) -> None:
         rows = scoring.candidate_rows(model, context, trie, candidates, values=True, leaves=leaves).rows
         run[leaves] = rows.input_ids.shape[1] - rows.prompt_columns
     assert run == {True: 2 + 4 + 5, False: 2 + 4}  # distinct prefixes
-    asked = {"values": True, "action_values": True}
+    asked = {"values": True, "child_values": True}
     every = scoring.candidate_scores(model, context, trie, candidates, **asked)
     inner = scoring.candidate_scores(model, context, trie, candidates, **asked, leaves=False)
     torch.testing.assert_close(inner.logp, every.logp)
-    torch.testing.assert_close(inner.action_value, every.action_value)
+    torch.testing.assert_close(inner.value_from_parent, every.value_from_parent)
     torch.testing.assert_close(inner.value[..., :2], every.value[..., :2])
     assert not inner.value[..., 2].any()
 
@@ -255,7 +255,7 @@ def test_embeddings(trie: Trie, tmp_path) -> None:
     items = ItemEmbeddings(trie, torch.cat([CATALOGUE, CATALOGUE[:1]]), torch.cat([loaded, loaded[1:2]]))
     got = items(torch.tensor([[0, 4, 8], [3, 7, 11], [3, 7, 8], [-1, -1, -1]]))
     assert got.tolist() == [[1, 2], [12, 13], [0, 0], [0, 0]]  # a collision has its mean
-    with pytest.raises(ValueError, match=r"expected floats \[8, E\], one row an item, got float16 \[7, 2\]"):
+    with pytest.raises(ValueError, match=r"expected floats \[8, E\], one row per item, got float16 \[7, 2\]"):
         load_embeddings(path, 8)
 
 
@@ -277,15 +277,23 @@ def test_cooccurrence_embeddings_know_who_clicked_what() -> None:
     assert returns[0, 0].tolist() == pytest.approx([0.3, 0.5, 1.0]) and not returns[0, 1].any()
 
 
-def test_decode_names(model: SIDTransformer, trie: Trie) -> None:
+def test_decoders(model: SIDTransformer, trie: Trie) -> None:
     context, seed = torch.tensor([[0, 4, 8]]), torch.tensor([1])
-    training = {"num_policy_candidates": 3, "beam_width": 2}
-    assert at_test(training) == {"num_policy_candidates": 0, "max_leaves_per_prefix": None, "beam_width": 2}
     for name in ("beam", "topk", "ved"):
-        found = decode(name, model, context, trie, 3, seed, {})
+        found = Decoder(name, 3)(model, context, trie, seed)
         assert found.sequence.shape == (1, 3, 3) and int(found.forward_tokens) <= 7
-    with pytest.raises(ValueError, match="decoder must be one of"):
-        decode("greedy", model, context, trie, 3, seed, {})
+    wide = Decoder("beam", 3, beam_width=7)(model, context, trie, seed)
+    assert torch.equal(wide.node, beam_search(model, context, trie, 7).node[:, :3])
+    assert wide.num_valid.tolist() == [3]
+    with pytest.raises(ValueError, match="decoder must be one of beam, topk, ved, got 'greedy'"):
+        Decoder("greedy")
     plain = SIDTransformer(12, 12, dim=32, layers=2, heads=2)
+    assert (
+        Decoder("ved").for_model(plain) == Decoder("beam") and Decoder("ved").for_model(model).name == "ved"
+    )
     with pytest.raises(ValueError, match="the model has no value head"):
-        decode("ved", plain, context, trie, 3, seed, {})
+        Decoder("ved", 3)(plain, context, trie, seed)
+    with pytest.raises(ValueError, match="the model has no value head"):
+        scoring.candidate_scores(plain, context, trie, CATALOGUE[None], values=True)
+    with pytest.raises(ValueError, match="child_values needs values=True"):
+        scoring.candidate_scores(model, context, trie, CATALOGUE[None], child_values=True)

@@ -1,65 +1,53 @@
-"""The decoders by name, with one interface for training and evaluation."""
+"""The decoders as one type, for training and evaluation."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..decoding import BeamResult, VEDConfig, beam_search, topk_sampling, ved
+from ..decoding import BeamResult, SampleResult, VEDConfig, VEDResult, beam_search, topk_sampling, ved
 from ..trie import Trie
+from .config import DECODERS
 from .model import SIDTransformer
 
-DECODERS = ("beam", "topk", "ved")
-
-PAPER: dict[str, Any] = asdict(VEDConfig.paper())
-TUNED: dict[str, Any] = asdict(VEDConfig.training())
-_KINDS = {"bool": bool, "int": int, "int | None": int, "float": float}
-VED_OPTIONS = {field.name: _KINDS[str(field.type)] for field in fields(VEDConfig) if field.type in _KINDS}
+Decoded = BeamResult | SampleResult | VEDResult
 
 
-def at_test(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a search in training, as a decoder at test: all candidates by rank."""
-    return {**options, "num_policy_candidates": 0, "max_leaves_per_prefix": None}
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder and its options.
 
+    Attributes:
+        name: a key of :data:`DECODERS`.
+        num_candidates: per request.
+        ved: options of the tree search.
+        beam_width: of a beam search that returns only the first ``num_candidates`` of its beams.
 
-class Decoded(Protocol):
-    """What all decoders return, as far as training and evaluation look at it."""
-
-    @property
-    def sequence(self) -> Tensor: ...
-    @property
-    def node(self) -> Tensor: ...
-    @property
-    def num_valid(self) -> Tensor: ...
-    @property
-    def forward_tokens(self) -> Tensor: ...
-
-
-def decode(
-    decoder: str,
-    model: SIDTransformer,
-    context: Tensor,
-    trie: Trie,
-    candidates: int,
-    seed: Tensor,
-    options: dict[str, Any],
-) -> Decoded:
-    """Candidates of one of :data:`DECODERS`.
-
-    Args:
-        seed: int64 ``[B]``; a beam search needs none.
-        options: fields of :class:`vstar_ops.decoding.VEDConfig`. A beam search takes a ``beam_width`` above
-            ``candidates``, of which it returns the first.
+    Raises:
+        ValueError: the name is not known.
     """
-    if decoder == "beam":
-        found = beam_search(model, context, trie, max(options.get("beam_width", 0), candidates))
-        sequence, node, logp = (x[:, :candidates] for x in found[:3])
-        num_valid = found.num_valid.clamp(max=candidates)
-        return BeamResult(sequence, node, logp, num_valid, found.forward_tokens)
-    if decoder == "topk":
-        return topk_sampling(model, context, trie, candidates, seed=seed)
-    if decoder != "ved":
-        raise ValueError(f"decoder must be one of {DECODERS}, got {decoder!r}")
-    return ved(model, context, trie, candidates, VEDConfig(**options), seed=seed)
+
+    name: str = "beam"
+    num_candidates: int = 16
+    ved: VEDConfig = VEDConfig()  # noqa: RUF009 (it is immutable)
+    beam_width: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.name!r}")
+
+    def __call__(self, model: SIDTransformer, context: Tensor, trie: Trie, seed: Tensor) -> Decoded:
+        """Candidates of prompts ``context[B, T]``; ``seed`` int64 ``[B]``, which a beam search ignores."""
+        size = self.num_candidates
+        if self.name == "topk":
+            return topk_sampling(model, context, trie, size, seed=seed)
+        if self.name == "ved":
+            return ved(model, context, trie, size, self.ved, seed=seed)
+        found = beam_search(model, context, trie, max(self.beam_width, size))
+        sequence, node, logp = (x[:, :size] for x in found[:3])
+        return BeamResult(sequence, node, logp, found.num_valid.clamp(max=size), found.forward_tokens)
+
+    def for_model(self, model: SIDTransformer) -> Decoder:
+        """This decoder; instead of VED, beam search for a model without a value head."""
+        return self if self.name != "ved" or model.value_head is not None else replace(self, name="beam")
