@@ -1,9 +1,18 @@
-"""The order of scores as integers; see csrc/common/order.h."""
+"""Floats as the ops read and order them; see csrc/common/floats.h and order.h."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+LOWEST = tl.constexpr(-(2**63))  # the key of what is no candidate
+
+
+@triton.jit
+def cleaned(z, inside):
+    """A logit: NaN reads as -inf, +inf as the largest finite float32; -inf where not inside."""
+    return tl.where(inside & (z == z), tl.minimum(z, FLOAT32_MAX), float("-inf"))
 
 
 @triton.jit
