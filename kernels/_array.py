@@ -6,7 +6,7 @@ once, and the kernel is compiled for each dtype.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -28,14 +28,8 @@ def strided(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0, -1, *(0,) * dims) if x is None else (x.data_ptr(), _TYPES[x.dtype], *x.stride())
 
 
-class Array(NamedTuple):
-    """The same inside of a kernel, with three strides."""
-
-    address: Any
-    dtype: Any
-    s0: Any
-    s1: Any
-    s2: Any
+# The same inside of a kernel, with three strides.
+Array = namedtuple("Array", "address dtype s0 s1 s2")
 
 
 @triton.jit

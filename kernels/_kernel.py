@@ -13,11 +13,12 @@ from torch import Tensor
 
 # Types of a kernel's arguments. Without a type an argument is an integer.
 F32, F64, I32, I64, BOOL = map(tl.pointer_type, (tl.float32, tl.float64, tl.int32, tl.int64, tl.int1))
+ANY = tl.pointer_type(tl.void)  # of a dtype that a specialization names
 ADDRESS = tl.int64  # of an array whose element type the kernel looks up; see _array.py
 ALIGNED = tl.int32  # an integer that the compiler looks at: a stride decides how much is read at once
 FLOATS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _NOTATION = {  # of annotations as they are spelled
-    "F32": "*fp32", "F64": "*fp64", "I32": "*i32", "I64": "*i64", "BOOL": "*u1", "ADDRESS": "i64",
+    "ANY": "", "F32": "*fp32", "F64": "*fp64", "I32": "*i32", "I64": "*i64", "BOOL": "*u1", "ADDRESS": "i64",
     "ALIGNED": "i32:16", "tl.float32": "fp32", "tl.float64": "fp64", "tl.constexpr": "constexpr",
 }  # fmt: skip
 _BOUND = {"ADDRESS": "tl.int64", **{x: x for x in ("tl.float32", "tl.float64", "tl.constexpr")}}

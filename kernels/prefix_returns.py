@@ -13,24 +13,16 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._array import Array, load_int, strided
-from ._kernel import ADDRESS, ALIGNED, F32, F64, FLOATS, I32, Specialization, kernel, options, workspace
+from ._kernel import ADDRESS, ALIGNED, ANY, F32, F64, FLOATS, I32, Specialization, kernel, options, workspace
 from .sibling_advantage import number_prefixes
 
 # Rows and columns of a tile of embeddings; candidates that are compared together.
 _TILE = {"ROWS": 16, "COLUMNS": 64, "MEMBERS": 128}
 
 
-def prefix_returns(
-    tokens: Tensor,
-    embedding: Tensor,
-    target: Tensor,
-    target_embedding: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prefix_returns(tokens, embedding, target, target_embedding, mask, weights):
     """The dispatcher's signature; see :func:`vstar_ops.prefix_returns`."""
     batch, group, length = tokens.shape
     returns, similarity = (torch.empty(tokens.shape, device=tokens.device) for _ in range(2))
@@ -46,20 +38,10 @@ def prefix_returns(
     return returns, similarity, node, count
 
 
-@triton.jit
-def _weighted(tokens, target, weight, cosine, b, g, depth):
-    """The return of a prefix: its weight if it is the target's, else ``-weight * (1 - cosine)``."""
-    missed = 0
-    for level in range(0, depth + 1):
-        token = load_int(tokens, b, g, level, True, 0)
-        missed += (token != load_int(target, b, level, 0, True, 0)).to(tl.int32)
-    return tl.where(missed == 0, weight, -weight * (1.0 - cosine.to(tl.float64))).to(tl.float32)
-
-
 @kernel
 def _prefix_returns(
-    tokens: ADDRESS, tokens_type, t0, t1, t2, target: ADDRESS, target_type, y0, y1, embedding, e0, e1,
-    e2: ALIGNED, target_embedding, z0, z1, weights: F64, weight_stride, node: I32, returns: F32,
+    tokens: ADDRESS, tokens_type, t0, t1, t2, target: ADDRESS, target_type, y0, y1, embedding: ANY, e0, e1,
+    e2: ALIGNED, target_embedding: ANY, z0, z1, weights: F64, weight_stride, node: I32, returns: F32,
     similarity: F32, group, length, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     tokens, target = Array(tokens, tokens_type, t0, t1, t2), Array(target, target_type, y0, y1, 0)
@@ -93,8 +75,12 @@ def _prefix_returns(
         norm = tl.sqrt(square) * tl.sqrt(target_square)
         cosine = tl.where(norm == 0, 0.0, dot / norm).to(tl.float32)
 
+        missed = 0
+        for level in range(0, depth + 1):
+            token = load_int(tokens, b, g, level, True, 0)
+            missed += (token != load_int(target, b, level, 0, True, 0)).to(tl.int32)
         weight = tl.load(weights + depth * weight_stride)
-        result = _weighted(tokens, target, weight, cosine, b, g, depth)
+        result = tl.where(missed == 0, weight, -weight * (1.0 - cosine.to(tl.float64))).to(tl.float32)
         _store(returns, similarity, node, b, depth, prefix, result, cosine, group, length, MEMBERS)
     elif prefix < 0:
         at = row * length + depth

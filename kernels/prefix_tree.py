@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._kernel import I32, Specialization, kernel, options, workspace
+from ._kernel import ANY, I32, Specialization, kernel, options, workspace
 from .sibling_advantage import number_prefixes
 
 # Candidates per program; candidates that they are compared with together; slots that are cleared together.
@@ -46,8 +46,9 @@ def prefix_tree(
 
 @kernel
 def _prefix_tree(
-    tokens, t0, t1, t2, node: I32, members: I32, parent: I32, token, depth: I32, first: I32, count: I32,
-    size: I32, group, length, blocks, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    tokens: ANY, t0, t1, t2, node: I32, members: I32, parent: I32, token: ANY, depth: I32, first: I32,
+    count: I32, size: I32, group, length, blocks, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks

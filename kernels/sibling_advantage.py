@@ -7,7 +7,8 @@ prefix stands for all tokens before: two candidates share a prefix if they share
 A level has two phases: (1) the bucket of each candidate: its size, its mean reward, and how many of its
 members come earlier (none: the candidate represents the bucket's node); (2) the nodes against each other:
 rank, statistics, result. Up to ``FUSED`` candidates one program per request does all of it in one launch,
-with a barrier after each phase; larger groups take two launches per level, one program per block of candidates.
+with a barrier after each phase; larger groups take two launches per level, one program per block of
+candidates.
 
 The statistics are taken of the differences to the candidate's own mean, in one pass: equal means differ by
 exactly 0, and since that mean is one of the sample, its distance from the center, squared, is at most n
@@ -28,23 +29,14 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ._array import Array, load_float, load_int, strided
-from ._kernel import ADDRESS, I32, Specialization, kernel, options, workspace
+from ._kernel import ADDRESS, ANY, I32, Specialization, kernel, options, workspace
 
 FUSED = 128  # candidates that one program can hold
 _BASELINES = {"sibling": 0, "parent": 1, "leave_one_out": 2}
 _INT32_MAX = tl.constexpr(2**31 - 1)
 
 
-def sibling_advantage(
-    tokens: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None,
-    eps: float,
-    ddof: int,
-    std_floor: float,
-    min_siblings: int,
-    baseline: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sibling_advantage(tokens, rewards, mask, eps, ddof, std_floor, min_siblings, baseline):
     """The dispatcher's signature; see :func:`vstar_ops.sibling_advantage`."""
     batch, group, length = tokens.shape
     advantage = tokens.new_empty(batch, group, length, dtype=torch.float32)
@@ -107,8 +99,8 @@ def _prefixes(tokens, mask, node, b, g, group, length, depth):
 
 @triton.jit
 def _buckets(
-    tokens, rewards, mask, earlier, mean, node, count, b, g, group, length, depth,
-    STATISTICS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    tokens, rewards, mask, earlier, mean, node, count, b, g, group, length, depth, STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Phase 1 for the candidates g: ``count``, ``earlier``, ``mean``."""
     parent, token = _prefixes(tokens, mask, node, b, g, group, length, depth)
@@ -130,20 +122,6 @@ def _buckets(
     tl.store(earlier + candidate, before, g < group)
     if STATISTICS:
         tl.store(mean + candidate, total / tl.maximum(members, 1).to(tl.float64), g < group)
-
-
-@triton.jit
-def _standardized(
-    own_mean, family_total, family, siblings, difference_sum, squares, usable, eps, std_floor, ddof, baseline
-):  # fmt: skip
-    """The advantage: 0 where it is not usable or all siblings' means are equal."""
-    n = tl.maximum(siblings, 1).to(tl.float64)
-    free = tl.maximum(siblings - ddof, 1).to(tl.float64)
-    std = tl.sqrt(tl.maximum(squares - difference_sum * difference_sum / n, 0.0) / free)
-    over = -difference_sum / tl.where(baseline == 2, tl.maximum(n - 1.0, 1.0), n)
-    parent_mean = family_total / tl.maximum(family, 1).to(tl.float64)
-    over = tl.where(baseline == 1, own_mean - parent_mean, over)
-    return tl.where(usable & (squares != 0.0), over / (tl.maximum(std, std_floor) + eps), 0.0)
 
 
 @triton.jit
@@ -186,10 +164,13 @@ def _nodes(
     tl.store(node + slot, tl.where(parent < 0, -1, first + rank), g < group)
     if STATISTICS:
         usable = (parent >= 0) & (siblings >= min_siblings)
-        result = _standardized(
-            own_mean, family_total, family, siblings, difference_sum, squares, usable, eps, std_floor, ddof,
-            baseline,
-        )  # fmt: skip
+        n = tl.maximum(siblings, 1).to(tl.float64)
+        free = tl.maximum(siblings - ddof, 1).to(tl.float64)
+        std = tl.sqrt(tl.maximum(squares - difference_sum * difference_sum / n, 0.0) / free)
+        over = -difference_sum / tl.where(baseline == 2, tl.maximum(n - 1.0, 1.0), n)
+        parent_mean = family_total / tl.maximum(family, 1).to(tl.float64)
+        over = tl.where(baseline == 1, own_mean - parent_mean, over)
+        result = tl.where(usable & (squares != 0.0), over / (tl.maximum(std, std_floor) + eps), 0.0)
         tl.store(advantage + slot, result.to(tl.float32), g < group)
         tl.store(valid + slot, usable, g < group)
 
@@ -197,8 +178,8 @@ def _nodes(
 @kernel
 def _siblings(
     tokens: ADDRESS, tokens_type, t0, t1, t2, rewards: ADDRESS, rewards_type, r0, r1, mask: ADDRESS,
-    mask_type, m0, m1, earlier, mean, advantage, valid, node: I32, count: I32, group, length, blocks, first,
-    last, eps: tl.float64, std_floor: tl.float64, ddof, min_siblings, baseline,
+    mask_type, m0, m1, earlier: ANY, mean: ANY, advantage: ANY, valid: ANY, node: I32, count: I32, group,
+    length, blocks, first, last, eps: tl.float64, std_floor: tl.float64, ddof, min_siblings, baseline,
     PHASES: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     tokens = Array(tokens, tokens_type, t0, t1, t2)

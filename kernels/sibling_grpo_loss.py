@@ -1,4 +1,4 @@
-"""``sibling_grpo_loss``: one program per block of tokens, whatever requests they belong to, and one to add up.
+"""``sibling_grpo_loss``: one program per block of tokens, of any requests, and one to add up.
 
 What the terms are divided by is known before: from the sizes, or where a mask is given from a launch that
 counts each request's tokens and sequences. So the launch over the tokens writes the gradient along with its
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._array import Array, array, load_float, load_int, strided
 from ._kernel import ADDRESS, BOOL, F32, F64, I32, Specialization, kernel, options, workspace
@@ -25,26 +24,11 @@ _REQUESTS = 256  # and blocks, added up together
 
 
 def sibling_grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    advantage: Tensor,
-    valid: Tensor,
-    count: Tensor,
-    group_advantage: Tensor,
-    mask: Tensor | None,
-    depth_weight: Tensor | None,
-    global_weight: float,
-    sibling_weight: float,
-    kl_weight: float,
-    clip_low: float,
-    clip_high: float,
-    kl: int,
-    by_node: bool,
-    loss_type: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logp, old_logp, ref_logp, advantage, valid, count, group_advantage, mask, depth_weight, global_weight,
+    sibling_weight, kl_weight, clip_low, clip_high, kl, by_node, loss_type,
+):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.sibling_grpo_loss`."""
-    batch, group, length = sizes = logp.shape
+    sizes = batch, group, _ = logp.shape
     device = logp.device
     gradient = torch.empty(logp.shape, device=device)
     if logp.numel() == 0:
@@ -73,7 +57,7 @@ def sibling_grpo_loss(
 
 @kernel
 def _count(
-    mask: ADDRESS, mask_type, m0, m1, m2, counts: I32, batch, group, length, SEQUENCES: tl.constexpr
+    mask: ADDRESS, mask_type, m0, m1, m2, counts: I32, batch, group, length, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """``counts``: tokens ``[B]`` and sequences ``[B]`` of requests, then tokens ``[B, G]`` of sequences."""
     mask = Array(mask, mask_type, m0, m1, m2)
@@ -119,8 +103,8 @@ def _surrogate(ratio, low, high, a):
 
 @triton.jit
 def _shares(
-    counts, sequence, b, inside, batch, group, length, loss_type,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr, REQUESTS: tl.constexpr,
+    counts, sequence, b, inside, batch, group, length, loss_type, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    REQUESTS: tl.constexpr,
 ):  # fmt: skip
     """What a token counts in the mean over tokens, and a node in the mean over nodes; float64."""
     all_tokens, all_sequences = _totals(counts, batch, group, length, MASKED, REQUESTS)
@@ -165,8 +149,8 @@ def _tokens(
     depth_weight_type, mask: ADDRESS, mask_type, m0, m1, m2, advantage: F32, valid: BOOL, count: I32,
     group_advantage: F32, counts: I32, gradient: F32, sums: F64, batch, group, length,
     global_weight: tl.float64, sibling_weight: tl.float64, kl_weight: tl.float64, low: tl.float32,
-    high: tl.float32, kl_type, by_node, loss_type,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr, REQUESTS: tl.constexpr,
+    high: tl.float32, kl_type, by_node, loss_type, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    REQUESTS: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < batch * (tl.cast(group, tl.int64) * length)

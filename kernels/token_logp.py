@@ -2,26 +2,37 @@
 
 Over the whole vocabulary, one program of the forward pass streams a row through running maximum, mass and
 ``sum p log p``; one program of the backward pass takes a block of a row's columns. Over a trie's legal
-children, one program takes a row, whose few logits are gathered, and the gradient is zeroed before. The entries of the
-targets are written last, over the others, in float64 by one program per row: a target's own gradient and its
-part of the row's cancel where it is nearly certain, so they must not be rounded apart.
+children, one program takes a row, whose few logits are gathered, and the gradient is zeroed before. The
+entries of the targets are written last, over the others, in float64 by one program per row: a target's own
+gradient and its part of the row's cancel where it is nearly certain, so they must not be rounded apart.
 
 Two numbers per row, its maximum and the logarithm of its mass, go from one pass to the other. No workspace.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._array import Array, array, load_float, load_int, store_float, strided
 from ._floats import cleaned
-from ._kernel import ADDRESS, ALIGNED, BLOCKS, F32, FLOATS, I32, Specialization, block_for, kernel, options
+from ._kernel import (
+    ADDRESS,
+    ALIGNED,
+    ANY,
+    BLOCKS,
+    F32,
+    FLOATS,
+    I32,
+    Specialization,
+    block_for,
+    kernel,
+    options,
+)
 from ._trie import edges
 
 _BLOCK, _WARPS = 4096, 8  # columns that are streamed together, and warps
@@ -29,15 +40,7 @@ _GRADIENT_BLOCK, _GRADIENT_WARPS = 2048, 4
 _TARGETS = 32
 
 
-def token_logp(
-    logits: Tensor,
-    targets: Tensor,
-    offset: Tensor | None,
-    token: Tensor | None,
-    node: Tensor | None,
-    temperature: float,
-    max_children: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_logp(logits, targets, offset, token, node, temperature, max_children):
     """The dispatcher's signature; see :func:`vstar_ops.token_logp`."""
     batch, width, columns = logits.shape
     number = targets.shape[2]
@@ -64,20 +67,9 @@ def token_logp(
 
 
 def token_logp_backward(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    offset: Tensor | None,
-    token: Tensor | None,
-    node: Tensor | None,
-    logp: Tensor,
-    entropy: Tensor,
-    row_max: Tensor,
-    log_mass: Tensor,
-    temperature: float,
-    max_children: int,
-) -> Tensor:
+    grad_logp, grad_entropy, logits, targets, offset, token, node, logp, entropy, row_max, log_mass,
+    temperature, max_children,
+):  # fmt: skip
     """The dispatcher's signature; the entropy's gradient is left out where it is None."""
     batch, width, columns = logits.shape
     number = targets.shape[2]
@@ -146,7 +138,7 @@ def _write_logp(logp, at, inside, target, found, z, max_value, log_total, inv_te
 
 @kernel
 def _vocab_statistics(
-    logits, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, t0, t1, t2, logp: F32,
+    logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, t0, t1, t2, logp: F32,
     entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature: tl.float32,
     BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
@@ -197,8 +189,8 @@ def _find(token, begin, end, target, bits, TARGETS: tl.constexpr):
 def _legal_statistics(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, t0, t1, t2, offset: I32,
     token: I32, node: ADDRESS, node_type, n0, n1, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width,
-    columns, number, inv_temperature: tl.float32, num_nodes, num_edges, bits,
-    BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    columns, number, inv_temperature: tl.float32, num_nodes, num_edges, bits, BLOCK: tl.constexpr,
+    TARGETS: tl.constexpr,
 ):  # fmt: skip
     logits, targets = Array(logits, logits_type, z0, z1, z2), Array(targets, targets_type, t0, t1, t2)
     node = Array(node, node_type, n0, n1, 0)
@@ -220,18 +212,11 @@ def _legal_statistics(
         _write_logp(logp, r * number + t, t < number, target, found, z, max_value, log_total, inv_temperature)
 
 
-class Saved(NamedTuple):
-    """Targets and their gradients, ``[B, W, T]``, that of the entropy, and results; all contiguous."""
-
-    targets: Any
-    targets_type: Any
-    grad_logp: Any
-    grad_logp_type: Any
-    grad_entropy: Any
-    grad_entropy_type: Any
-    logp: Any
-    entropy: Any
-    number: Any
+# Targets and their gradients, [B, W, T], that of the entropy, and results; all contiguous.
+Saved = namedtuple(
+    "Saved",
+    "targets targets_type grad_logp grad_logp_type grad_entropy grad_entropy_type logp entropy number",
+)
 
 
 @triton.jit
@@ -271,9 +256,9 @@ def _row_grad(z, max_value, log_total, slope, curve, inv_temperature):
 
 @kernel
 def _vocab_gradient(
-    logits, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
+    logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
-    log_mass: F32, width, columns: ALIGNED, number, inv_temperature: tl.float32, gradient, blocks,
+    log_mass: F32, width, columns: ALIGNED, number, inv_temperature: tl.float32, gradient: ANY, blocks,
     BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
@@ -294,8 +279,8 @@ def _legal_gradient(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
     log_mass: F32, width, columns, number, inv_temperature: tl.float32, gradient: ADDRESS, gradient_type,
-    offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, num_nodes, num_edges,
-    BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, num_nodes, num_edges, BLOCK: tl.constexpr,
+    TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
         targets, targets_type, grad_logp, grad_logp_type, grad_entropy, grad_entropy_type, logp, entropy,

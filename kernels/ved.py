@@ -13,8 +13,8 @@ capacity, rounded up   warps
 2,048                  16
 =====================  =====
 
-``ved_select`` takes no larger trees. The one workspace holds the keys of ``ved_candidates``, 16 bytes per node
-and listed leaf.
+``ved_select`` takes no larger trees. The one workspace holds the keys of ``ved_candidates``, 16 bytes per
+node and listed leaf.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .._triton import Unsupported
 from ._floats import FLOAT32_MAX, LOWEST, ordered
@@ -37,24 +36,9 @@ _INT32_MAX, _INT64_MAX = tl.constexpr(2**31 - 1), tl.constexpr(2**63 - 1)
 
 
 def ved_select(
-    node: Tensor,
-    parent: Tensor,
-    priority: Tensor,
-    visits: Tensor,
-    next_child: Tensor,
-    num_children: Tensor,
-    child_node: Tensor,
-    child_logp: Tensor,
-    size: Tensor,
-    budget: Tensor,
-    depth: Tensor,
-    depth_sum: Tensor,
-    depth_count: Tensor,
-    levels: int,
-    exploration: float,
-    paths: int,
-    max_idle: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    node, parent, priority, visits, next_child, num_children, child_node, child_logp, size, budget, depth,
+    depth_sum, depth_count, levels, exploration, paths, max_idle,
+):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.ved_select`."""
     batch, capacity = node.shape
     most = _NODES[-1][0]
@@ -93,20 +77,9 @@ def ved_insert(*arguments: Any) -> None:
 
 
 def ved_candidates(
-    node: Tensor,
-    logp: Tensor,
-    value: Tensor,
-    size: Tensor,
-    depth: Tensor,
-    leaf_node: Tensor,
-    leaf_logp: Tensor,
-    leaf_score: Tensor,
-    num_leaves: Tensor,
-    length: int,
-    k: int,
-    logp_weight: float,
-    forced_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, length, k, logp_weight,
+    forced_first,
+):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.ved_candidates`."""
     (batch, capacity), leaves = node.shape, leaf_node.shape[2]
     out_node, count = node.new_empty(batch, k), node.new_empty(batch)
@@ -149,8 +122,8 @@ def _clear(row_parent, row_node, row_logp, rows, s, NODES: tl.constexpr):
 
 @triton.jit
 def _skip_known(
-    node, child_node, s, children, passes, upcoming, listed, nodes, active,
-    NODES: tl.constexpr, CHUNK: tl.constexpr,
+    node, child_node, s, children, passes, upcoming, listed, nodes, active, NODES: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Move the pointers past children that the initial beam search has put into the tree."""
     moving = active
@@ -166,16 +139,6 @@ def _skip_known(
         upcoming += skip.to(tl.int32)
         moving = tl.max(skip.to(tl.int32), 0)
     return upcoming
-
-
-@triton.jit
-def _best_child(s, names, below, priority, visits, log_total, exploration):
-    """The child of largest bound, ties to the lower token; whether there is one, and its slot."""
-    bound = priority + exploration * tl.sqrt(log_total / (visits + 1).to(tl.float64))
-    bound = tl.where(below, bound, float("-inf"))
-    tied = below & (bound == tl.max(bound, 0))
-    token = tl.min(tl.where(tied, names, _INT32_MAX), 0)
-    return tl.max(tied.to(tl.int32), 0), tl.max(tl.where(tied & (names == token), s, 0), 0)
 
 
 @triton.jit
@@ -202,7 +165,12 @@ def _walk(
         left -= taken
         looking = tl.minimum(looking, 1 - taken)
         below = exists & (parents == current) & (s > 0) & (level < levels)
-        walking, child = _best_child(s, names, below, priority, visits, log_total, exploration)
+        bound = priority + exploration * tl.sqrt(log_total / (visits + 1).to(tl.float64))
+        bound = tl.where(below, bound, float("-inf"))
+        tied = below & (bound == tl.max(bound, 0))
+        token = tl.min(tl.where(tied, names, _INT32_MAX), 0)
+        walking = tl.max(tied.to(tl.int32), 0)
+        child = tl.max(tl.where(tied & (names == token), s, 0), 0)
         current = tl.where(walking > 0, child, current)
         level += 1
     return upcoming, visits, left, looking
@@ -271,13 +239,6 @@ def _copy(source, target, start, to, width, COPY: tl.constexpr):
         tl.store(target + to * width + i, tl.load(source + start * width + i, i < width), i < width)
 
 
-@triton.jit
-def _bounded(x):
-    """A float64 number that float32 holds; NaN is the lowest."""
-    x = tl.where(x >= -FLOAT32_MAX, x, -FLOAT32_MAX)
-    return tl.where(x > FLOAT32_MAX, FLOAT32_MAX, x).to(tl.float32)
-
-
 @kernel
 def _ved_insert(
     node: I32, parent: I32, logp: F32, value: F32, entropy: F32, priority: F32, visits: I32, next_child: I32,
@@ -303,7 +264,8 @@ def _ved_insert(
             gain = v.to(tl.float64) + entropy_weight * h.to(tl.float64)
             if logp_weight != 0:
                 gain += logp_weight * log_probability.to(tl.float64)
-            gain = _bounded(gain)
+            gain = tl.where(gain >= -FLOAT32_MAX, gain, -FLOAT32_MAX)  # NaN too
+            gain = tl.where(gain > FLOAT32_MAX, FLOAT32_MAX, gain).to(tl.float32)
             tl.store(node + to, name)
             tl.store(parent + to, parent_slot)
             tl.store(logp + to, log_probability)
@@ -352,7 +314,8 @@ def _pair(valid, tier, score, prefix, logp, name):
 
 @triton.jit
 def _node_keys(
-    node, logp, value, depth, first_keys, second_keys, nodes, capacity, length, logp_weight, KEYS: tl.constexpr
+    node, logp, value, depth, first_keys, second_keys, nodes, capacity, length, logp_weight,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """Write the keys of the evaluated leaves, and return how many there are."""
     evaluated = 0

@@ -73,7 +73,7 @@ def _kernels(module: str) -> Any:
 
 
 def specializations(names: Iterable[str] | None = None) -> Iterator[Any]:
-    """All that some modules (default: all) compile, for contiguous inputs whose rows are multiples of 16 long."""
+    """All that these modules (or all) compile, for contiguous inputs whose rows are multiples of 16 long."""
     for module in modules() if names is None else names:
         yield from _kernels(module).specializations()
 
