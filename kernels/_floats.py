@@ -24,5 +24,5 @@ def ordered(score):
 
 @triton.jit
 def from_ordered(bits):
-    """The inverse."""
+    """The inverse of :func:`ordered`."""
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

@@ -29,8 +29,7 @@ BLOCKS = (32, 64, 128, 256, 512, 1024)
 def kernel(function: Callable[..., Any]) -> Any:
     """``triton.jit``, where the annotations are the types of the arguments.
 
-    Integers get no variants of their own for 1 and multiples of 16, unless they are ``ALIGNED``: a kernel is
-    compiled once for all sizes.
+    A kernel is compiled once for all values of its integers, but for those that are ``ALIGNED``.
     """
     spelled = function.__annotations__
     integers = [x for x in inspect.signature(function).parameters if spelled.get(x, "ADDRESS") == "ADDRESS"]
@@ -51,7 +50,7 @@ def options(warps: int) -> dict[str, Any]:
 
 
 def block_for(count: int) -> tuple[int, int]:
-    """The block, one of ``BLOCKS``, that reads ``count`` items, in turns if there are more; its warps."""
+    """The block that reads ``count`` items, at once or in turns, and its warps."""
     block = next((block for block in BLOCKS if count <= block), BLOCKS[-1])
     return block, max(1, block // 256)
 

@@ -453,7 +453,7 @@ def _write(
     out_score, out_logp, out_parent, out_token, out_child, at, inside, exists, score, logp, parent, column,
     child,
 ):  # fmt: skip
-    """Write winners, and what stands for none where they do not exist."""
+    """Write winners; -inf and -1 where there is none."""
     tl.store(out_score + at, tl.where(exists, score, float("-inf")), inside)
     tl.store(out_logp + at, tl.where(exists, logp, float("-inf")), inside)
     tl.store(out_parent + at, tl.where(exists, parent, -1).to(tl.int32), inside)

@@ -164,7 +164,7 @@ def _vocab_statistics(
 
 @triton.jit
 def _load_children(logits, b, w, token, start, end, columns, BLOCK: tl.constexpr):
-    """Columns and logits of a block of edges, and which of them there are."""
+    """Columns and logits of a block of edges, and which of them exist."""
     edge = start + tl.arange(0, BLOCK)
     v = tl.load(token + edge, edge < end, -1).to(tl.int64)
     inside = (v >= 0) & (v < columns)
