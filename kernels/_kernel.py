@@ -56,14 +56,14 @@ def block_for(count: int) -> tuple[int, int]:
 
 
 def workspace(device: torch.device, *parts: tuple[int, torch.dtype]) -> list[Tensor]:
-    """One allocation, as a vector for each pair of length and dtype.
+    """One allocation, as a vector for each pair of length and dtype; some are a little longer.
 
     Every part begins at a multiple of 16 bytes. Triton compiles a variant for pointers that do not, which
     must not depend on the sizes of a call.
     """
     sizes = [-(-count * dtype.itemsize // 16) * 16 for count, dtype in parts]
     memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
-    return [x[: count * dtype.itemsize].view(dtype) for x, (count, dtype) in zip(memory, parts)]
+    return [part.view(dtype) for part, (_, dtype) in zip(memory, parts)]
 
 
 class Specialization(NamedTuple):
@@ -74,7 +74,7 @@ class Specialization(NamedTuple):
         kernel: the jit function.
         warps: per program.
         constants: its compile-time arguments.
-        types: of arguments that have none in the kernel's signature.
+        types: of its arguments that are ``ANY``.
     """
 
     name: str
