@@ -563,6 +563,7 @@ def test_a_language_models_vocabulary(cpu, normalize):
     agree_with_reference(logits, trie, node, 50, normalize=normalize)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [128, 3000])
 def test_every_column_legal(cpu, k):
     rng = np.random.default_rng(4)

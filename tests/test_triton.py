@@ -33,6 +33,7 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING or vstar_ops.backends()["triton"].available, reason="they run as they are")
 @pytest.mark.parametrize("module", _triton.modules())
 def test_interpreted(module: str) -> None:
@@ -46,14 +47,16 @@ def test_interpreted(module: str) -> None:
         "-p",
         "no:cacheprovider",
         f"tests/test_{module}.py",
+        "tests/test_every_op.py",
         "-k",
-        "triton",
+        f"triton and {module}",
     )
     done = python(*command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     print(done.stdout)
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_table_of_resources_is_current() -> None:
     """Every kernel compiles for sm_80, sm_90 and sm_100, spills nothing and takes what the table says."""
     done = python("-m", "benchmarks.resources", "--check", TRITON_INTERPRET="0")
