@@ -31,7 +31,7 @@ demo: setup
 	$(PY) -m vstar_ops.train $(or $(ARGS),--test-decoder ved)
 
 check: lint
-	$(PY) -m pytest -m "not slow" -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 $(ARGS)
 
 test: setup
 	$(PY) -m pytest $(ARGS)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from vstar_ops import Trie, expand_topk
-from vstar_ops.decoding import beam_search, ved
+from vstar_ops.decoding import VEDConfig, beam_search, ved
 from vstar_ops.reference.ved_search import ved_search
-from vstar_ops.train.decode import TUNED, at_test
 from vstar_ops.train.model import SIDTransformer
 from vstar_ops.train.value import ItemEmbeddings
 
@@ -44,14 +43,14 @@ class Stopwatch:
 
 
 def share_of_search(
-    model: SIDTransformer, context: Tensor, trie: Trie, rounds: int, options: dict[str, Any]
+    model: SIDTransformer, context: Tensor, trie: Trie, rounds: int, config: VEDConfig
 ) -> float:
     """Median over rounds of the part of a decode that is not the model's."""
     shares = []
     for _ in range(rounds):
         watch = Stopwatch(model)
         start = time.perf_counter()
-        ved(watch, context, trie, **options)  # type: ignore[arg-type]
+        ved(watch, context, trie, config=config)  # type: ignore[arg-type]
         total = time.perf_counter() - start
         shares.append(1 - watch.seconds / total)
     return statistics.median(shares)
@@ -79,6 +78,63 @@ def least_tokens(model: SIDTransformer, context: Tensor, trie: Trie, width: int)
     return least
 
 
+def against_beam_search(model: SIDTransformer, context: Tensor, trie: Trie, rounds: int) -> None:
+    """The search's part of the decode, and the wall time beside a beam search of the same tokens."""
+    report = harness.Report()
+    beams = "beam search of 33 tokens"
+    print()
+    for name, config in (("the paper's", VEDConfig.paper()), ("the defaults", VEDConfig())):
+        share = share_of_search(model, context, trie, rounds, config)
+        print(f"search, {name}, as a share of the VED decode: {100 * share:.1f} % (target at most 15 %)")
+        variants: dict[str, Callable[[], Any]] = {
+            "ved": partial(ved, model, context, trie, config=config),
+            beams: lambda: beam_search(model, context, trie, 16, skip_forced=False),
+        }
+        spent = [int(call().forward_tokens.sum()) / len(context) for call in variants.values()]
+        timing = harness.compare(variants, rounds)
+        report.add(f"VED, {name}, {spent[0]:.1f} tokens per request, against {spent[1]:.1f}", timing)
+        times = 1 / timing.ratio[beams]
+        print(f"VED takes {times:.2f} times the wall time of that beam search (target at most 1.5)")
+
+
+def against_the_sequential_search(model: SIDTransformer, context: Tensor, trie: Trie, rounds: int) -> None:
+    """All requests side by side, and one after the other."""
+    config, same = VEDConfig.paper(), 0
+    few = ved(model, context[:8], trie, config=config, seed=torch.arange(8))
+    for b in range(8):
+        leaves, _ = ved_search(model, context[b : b + 1], trie, 16, config, seed=b)
+        same += len({leaf.node for leaf in leaves} & set(few.node[b].tolist()))
+    # Random weights make near ties; rounding in the model's own matrix products turns some of them, and with
+    # them the rest of a search. (The tests compare decisions one by one, on models that do not round.)
+    assert same >= 0.75 * 8 * 16, f"the sequential search found {8 * 16 - same} of {8 * 16} other candidates"
+    variants = {
+        "ved": lambda: ved(model, context, trie, config=config),
+        "sequential, one request": lambda: ved_search(model, context[:1], trie, 16, config),
+    }
+    ratio = len(context) * harness.compare(variants, rounds, slice_s=0).ratio["sequential, one request"]
+    print(f"VED of {len(context)} requests, the sequential search of as many: {ratio:.1f}x (target 10x)")
+
+
+def forced_tokens(model: SIDTransformer, requests: Tensor, trie: Trie) -> None:
+    """What skipping forced tokens saves a beam search."""
+    for width in (16, 50, 64, 128):
+        spent, least = {True: 0, False: 0}, 0.0
+        for prompts in requests.split(64):
+            found = {skip: beam_search(model, prompts, trie, width, skip_forced=skip) for skip in spent}
+            # Matrix products of other sizes round otherwise, which may turn a near tie.
+            torch.testing.assert_close(found[True].logp, found[False].logp, rtol=1e-4, atol=1e-4)
+            turned = float((found[True].node != found[False].node).float().mean())
+            assert turned < 1e-3, f"skipping forced tokens changed {100 * turned:.2f} % of the results"
+            least += least_tokens(model, prompts, trie, width).sum().item()
+            spent = {skip: tokens + int(found[skip].forward_tokens.sum()) for skip, tokens in spent.items()}
+        each = [spent[skip] / len(requests) for skip in (False, True)]
+        print(
+            f"forced tokens skipped, {len(requests)} requests, beam search of width {width}: "
+            f"{each[0]:.1f} -> {each[1]:.1f} tokens, {100 - 100 * each[1] / each[0]:.0f} % saved; "
+            f"no exact search can save more than {100 - 100 * least / len(requests) / each[0]:.0f} %"
+        )
+
+
 def main() -> None:
     """Parse the options, measure, print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__)
@@ -104,57 +160,10 @@ def main() -> None:
     model.eval()
     context = sequences[torch.randint(0, len(sequences), (64, 10))].flatten(1)  # ten items each
 
-    report = harness.Report()
-    beams = "beam search of 33 tokens"
-    print()
-    for search, options in (("the defaults", {}), ("as trained", at_test(TUNED))):
-        share = share_of_search(model, context, trie, args.rounds, options)
-        print(f"search, {search}, as a share of the VED decode: {100 * share:.1f} % (target at most 15 %)")
-        variants: dict[str, Callable[[], Any]] = {
-            "ved": partial(ved, model, context, trie, **options),
-            beams: lambda: beam_search(model, context, trie, 16, skip_forced=False),
-        }
-        spent = [int(call().forward_tokens.sum()) for call in variants.values()]
-        timing = harness.compare(variants, args.rounds)
-        report.add(
-            f"VED, {search}, {spent[0] / 64:.1f} tokens a request, against {spent[1] / 64:.1f}", timing
-        )
-        times = 1 / timing.ratio[beams]
-        print(f"VED takes {times:.2f} times the wall time of that beam search (target at most 1.5)")
-    few = ved(model, context[:8], trie, seed=torch.arange(8))
-    same = 0
-    for b in range(8):
-        leaves, _ = ved_search(model, context[b : b + 1], trie, seed=b)
-        same += len({leaf.node for leaf in leaves} & set(few.node[b].tolist()))
-    # Random weights make near ties; rounding in the model's own matrix products turns some of them, and with
-    # them the rest of a search. (The tests compare decisions one by one, on models that do not round.)
-    assert same >= 0.75 * 8 * 16, f"the sequential search found {8 * 16 - same} of {8 * 16} other candidates"
-    sequential = {
-        "ved": lambda: ved(model, context, trie),
-        "sequential, one request": lambda: ved_search(model, context[:1], trie),
-    }
-    timing = harness.compare(sequential, args.rounds, slice_s=0)
-    ratio = 64 * timing.ratio["sequential, one request"]
-    print(f"VED of 64 requests against the sequential search of 64: {ratio:.1f}x the throughput (target 10x)")
+    against_beam_search(model, context, trie, args.rounds)
+    against_the_sequential_search(model, context, trie, args.rounds)
     requests = catalogue.histories(args.data, args.category, 1024)
-    if requests is None:
-        requests = context
-    for width in (16, 50, 64, 128):
-        spent, least = {True: 0, False: 0}, 0.0
-        for prompts in requests.split(64):
-            found = {skip: beam_search(model, prompts, trie, width, skip_forced=skip) for skip in spent}
-            # Matrix products of other sizes round otherwise, which may turn a near tie.
-            torch.testing.assert_close(found[True].logp, found[False].logp, rtol=1e-4, atol=1e-4)
-            turned = float((found[True].node != found[False].node).float().mean())
-            assert turned < 1e-3, f"skipping forced tokens changed {100 * turned:.2f} % of the results"
-            least += least_tokens(model, prompts, trie, width).sum().item()
-            spent = {skip: tokens + int(found[skip].forward_tokens.sum()) for skip, tokens in spent.items()}
-        each = [spent[skip] / len(requests) for skip in (False, True)]
-        print(
-            f"forced tokens skipped, {len(requests)} requests, beam search of width {width}: "
-            f"{each[0]:.1f} -> {each[1]:.1f} tokens, {100 - 100 * each[1] / each[0]:.0f} % saved; "
-            f"no exact search can save more than {100 - 100 * least / len(requests) / each[0]:.0f} %"
-        )
+    forced_tokens(model, context if requests is None else requests, trie)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,16 @@ import torch
 from torch import Tensor
 
 import vstar_ops
-from vstar_ops import SearchTrees, Trie
+from vstar_ops import (
+    NodeEvaluation,
+    SearchTrees,
+    SelectedRows,
+    Trie,
+    ved_candidates,
+    ved_insert,
+    ved_select,
+)
 from vstar_ops._files import replacing
-from vstar_ops.ops.ved import Evaluation, ved_candidates, ved_insert, ved_select
 
 from . import baselines, catalogue
 
@@ -262,7 +269,7 @@ def ved_round(device: str, batch: int, budget: int = 129) -> Case:
     trie = Trie.from_sequences(torch.cartesian_prod(*[torch.arange(32)] * 3)).to(device)
     generator = torch.Generator(device).manual_seed(0)
 
-    def evaluation(node: Tensor) -> Evaluation:
+    def evaluation(node: Tensor) -> NodeEvaluation:
         rows = node.shape[1]
 
         def floats(*shape: int) -> Tensor:
@@ -272,7 +279,7 @@ def ved_round(device: str, batch: int, budget: int = 129) -> Case:
         child = first[..., None] + torch.arange(1, 33, device=device, dtype=torch.int32)
         children = (last - first).int()
         zero = torch.zeros_like(node)
-        return Evaluation(
+        return NodeEvaluation(
             zero.long(),
             floats(),
             floats(),
@@ -287,7 +294,7 @@ def ved_round(device: str, batch: int, budget: int = 129) -> Case:
 
     trees = SearchTrees.empty(batch, budget, 3, children=32, leaves=32, device=device)
     root = torch.zeros(batch, 1, dtype=torch.int32, device=device)
-    rows = vstar_ops.ops.ved.Rows(root - 1, root, torch.zeros(batch, 1, device=device))
+    rows = SelectedRows(root - 1, root, torch.zeros(batch, 1, device=device))
     ved_insert(trees, rows, evaluation(rows.node))
     for _ in range(budget // 6):
         rows = ved_select(trees)

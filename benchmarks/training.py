@@ -8,57 +8,36 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vstar_ops import Trie, sibling_grpo_loss
-from vstar_ops.train.loop import optimizer_of
 from vstar_ops.train.model import SIDTransformer
-from vstar_ops.train.scoring import candidate_logp, legal_logp
+from vstar_ops.train.scoring import candidate_scores
+from vstar_ops.train.trainer import optimizer_of
 
 from . import catalogue, harness
 
 REQUESTS, CANDIDATES = 64, 16
 
 
-def whole_rows(model: SIDTransformer, context: Tensor, trie: Trie, candidates: Tensor) -> Tensor:
-    """Log-probabilities ``[B, G, L]`` by the plain causal pass over prompt and candidate, every row whole."""
-    batch, group, length = candidates.shape
-    rows = torch.cat([context.repeat_interleave(group, 0), candidates[..., :-1].flatten(0, 1)], 1)
-    nodes = torch.stack([trie.lookup(candidates[..., :depth]).long() for depth in range(length + 1)], 2)
-    node, child = nodes[..., :-1].flatten(), nodes[..., 1:].flatten()
-    logits = model(rows, last=length).flatten(0, 1)
-    return legal_logp(logits, trie, node, child)[0].view(batch, group, length)
-
-
 class Updates:
-    """The update of one variant, on a model of its own; requests go through in parts, to fit in memory."""
+    """The update with or without packing, on its own model; in parts of the requests, to fit in memory."""
 
     def __init__(
-        self,
-        logp: Callable[..., Tensor],
-        model: SIDTransformer,
-        batch: tuple[Tensor, ...],
-        trie: Trie,
-        part: int,
+        self, pack: bool, model: SIDTransformer, batch: tuple[Tensor, ...], trie: Trie, part: int
     ) -> None:
-        self.logp, self.model, self.batch, self.trie, self.part = (
-            logp,
-            copy.deepcopy(model),
-            batch,
-            trie,
-            part,
-        )
+        self.pack, self.batch, self.trie, self.part = pack, batch, trie, part
+        self.model = copy.deepcopy(model)
         self.optimizer = optimizer_of(self.model, 1e-4, 0.0)
 
     def gradients(self) -> list[Tensor]:
-        """Of the objective, by forward and backward."""
+        """Gradients of the objective, by forward and backward."""
         self.optimizer.zero_grad()
         for context, candidates, reward, reference in zip(*(x.split(self.part) for x in self.batch)):
-            logp = self.logp(self.model, context, self.trie, candidates)
-            loss = sibling_grpo_loss(logp, candidates, reward, ref_logp=reference).loss
+            scores = candidate_scores(self.model, context, self.trie, candidates, pack=self.pack)
+            loss = sibling_grpo_loss(scores.logp, candidates, reward, ref_logp=reference).loss
             (loss * len(context) / REQUESTS).backward()
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
@@ -70,19 +49,19 @@ class Updates:
 def measure(
     report: harness.Report, trie: Trie, sequences: Tensor, tokens: int, part: int, rounds: int
 ) -> None:
-    """Print a line for a prompt of so many tokens."""
+    """Print a line for prompts of ``tokens`` tokens."""
     items = tokens // sequences.shape[1]
     model = SIDTransformer(trie.max_token + 1, tokens + sequences.shape[1]).eval()
     context = sequences[torch.randint(len(sequences), (REQUESTS, items))].flatten(1)
     candidates = sequences[torch.randint(len(sequences), (REQUESTS, CANDIDATES))]
     reference = torch.zeros(candidates.shape)
     batch = (context, candidates, torch.rand(REQUESTS, CANDIDATES), reference)
-    packed, whole = (Updates(logp, model, batch, trie, part) for logp in (candidate_logp, whole_rows))
+    packed, whole = (Updates(pack, model, batch, trie, part) for pack in (True, False))
     for got, want in zip(packed.gradients(), whole.gradients(), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
-    variants = {"packed": packed, "a row a candidate": whole}
+    variants = {"packed": packed, "one row per candidate": whole}
     timing = harness.compare(variants, rounds, slice_s=0, warm=True)
-    target = {10: {"a_row_a_candidate": 4.0}, 100: {"a_row_a_candidate": 8.0}}.get(items, {})
+    target = {10: {"one_row_per_candidate": 4.0}, 100: {"one_row_per_candidate": 8.0}}.get(items, {})
     report.add(f"RL update, prompt of {tokens} tokens", timing, **target)
 
 

@@ -197,7 +197,7 @@ def test_requests_alone_as_in_a_batch(backend):
 @pytest.mark.parametrize(
     ("arguments", "error", "name"),
     [
-        ({"width": 0}, ValueError, "k|width"),
+        ({"beam_width": 0}, ValueError, "beam_width"),
         ({"normalize": "all"}, ValueError, "normalize"),
         ({"temperature": 0.0}, ValueError, "temperature"),
     ],
@@ -205,4 +205,4 @@ def test_requests_alone_as_in_a_batch(backend):
 def test_errors(arguments, error, name):
     trie = Trie.from_sequences(catalogue(0, 5, 2))
     with pytest.raises(error, match=f"^({name}) must"):
-        beam_search(TableModel(), [0], trie, **{"width": 2, **arguments})
+        beam_search(TableModel(), [0], trie, **{"beam_width": 2, **arguments})

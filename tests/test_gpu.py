@@ -13,7 +13,7 @@ import torch
 
 import vstar_ops
 from vstar_ops import SearchTrees, Trie
-from vstar_ops.decoding import beam_search, ved
+from vstar_ops.decoding import VEDConfig, beam_search, ved
 from vstar_ops.ops.ved import ved_candidates, ved_select
 
 ON = [name for name in ("triton", "cuda") if vstar_ops.backends()[name].available]
@@ -158,7 +158,7 @@ def test_a_whole_search_in_a_graph(gpu: str) -> None:
     seeds = torch.zeros(32, dtype=torch.int64, device="cuda")
 
     def search() -> Any:
-        return ved(model, context, trie, 16, rounds=12, width=4, seed=seeds)
+        return ved(model, context, trie, 16, VEDConfig.paper(beam_width=4), seed=seeds, num_rounds=12)
 
     search()
     graph = torch.cuda.CUDAGraph()
@@ -178,9 +178,13 @@ def test_decoders_agree_with_the_cpu(gpu: str) -> None:
     """Beam search and tree search of one model on both devices."""
     trie, model = catalogue(), StaticModel(64)
     context = torch.arange(48, device="cuda")
-    beams, found = beam_search(model, context, trie, 24), ved(model, context, trie, 16, seed=1)
+
+    def search() -> tuple[Any, Any]:
+        return beam_search(model, context, trie, 24), ved(model, context, trie, 16, VEDConfig.paper(), seed=1)
+
+    beams, found = search()
     with vstar_ops.use_backend("reference"):
-        other_beams, other = beam_search(model, context, trie, 24), ved(model, context, trie, 16, seed=1)
+        other_beams, other = search()
     # One near tie may swap two candidates; a wrong kernel changes all of them.
     assert (beams.node == other_beams.node).float().mean() > 0.99
     assert (found.node == other.node).float().mean() > 0.98

@@ -266,7 +266,7 @@ def test_the_reference_model(dtype: torch.dtype, tolerance: float, values: bool)
     trie = Trie.from_sequences(catalogue)
     model = SIDTransformer(12, 15, dim=16, layers=2, heads=2)
     if values:
-        model.add_value_head(action_values=True)
+        model.add_value_head(child_values=True)
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)
     model = model.to(dtype).eval()
@@ -278,11 +278,10 @@ def test_the_reference_model(dtype: torch.dtype, tolerance: float, values: bool)
         laid_out = scoring.candidate_rows(model, context, trie, candidates, values=True, pack=pack)
         rows = laid_out.rows
         if dtype == torch.float32:
-            options = {"values": values, "action_values": values}
-            scores = laid_out.scores(lambda r: model.packed(r, action_values=values), **options)
+            scores = laid_out.scores(lambda r: model.packed(r, child_values=values))
             given = [x for x in scores if x is not None]
         else:
-            logits, value, child_value = model.packed(rows, action_values=values)
+            logits, value, child_value = model.packed(rows, child_values=values)
             given = [log_softmax(rows, logits).view(candidates.shape)]
             if value is not None and child_value is not None:
                 given.append(rows.unpack(value, rows.own).view(candidates.shape))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vstar_ops.study import ABLATIONS, _spearman, main
+from benchmarks.study import ABLATIONS, _spearman, main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
+import re
 from pathlib import Path
 
 import loss_reference
 import pytest
 import torch
+from toy_data import finish, kill_at, start, untimed, weights
 
 from vstar_ops import Trie, group_advantage, sibling_advantage
 from vstar_ops.decoding import beam_search
-from vstar_ops.train import checkpoint, loop, metrics, report, rewards, scoring
+from vstar_ops.train import __main__, checkpoint, metrics, report, rewards, scoring, trainer
 from vstar_ops.train.__main__ import main
+from vstar_ops.train.config import Config, Variant
 from vstar_ops.train.data import load_minionerec, user_sequences
-from vstar_ops.train.decode import decode
+from vstar_ops.train.decode import Decoder
 from vstar_ops.train.model import SIDTransformer
 from vstar_ops.train.synthetic import synthetic
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Of the modules of training, each imports only those before it; no stage imports evaluation.
+ORDER = "config data synthetic rewards value model scoring decode checkpoint parallel trainer"
+ORDER += " supervised reinforce metrics report __main__"
+
+
+def test_nothing_imports_upward() -> None:
+    folder, below = Path(trainer.__file__).parent, {"__init__"}
+    assert {path.stem for path in folder.glob("*.py")} == {*ORDER.split(), "__init__"}
+    for name in ORDER.split():
+        imports = re.findall(r"^from \.(\w*) import (.*)", (folder / f"{name}.py").read_text(), re.MULTILINE)
+        found = {
+            one.strip() for module, names in imports for one in ([module] if module else names.split(","))
+        }
+        assert found <= below, f"{name} imports {found - below}"
+        below.add(name)
 
 
 # ------------------------------------------------------------------ data
@@ -218,7 +230,7 @@ def test_candidate_logp_agrees_with_beam_search(model: SIDTransformer) -> None:
     trie = Trie.from_sequences(CATALOGUE)
     context = torch.randint(9, (3, 6))
     beams = beam_search(model, context, trie, 8)
-    logp = scoring.candidate_logp(model, context, trie, beams.sequence)
+    logp = scoring.candidate_scores(model, context, trie, beams.sequence).logp
     there = beams.node >= 0
     torch.testing.assert_close(logp.sum(2)[there], beams.logp[there])
 
@@ -228,7 +240,7 @@ def test_forced_prefix_above_a_branch_is_run(model: SIDTransformer) -> None:
     model.float()
     global_catalogue = torch.tensor([[0, 3, 6], [0, 3, 7], [1, 4, 6]])
     trie = Trie.from_sequences(global_catalogue)
-    logp = scoring.candidate_logp(model, torch.tensor([[2, 5]]), trie, global_catalogue[None, :2])
+    logp = scoring.candidate_scores(model, torch.tensor([[2, 5]]), trie, global_catalogue[None, :2]).logp
     plain = model(torch.tensor([[2, 5, 0, 3]]))[0, -1]
     torch.testing.assert_close(logp[0, 0, 2], plain[6] - torch.logsumexp(plain[6:8], 0))
     assert logp[0, 0, 1] == 0
@@ -312,12 +324,13 @@ def test_gains_by_step(tmp_path: Path) -> None:
             records = [{"step": 1, "loss": 0.5}] + [{"step": s, "valid": v} for s, v in zip(steps, valid)]
             text = "\n".join(json.dumps(r) for r in records) + "\n"
             (folder / f"{variant}.jsonl").write_text(text)
-    lines = report.gains_by_step(tmp_path, [3, 4], ("beam+grpo", "ved+joint")).split("\n")
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["0", "5"]
-    assert lines[0].split("|")[2:4] == [" NDCG@10, beam+grpo ", " NDCG@10, ved+joint "]
-    _, _, base, no_gain, _, gain, _ = lines[3].split("|")
-    assert base.startswith(" 0.1500 ± ") and no_gain == " +0.0000 ± 0.0000 "
-    assert gain.startswith(" +0.8750 ± ")  # 0.75 and 1, paired
+    text = report.gains_by_step(tmp_path, [3, 4], [Variant("beam", "grpo"), Variant("ved", "joint")])
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.split("\n")]
+    assert [cells[1] for cells in lines[2:]] == ["0", "5"]
+    assert lines[0][2:4] == ["NDCG@10, beam+grpo", "NDCG@10, ved+joint"]
+    _, _, base, no_gain, _, gain, _ = lines[3]
+    assert base.startswith("0.1500 ± ") and no_gain == "+0.0000 ± 0.0000"
+    assert gain.startswith("+0.8750 ± ")  # 0.75 and 1, paired
 
 
 # ------------------------------------------------------------------ checkpoints and the loop
@@ -343,71 +356,81 @@ OPTIONS += " --candidates 6 --checkpoint-every 1 --sft-evals 3 --rl-evals 3 --pa
 OPTIONS += " --decoder ved --objective joint"
 
 
-def start(data: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "vstar_ops.train", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=data, env=environment, **pipes)
-
-
-def steps_done(run: Path, stage: str) -> int:
-    path = run / "seed-0" / f"{stage}.pt"
-    return checkpoint.load(path)["now"]["step"] if path.exists() else -1
-
-
 def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--data", str(toy), *OPTIONS.split()]
     first, process = start(toy, *options, "--out", str(whole)), start(toy, *options, "--out", str(cut))
     for stage, step in (("sft", 7), ("ved+joint", 4)):
-        deadline = time.monotonic() + 60
-        while steps_done(cut, stage) < step and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_at(process, cut, stage, step)
         assert not (cut / "results.md").exists()
         process = start(toy, "--resume", str(cut))
-    output = [p.communicate(timeout=60)[0].decode() for p in (first, process)]
-    assert first.returncode == process.returncode == 0, output
-    assert "V-STAR: Sibling-GRPO with VED" in output[1] and "NDCG@10" in output[1]
+    finish(first)
+    output = finish(process)
+    assert "V-STAR: Sibling-GRPO with VED" in output and "NDCG@10" in output
     for stage in ("sft", "ved+joint"):
-        a, b = (torch.load(run / "seed-0" / f"{stage}.weights.pt", weights_only=True) for run in (whole, cut))
+        a, b = (weights(run, stage) for run in (whole, cut))
         assert all(torch.equal(a[k], b[k]) for k in a)
         a, b = (checkpoint.load(run / "seed-0" / f"{stage}.pt")["model"] for run in (whole, cut))
         assert all(torch.equal(a[k], b[k]) for k in a)
-        logs = [checkpoint.read_metrics(run / "seed-0" / f"{stage}.jsonl") for run in (whole, cut)]
-        untimed = [[{k: v for k, v in r.items() if k != "seconds"} for r in log] for log in logs]
-        assert untimed[0] == untimed[1]
+        assert untimed(whole, stage) == untimed(cut, stage)
     for run in (whole, cut):
         assert (run / "curves.png").stat().st_size > 1000 and "SFT" in (run / "results.md").read_text()
 
 
-def test_the_policys_share_of_the_candidates_rises(toy: Path, tmp_path: Path, monkeypatch) -> None:
-    seen = []
+def test_killed_between_two_stages_checkpoints(toy: Path, tmp_path: Path, monkeypatch) -> None:
+    """Also before a stage's first step, and when the checkpoint is some steps behind."""
+    options = ["--data", str(toy), *OPTIONS.split(), "--sft-epochs", "1", "--rl-steps", "3"]
+    options += ["--checkpoint-every", "2", "--patience", "1"]
+    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
+    following, calls = trainer.Batches.__next__, 0
 
-    def spy(*arguments):
-        seen.append(arguments[-1].get("own"))
-        return decode(*arguments)
+    def killed(batches: trainer.Batches) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls in (1, 5, 11):
+            raise KeyboardInterrupt
+        return following(batches)
 
-    monkeypatch.setattr(loop, "decode", spy)
+    monkeypatch.setattr(trainer.Batches, "__next__", killed)
+    argv = [*options, "--out", str(tmp_path / "cut")]
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            main(argv)
+        argv = ["--resume", str(tmp_path / "cut")]
+    assert main(argv) == 0
+    for stage in ("sft", "ved+joint"):
+        assert untimed(tmp_path / "whole", stage) == untimed(tmp_path / "cut", stage)
+        a, b = (weights(tmp_path / run, stage) for run in ("whole", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_policys_part_of_the_candidates_rises(toy: Path, tmp_path: Path, monkeypatch) -> None:
+    seen, search = [], Decoder.__call__
+
+    def spy(decoder: Decoder, *arguments):
+        if decoder.name == "ved":
+            seen.append(decoder.ved.num_policy_candidates)
+        return search(decoder, *arguments)
+
+    monkeypatch.setattr(Decoder, "__call__", spy)
     options = ["--data", str(toy), *OPTIONS.split(), "--rl-steps", "4", "--sft-epochs", "1", "--ved"]
-    assert main([*options, "own=2", "--out", str(tmp_path / "ours")]) == 0
+    assert main([*options, "num_policy_candidates=2", "--out", str(tmp_path / "ours")]) == 0
     assert seen == [2, 3, 4, 5]  # of 6
     seen.clear()
     assert main([*options, "paper", "--out", str(tmp_path / "paper")]) == 0
-    assert seen == [None] * 4
+    assert seen == [0] * 4
 
 
 @pytest.mark.parametrize("prior", [True, False])
 def test_ved_at_test(toy: Path, tmp_path: Path, monkeypatch, prior: bool) -> None:
     """It stops early by the decoder of the test, and beam search is one more row."""
-    asked, evaluate = [], loop.evaluate
+    asked, evaluate = [], metrics.evaluate
 
-    def spy(*arguments, **options):
-        asked.append((options["title"], options["decoder"]))
-        return evaluate(*arguments, **options)
+    def spy(model, data, trie, decoder, split, rows):
+        asked.append((split, decoder.name))
+        return evaluate(model, data, trie, decoder, split, rows)
 
-    monkeypatch.setattr(loop, "evaluate", spy)
+    monkeypatch.setattr(__main__, "evaluate", spy)
     run = tmp_path / "run"
     options = [
         "--data",
@@ -428,8 +451,19 @@ def test_ved_at_test(toy: Path, tmp_path: Path, monkeypatch, prior: bool) -> Non
     stopping = asked[: asked.index(("test", "beam"))]
     assert {decoder for _, decoder in stopping} == {"beam", "ved"} and stopping[0][1] == "beam"
     assert asked[-2:] == [("test", "ved"), ("test", "beam")]
-    weights = torch.load(run / "seed-0" / "ved+joint.weights.pt", weights_only=True)
-    assert ("value_head.prior.weight" in weights) == prior
+    assert ("value_head.prior.weight" in weights(run, "ved+joint")) == prior
+
+
+def test_variants_and_configs_as_text() -> None:
+    variant = Variant.parse("ved+joint")
+    assert variant == Variant("ved", "joint") and str(variant) == "ved+joint"
+    assert variant.row_name == "V-STAR: Sibling-GRPO with VED"
+    assert Variant("topk", "grpo").row_name == "+ GRPO with top-k samples"
+    for text in ("ved", "ved+ppo", "greedy+joint", ""):
+        with pytest.raises(ValueError, match=r"(decoder|objective) must be one of .*, got '"):
+            Variant.parse(text)
+    for config in (Config(), Config.synthetic().replace(seeds=(1, 2), variants=(variant,), threads=1)):
+        assert Config.from_json(config.to_json()) == config
 
 
 def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -467,7 +501,7 @@ def test_packing_changes_no_result(toy: Path, tmp_path: Path) -> None:
         (["--objective", "ppo"], "expected some of grpo, sibling, joint"),
         (["--decoder", "greedy"], "expected some of beam, topk, ved"),
         (["--ved", "budgets=3"], "expected paper or OPTION=VALUE"),
-        (["--ved", "budget=many"], "budget must be a whole number, got 'many'"),
+        (["--ved", "budget=many"], "budget must be a whole number or none, got 'many'"),
         (["--ved", "expand_root=1"], "expand_root must be true or false, got '1'"),
         (["--item-embeddings", "/nonexistent.npy"], "nonexistent"),
         (["--seeds", "a"], "whole numbers"),

@@ -8,13 +8,13 @@ import torch
 from torch.nn import functional
 
 from vstar_ops import Trie
-from vstar_ops.decoding import beam_search, topk_sampling, ved
+from vstar_ops.decoding import VEDConfig, beam_search, topk_sampling, ved
 from vstar_ops.reference.ved_search import ved_search
 from vstar_ops.train import scoring
-from vstar_ops.train.decode import at_test, decode
-from vstar_ops.train.loop import optimizer_of
+from vstar_ops.train.decode import Decoder
 from vstar_ops.train.model import SIDTransformer
 from vstar_ops.train.synthetic import synthetic
+from vstar_ops.train.trainer import optimizer_of
 from vstar_ops.train.value import (
     DenseReturn,
     ItemEmbeddings,
@@ -41,7 +41,7 @@ def model() -> SIDTransformer:
     torch.manual_seed(0)
     model = SIDTransformer(12, 12, dim=32, layers=2, heads=2, dropout=0.0)
     items = ItemEmbeddings(Trie.from_sequences(CATALOGUE), CATALOGUE, torch.randn(len(CATALOGUE), 5))
-    model.add_value_head(action_values=True, items=items)
+    model.add_value_head(child_values=True, items=items)
     for parameter in model.parameters():  # far from the initial, almost constant outputs
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
@@ -63,9 +63,9 @@ def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie, p
     context = torch.tensor([[0, 4, 8], [-1, -1, -1]])
     candidates = torch.stack([CATALOGUE[:5], CATALOGUE[[6, 6, 0, 2, 3]]])
     candidates[1, 4] = -1
-    options = {"values": True, "action_values": True, "pack": pack}
+    options = {"values": True, "child_values": True, "pack": pack}
     scores = scoring.candidate_scores(model, context, trie, candidates, **options)
-    logp = scoring.candidate_logp(model, context, trie, candidates)
+    logp = scoring.candidate_scores(model, context, trie, candidates).logp
     torch.testing.assert_close(scores.logp, logp)
     for b in range(2):
         for g in range(5):
@@ -77,7 +77,7 @@ def test_values_are_those_of_prefixes_alone(model: SIDTransformer, trie: Trie, p
     _, state = model.prefill(context)
     zero = torch.tensor([0])
     q = model.value(state, zero) + model.child_value(state, zero)[:, 1]
-    torch.testing.assert_close(scores.action_value[0, 3, 0], q[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.value_from_parent[0, 3, 0], q[0], rtol=1e-4, atol=1e-5)
 
 
 def test_leaves_need_not_be_run(model: SIDTransformer, trie: Trie) -> None:
@@ -87,11 +87,11 @@ def test_leaves_need_not_be_run(model: SIDTransformer, trie: Trie) -> None:
         rows = scoring.candidate_rows(model, context, trie, candidates, values=True, leaves=leaves).rows
         run[leaves] = rows.input_ids.shape[1] - rows.prompt_columns
     assert run == {True: 2 + 4 + 5, False: 2 + 4}  # distinct prefixes
-    asked = {"values": True, "action_values": True}
+    asked = {"values": True, "child_values": True}
     every = scoring.candidate_scores(model, context, trie, candidates, **asked)
     inner = scoring.candidate_scores(model, context, trie, candidates, **asked, leaves=False)
     torch.testing.assert_close(inner.logp, every.logp)
-    torch.testing.assert_close(inner.action_value, every.action_value)
+    torch.testing.assert_close(inner.value_from_parent, every.value_from_parent)
     torch.testing.assert_close(inner.value[..., :2], every.value[..., :2])
     assert not inner.value[..., 2].any()
 
@@ -133,37 +133,42 @@ def test_td_target() -> None:
 
 
 @pytest.mark.parametrize("evaluate_leaves", [True, False])
-@pytest.mark.parametrize("action_values", [True, False])
-def test_ved_of_the_model_is_the_sequential_search(model, trie, evaluate_leaves, action_values) -> None:
+@pytest.mark.parametrize("child_values", [True, False])
+def test_ved_of_the_model_is_the_sequential_search(model, trie, evaluate_leaves, child_values) -> None:
     context = torch.tensor([[0, 4, 8], [2, 6, 11], [-1, -1, -1]])
-    options = {"budget": 9, "width": 2, "evaluate_leaves": evaluate_leaves, "action_values": action_values}
-    options["guided"] = int(action_values)
-    out = ved(model, context, trie, 5, seed=torch.tensor([5, 6, 7]), **options)
+    config = VEDConfig.paper(
+        budget=9,
+        beam_width=2,
+        evaluate_leaves=evaluate_leaves,
+        child_values=child_values,
+        num_value_beams=int(child_values),
+    )
+    out = ved(model, context, trie, 5, config, seed=torch.tensor([5, 6, 7]))
     for b in range(3):
-        leaves, tree = ved_search(model, context[b : b + 1], trie, 5, seed=5 + b, **options)
+        leaves, tree = ved_search(model, context[b : b + 1], trie, 5, config, seed=5 + b)
         assert out.node[b, : len(leaves)].tolist() == [leaf.node for leaf in leaves]
         assert out.trees.node[b, : len(tree)].tolist() == [s.node for s in tree]
 
 
-@pytest.mark.parametrize("options", [{"own": 2}, {"completions": 1}, {"own": 2, "completions": 1}])
-def test_whose_candidates(model, trie, options) -> None:
+@pytest.mark.parametrize(("own", "most"), [(2, None), (0, 1), (2, 1)])
+def test_whose_candidates(model, trie, own, most) -> None:
     """The policy's own come first, then at most so many of each prefix while there are other prefixes."""
     context = torch.tensor([[0, 4, 8], [2, 6, 11]])
-    search = {"budget": 11, "evaluate_leaves": False, "action_values": True, "seed": 3}
-    plain = ved(model, context, trie, 5, **search)
-    out = ved(model, context, trie, 5, **search, **options)
+    search = VEDConfig.paper(budget=11, evaluate_leaves=False, child_values=True)
+    plain = ved(model, context, trie, 5, search, seed=3)
+    config = search.replace(num_policy_candidates=own, max_leaves_per_prefix=most)
+    out = ved(model, context, trie, 5, config, seed=3)
     assert torch.equal(out.trees.node, plain.trees.node) and out.num_valid.tolist() == [5, 5]
     probable = beam_search(model, context, trie, 7)  # the tree holds every prefix of this catalogue
-    own = options.get("own", 0)
     assert torch.equal(out.node[:, :own], probable.node[:, :own])
     torch.testing.assert_close(out.score[:, :own], probable.logp[:, :own])
     for b in range(2):
         rest = [n for n in plain.node[b].tolist() if n not in out.node[b, :own].tolist()]
-        if "completions" not in options:
+        if most is None:
             assert out.node[b, own:].tolist() == rest[: 5 - own]
             continue
         best_below: dict[tuple[int, ...], int] = {}
-        everything = ved(model, context, trie, 7, **search)
+        everything = ved(model, context, trie, 7, search, seed=3)
         for node, sequence in zip(everything.node[b].tolist(), everything.sequence[b, :, :2].tolist()):
             best_below.setdefault(tuple(sequence), node)
         want = [n for n in best_below.values() if n not in out.node[b, :own].tolist()]
@@ -211,18 +216,16 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
     assert torch.equal(prior.at(found, request, node), found[request, node])
 
 
-def test_guided_searches_start_from_the_best_by_value(model, trie) -> None:
-    """The first beams are ranked by log pi + w (V + Q)."""
+def test_value_beams_are_the_best_by_value(model, trie) -> None:
+    """The first beams are ranked by log pi + w (V + child value)."""
     context = torch.tensor([[0, 4, 8], [2, 6, 11]])
-    options = {"evaluate_leaves": False, "action_values": True, "logp_weight": 0.5, "value_weight": 3.0}
-    out = ved(model, context, trie, 2, budget=5, width=2, guided=2, **options)
+    config = VEDConfig(budget=5, beam_width=2, num_value_beams=2, logp_weight=0.5, value_weight=3.0)
+    out = ved(model, context, trie, 2, config)
     logits, state = model.prefill(context)
     root = torch.arange(2)
     q = 3 * (model.value(state, root)[:, None] + model.child_value(state, root))[:, :4]
     rank = 0.5 * logits[:, :4].log_softmax(1) + q  # the first tokens of the catalogue are 0 to 3
     assert torch.equal(out.trees.node[:, 1:3].long() - 1, rank.topk(2, 1).indices)
-    with pytest.raises(ValueError, match="guided needs action_values=True, got guided=1"):
-        ved(model, context, trie, 2, guided=1)
 
 
 def test_topk_sampling_draws_from_the_policy(model: SIDTransformer, trie: Trie) -> None:
@@ -252,7 +255,7 @@ def test_embeddings(trie: Trie, tmp_path) -> None:
     items = ItemEmbeddings(trie, torch.cat([CATALOGUE, CATALOGUE[:1]]), torch.cat([loaded, loaded[1:2]]))
     got = items(torch.tensor([[0, 4, 8], [3, 7, 11], [3, 7, 8], [-1, -1, -1]]))
     assert got.tolist() == [[1, 2], [12, 13], [0, 0], [0, 0]]  # a collision has its mean
-    with pytest.raises(ValueError, match=r"expected floats \[8, E\], one row an item, got float16 \[7, 2\]"):
+    with pytest.raises(ValueError, match=r"expected floats \[8, E\], one row per item, got float16 \[7, 2\]"):
         load_embeddings(path, 8)
 
 
@@ -274,14 +277,23 @@ def test_cooccurrence_embeddings_know_who_clicked_what() -> None:
     assert returns[0, 0].tolist() == pytest.approx([0.3, 0.5, 1.0]) and not returns[0, 1].any()
 
 
-def test_decode_names(model: SIDTransformer, trie: Trie) -> None:
+def test_decoders(model: SIDTransformer, trie: Trie) -> None:
     context, seed = torch.tensor([[0, 4, 8]]), torch.tensor([1])
-    assert at_test({"own": 3, "width": 2}) == {"own": 0, "completions": 0, "width": 2}
     for name in ("beam", "topk", "ved"):
-        found = decode(name, model, context, trie, 3, seed, {})
+        found = Decoder(name, 3)(model, context, trie, seed)
         assert found.sequence.shape == (1, 3, 3) and int(found.forward_tokens) <= 7
-    with pytest.raises(ValueError, match="decoder must be one of"):
-        decode("greedy", model, context, trie, 3, seed, {})
+    wide = Decoder("beam", 3, beam_width=7)(model, context, trie, seed)
+    assert torch.equal(wide.node, beam_search(model, context, trie, 7).node[:, :3])
+    assert wide.num_valid.tolist() == [3]
+    with pytest.raises(ValueError, match="decoder must be one of beam, topk, ved, got 'greedy'"):
+        Decoder("greedy")
     plain = SIDTransformer(12, 12, dim=32, layers=2, heads=2)
+    assert (
+        Decoder("ved").for_model(plain) == Decoder("beam") and Decoder("ved").for_model(model).name == "ved"
+    )
     with pytest.raises(ValueError, match="the model has no value head"):
-        decode("ved", plain, context, trie, 3, seed, {})
+        Decoder("ved", 3)(plain, context, trie, seed)
+    with pytest.raises(ValueError, match="the model has no value head"):
+        scoring.candidate_scores(plain, context, trie, CATALOGUE[None], values=True)
+    with pytest.raises(ValueError, match="child_values needs values=True"):
+        scoring.candidate_scores(model, context, trie, CATALOGUE[None], child_values=True)

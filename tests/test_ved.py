@@ -12,9 +12,16 @@ import torch
 
 import vstar_ops
 import vstar_ops.ops.ved as ved_ops
-from vstar_ops import SearchTrees, Trie
-from vstar_ops.decoding import ved
-from vstar_ops.ops.ved import Evaluation, Rows, ved_candidates, ved_insert, ved_select
+from vstar_ops import (
+    NodeEvaluation,
+    SearchTrees,
+    SelectedRows,
+    Trie,
+    ved_candidates,
+    ved_insert,
+    ved_select,
+)
+from vstar_ops.decoding import VEDConfig, ved
 from vstar_ops.reference.ved_search import ved_search
 
 INTERPRETING = vstar_ops._backends.interpreting()  # a search then takes seconds, not milliseconds
@@ -67,22 +74,28 @@ def random_trie(rng: np.random.Generator, length: int, items: int, codes: int) -
     return Trie.from_sequences(rng.integers(0, codes, size=(items, length)))
 
 
-def random_options(rng: np.random.Generator, length: int) -> dict:
-    options = {
-        "candidates": int(rng.integers(1, 20)),
-        "budget": int(rng.integers(length, 60)),
-        "width": int(rng.integers(1, 10)),
-        "entropy_weight": float(rng.choice([0.0, 0.1, 1.0])),
-        "exploration": float(rng.choice([0.0, 0.3, 1.0, 3.0])),
-        "logp_weight": float(rng.choice([0.0, 0.0, 0.3, 1.0])),
-        "value_weight": float(rng.choice([1.0, 1.0, 0.5, 0.0])),
-        "max_idle": int(rng.choice([0, 3, 200])),
-        "own": int(rng.choice([0, 0, 2, 8])),
-    }
-    flags = ("evaluate_leaves", "action_values", "expand_root", "skip_forced")
-    options |= {name: bool(rng.integers(2)) for name in flags}
-    options["guided"] = int(rng.choice([0, 1, 4, 20])) if options["action_values"] else 0
-    return options | {"completions": 0 if options["skip_forced"] else int(rng.choice([0, 1, 3]))}
+def random_search(rng: np.random.Generator, length: int) -> tuple[int, VEDConfig]:
+    """A number of candidates, and a config."""
+    num_candidates = int(rng.integers(1, 20))
+    child_values = bool(rng.integers(2))
+    return num_candidates, VEDConfig(
+        budget=int(rng.integers(length, 60)),
+        beam_width=int(rng.integers(1, 10)),
+        entropy_weight=float(rng.choice([0.0, 0.1, 1.0])),
+        exploration=float(rng.choice([0.0, 0.3, 1.0, 3.0])),
+        logp_weight=float(rng.choice([0.0, 0.0, 0.3, 1.0])),
+        value_weight=float(rng.choice([1.0, 1.0, 0.5, 0.0])),
+        evaluate_leaves=bool(rng.integers(2)),
+        child_values=child_values,
+        num_value_beams=int(rng.choice([0, 1, 4, 20])) if child_values else 0,
+        num_policy_candidates=int(rng.choice([0, 0, 2, 8])),
+        max_leaves_per_prefix=[None, 1, 3][int(rng.integers(3))],
+        traversals_per_round=int(rng.choice([1, 1, 2, 5])),
+        max_idle=int(rng.choice([0, 3, 200])),
+        expand_root=bool(rng.integers(2)),
+        normalize=str(rng.choice(["legal", "legal", "vocab"])),
+        temperature=float(rng.choice([1.0, 1.0, 0.7, 2.0])),
+    )
 
 
 def compare(case: int) -> None:
@@ -90,15 +103,15 @@ def compare(case: int) -> None:
     rng = np.random.default_rng(case)
     length = int(rng.integers(1, 5))
     trie = random_trie(rng, length, int(rng.integers(1, 200)), int(rng.integers(2, 12)))
-    options = random_options(rng, length)
+    k, config = random_search(rng, length)
     contexts = rng.integers(0, 1000, size=int(rng.integers(1, 4)))
     seeds = torch.from_numpy(rng.integers(-(2**62), 2**62, size=len(contexts)))
     model = TableModel(trie, case, values=float(rng.choice([0.0, 0.3, 1.0])))
-    out = ved(model, contexts, trie, seed=seeds, **options)
+    out = ved(model, contexts, trie, k, config, seed=seeds)
     trees = out.trees
-    assert (out.forward_tokens <= options["budget"]).all()
+    assert (out.forward_tokens <= config.budget).all()
     for b, context in enumerate(contexts):
-        leaves, tree = ved_search(model, [context], trie, seed=int(seeds[b]), **options)
+        leaves, tree = ved_search(model, [context], trie, k, config, seed=int(seeds[b]))
         n = int(trees.size[b])
         position = {id(s): i for i, s in enumerate(tree)}
         assert trees.node[b, :n].tolist() == [s.node for s in tree]
@@ -129,11 +142,10 @@ def test_ten_thousand_searches(cpu):
         rng = np.random.default_rng([7, case])
         length = int(rng.integers(1, 6))
         trie = random_trie(rng, length, int(rng.integers(1, 400)), int(rng.integers(1, 14)))
-        options = random_options(rng, length) | {"paths": int(rng.choice([1, 1, 2, 5]))}
+        k, config = random_search(rng, length)
         model = TableModel(trie, case)
-        out = ved(model, rng.integers(0, 1000, 40), trie, seed=case, **options)
-        k = options["candidates"]
-        assert (out.forward_tokens <= options["budget"]).all()
+        out = ved(model, rng.integers(0, 1000, 40), trie, k, config, seed=case)
+        assert (out.forward_tokens <= config.budget).all()
         assert model.rows_evaluated + 40 == out.forward_tokens.sum()
         there = torch.arange(k) < out.num_valid[:, None]
         assert torch.equal(out.node >= 0, there)
@@ -161,7 +173,7 @@ def random_evaluation(rng, trees, rows, fresh):
     name = fresh + torch.arange(batch * count * children, dtype=torch.int32).view(batch, count, children)
     leaf = name[..., :1] + 100_000 * torch.arange(leaves, dtype=torch.int32)
     slot = torch.arange(batch * count).view(batch, count)
-    return Evaluation(
+    return NodeEvaluation(
         slot, value, floats().abs(), ints(children), name, floats(children), leaf, floats(leaves),
         floats(leaves).round(), ints(leaves),
     )  # fmt: skip
@@ -181,13 +193,13 @@ def test_steps_change_the_same_bits(backend):
             budget=torch.from_numpy(rng.integers(0, capacity + 3, batch)),
         )  # fmt: skip
         root = torch.full((batch, 1), -1, dtype=torch.int32)
-        rows, fresh = Rows(root, torch.zeros_like(root), torch.zeros(batch, 1)), 1
-        logp_weight, paths = float(rng.choice([0.0, 0.5])), int(rng.choice([1, 3]))
+        rows, fresh = SelectedRows(root, torch.zeros_like(root), torch.zeros(batch, 1)), 1
+        logp_weight, traversals = float(rng.choice([0.0, 0.5])), int(rng.choice([1, 3]))
         for _round in range(5):
             evaluation = random_evaluation(rng, trees, rows, fresh)
             fresh += evaluation.child_node.numel()
             walk = {
-                "exploration": float(rng.choice([0.0, 1.0, 3.0])), "paths": paths,
+                "exploration": float(rng.choice([0.0, 1.0, 3.0])), "traversals": traversals,
                 "max_idle": int(rng.choice([0, 3, 50])),
             }  # fmt: skip
             rank = {"logp_weight": logp_weight, "forced_first": bool(rng.integers(2))}
@@ -217,60 +229,56 @@ def industrial_size(seed=0, batch=24):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
+    "config",
     [
-        {},
-        {"evaluate_leaves": False},
-        {"logp_weight": 1.0, "paths": 3},
-        {
-            "evaluate_leaves": False,
-            "action_values": True,
-            "guided": 6,
-            "width": 12,
-            "own": 8,
-            "completions": 1,
-        },
+        VEDConfig.paper(),
+        VEDConfig.paper(evaluate_leaves=False),
+        VEDConfig.paper(logp_weight=1.0, traversals_per_round=3),
+        VEDConfig.training(),
     ],
 )
-def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads, options):
+def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads, config):
     model, context, trie = industrial_size()
     seeds = torch.arange(len(context)) * 77
     torch.set_num_threads(1)
-    whole = ved(model, context, trie, seed=seeds, **options)
+    whole = ved(model, context, trie, config=config, seed=seeds)
     torch.set_num_threads(2)
-    for got, want in zip(ved(model, context, trie, seed=seeds, **options)[:-1], whole):
+    for got, want in zip(ved(model, context, trie, config=config, seed=seeds)[:-1], whole):
         assert torch.equal(got, want)
     for b in (0, 11, 23):
-        alone = ved(model, context[b : b + 1], trie, seed=seeds[b : b + 1], **options)
+        alone = ved(model, context[b : b + 1], trie, config=config, seed=seeds[b : b + 1])
         for got, want in zip(alone[:-1], whole):
             assert torch.equal(got[0], want[b])
 
 
 def test_backends_agree():
     model, context, trie = industrial_size(1)
-    with vstar_ops.use_backend("reference"):
-        want = ved(model, context, trie, seed=3)
-    got = ved(model, context, trie, seed=3)
-    assert torch.equal(got.node, want.node)
-    assert torch.equal(got.trees.node, want.trees.node)
+    for config in (VEDConfig.paper(), VEDConfig()):
+        with vstar_ops.use_backend("reference"):
+            want = ved(model, context, trie, config=config, seed=3)
+        got = ved(model, context, trie, config=config, seed=3)
+        assert torch.equal(got.node, want.node)
+        assert torch.equal(got.trees.node, want.trees.node)
 
 
 @pytest.mark.slow
 def test_seeds_decide_what_is_drawn(backend):
     model, context, trie = industrial_size(2)
-    one, two = (ved(model, context, trie, seed=s, entropy_weight=0.0) for s in (1, 2))
+    config = VEDConfig.paper(entropy_weight=0.0)
+    one, two = (ved(model, context, trie, config=config, seed=s) for s in (1, 2))
     assert not torch.equal(one.trees.node, two.trees.node)
     assert torch.equal(one.trees.node[:, :17], two.trees.node[:, :17])  # the initial beam search
-    again = ved(model, context, trie, seed=vstar_ops.derive_seeds(1, len(context)), entropy_weight=0.0)
+    again = ved(model, context, trie, config=config, seed=vstar_ops.derive_seeds(1, len(context)))
     assert torch.equal(one.trees.node, again.trees.node)
 
 
 @pytest.mark.slow
 def test_a_fixed_number_of_rounds(backend):
     model, context, trie = industrial_size(3)
-    free, fixed = (ved(model, context, trie, rounds=rounds) for rounds in (None, 40))
+    config = VEDConfig.paper()
+    free, fixed = (ved(model, context, trie, config=config, num_rounds=rounds) for rounds in (None, 40))
     assert torch.equal(free.node, fixed.node)
-    none = ved(model, context, trie, rounds=0)
+    none = ved(model, context, trie, config=config, num_rounds=0)
     assert (none.forward_tokens == 1 + 3 * 8).all()
 
 
@@ -298,32 +306,39 @@ class ByName:
 def test_by_hand(backend):
     """Budget 4: the root, (0,), (0, 2), and one child more."""
     trie = Trie.from_sequences([[0, 2], [0, 3], [1, 2], [1, 3]])
-    options = {"budget": 4, "width": 1, "entropy_weight": 0.0, "exploration": 0.0}
-    out = ved(ByName(), [0], trie, 4, **options)  # the root gives (1,)
+    config = VEDConfig.paper(budget=4, beam_width=1, entropy_weight=0.0, exploration=0.0)
+    out = ved(ByName(), [0], trie, 4, config)  # the root gives (1,)
     assert out.trees.node.tolist() == [[0, 1, 3, 2]]
     assert out.sequence.tolist() == [[[0, 2], [1, 2], [1, 3], [0, 3]]]
     assert out.score[0].tolist() == pytest.approx([0.1, 1.0, 1.0, 0.0])
-    out = ved(ByName(), [0], trie, 4, expand_root=False, **options)  # (0,) gives (0, 3)
+    out = ved(ByName(), [0], trie, 4, config.replace(expand_root=False))  # (0,) gives (0, 3)
     assert out.trees.node.tolist() == [[0, 1, 3, 4]]
     assert out.sequence.tolist() == [[[0, 3], [0, 2], [-1, -1], [-1, -1]]]
     assert out.num_valid.tolist() == [2]
 
 
-def test_value_weight_0_needs_no_values(backend):
+def test_a_config_needs_no_more_of_a_model_than_it_asks(backend):
     class Plain(ByName):
         value = property()  # hasattr is False
 
     trie = Trie.from_sequences([[0, 2], [0, 3], [1, 2], [1, 3]])
-    out = ved(Plain(), [0], trie, 4, value_weight=0.0, logp_weight=1.0, budget=7)
-    assert out.num_valid.tolist() == [4]
-    with pytest.raises(TypeError, match=r"model must have value\(state, slot\), got Plain"):
+    best_first = VEDConfig.paper(value_weight=0.0, logp_weight=1.0, budget=7)
+    assert ved(Plain(), [0], trie, 4, best_first).num_valid.tolist() == [4]
+    assert ved(ByName(), [0], trie, 4, VEDConfig.paper()).num_valid.tolist() == [4]
+    with pytest.raises(TypeError, match=r"must have value\(state, slot\), got Plain; .* value_weight=0"):
         ved(Plain(), [0], trie, 4)
+    without = (
+        r"must have child_value\(state, slot\), got ByName; .* VEDConfig.paper\(\), .* child_values=False"
+    )
+    with pytest.raises(TypeError, match=without):
+        ved(ByName(), [0], trie, 4)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_small_things(backend, batch):
+@pytest.mark.parametrize("config", [VEDConfig.paper(budget=1), VEDConfig()])
+def test_small_things(backend, batch, config):
     trie = Trie.from_sequences([[5]])
-    out = ved(TableModel(trie, 0), torch.zeros(batch, dtype=torch.int64), trie, 3, budget=1)
+    out = ved(TableModel(trie, 0), torch.zeros(batch, dtype=torch.int64), trie, 3, config)
     assert out.sequence.tolist() == [[[5], [-1], [-1]]] * batch
     assert out.forward_tokens.tolist() == [1] * batch
 
@@ -331,20 +346,11 @@ def test_small_things(backend, batch):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"candidates": 0}, ValueError, "candidates must be at least 1, got 0"),
-        ({"budget": 2}, ValueError, "budget must be at least 3, got 2"),
-        ({"budget": 33.0}, TypeError, "budget must be an int, got float"),
-        ({"width": True}, TypeError, "width must be an int, got bool"),
-        ({"paths": 0}, ValueError, "paths must be at least 1, got 0"),
-        ({"completions": -1}, ValueError, "completions must be at least 0, got -1"),
-        ({"own": 2.0}, TypeError, "own must be an int, got float"),
-        ({"max_idle": -1}, ValueError, "max_idle must be at least 0, got -1"),
-        ({"rounds": -1}, ValueError, "rounds must be None or a whole number >= 0, got -1"),
-        ({"exploration": -0.5}, ValueError, "exploration must be >= 0, got -0.5"),
-        ({"entropy_weight": float("nan")}, ValueError, "entropy_weight must be finite"),
-        ({"logp_weight": None}, TypeError, "logp_weight must be a number, got NoneType"),
-        ({"skip_forced": True, "completions": 1}, ValueError, "skip_forced needs completions=0, got 1"),
-        ({"skip_forced": True, "normalize": "vocab"}, ValueError, "skip_forced needs normalize='legal'"),
+        ({"num_candidates": 0}, ValueError, "num_candidates must be at least 1, got 0"),
+        ({"config": VEDConfig(budget=2)}, ValueError, "budget must be at least 3, got 2"),
+        ({"config": {"budget": 33}}, TypeError, "config must be a VEDConfig, got dict"),
+        ({"num_rounds": -1}, ValueError, "num_rounds must be at least 0, got -1"),
+        ({"num_rounds": 2.0}, TypeError, "num_rounds must be an int, got float"),
         ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed must have the shape \[B\]"),
         ({"seed": torch.zeros(24)}, TypeError, "seed must be int64, got float32"),
         ({"seed": 1.5}, TypeError, r"seed must be an int or int64 seeds \[B\], got float"),
@@ -353,8 +359,43 @@ def test_small_things(backend, batch):
 )
 def test_errors(change, error, message):
     model, context, trie = industrial_size()
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"^{message}"):
         ved(model, context, trie, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"budget": 0}, ValueError, "budget must be at least 1, got 0"),
+        ({"budget": 33.0}, TypeError, "budget must be an int, got float"),
+        ({"beam_width": True}, TypeError, "beam_width must be an int, got bool"),
+        ({"traversals_per_round": 0}, ValueError, "traversals_per_round must be at least 1, got 0"),
+        ({"max_leaves_per_prefix": 0}, ValueError, "max_leaves_per_prefix must be at least 1, got 0"),
+        ({"num_policy_candidates": 2.0}, TypeError, "num_policy_candidates must be an int, got float"),
+        ({"num_value_beams": -1}, ValueError, "num_value_beams must be at least 0, got -1"),
+        ({"child_values": False}, ValueError, "num_value_beams must be 0 with child_values=False, got 6"),
+        ({"max_idle": -1}, ValueError, "max_idle must be at least 0, got -1"),
+        ({"exploration": -0.5}, ValueError, "exploration must be >= 0, got -0.5"),
+        ({"entropy_weight": float("nan")}, ValueError, "entropy_weight must be finite, got nan"),
+        ({"logp_weight": None}, TypeError, "logp_weight must be a number, got NoneType"),
+        ({"expand_root": 1}, TypeError, "expand_root must be a bool, got int"),
+        ({"normalize": "all"}, ValueError, "normalize must be 'legal' or 'vocab', got 'all'"),
+        ({"temperature": 0}, ValueError, "temperature must be > 0, got 0.0"),
+    ],
+)
+def test_a_bad_config_fails_when_it_is_made(change, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        VEDConfig(**change)
+
+
+def test_presets():
+    paper, training = VEDConfig.paper(budget=40), VEDConfig.training(value_weight=30.0)
+    assert (paper.budget, paper.beam_width, paper.evaluate_leaves, paper.logp_weight) == (40, 8, True, 0.0)
+    assert (training.num_policy_candidates, training.max_leaves_per_prefix) == (8, 1)
+    assert training.for_evaluation() == VEDConfig(value_weight=30.0) == VEDConfig().replace(value_weight=30.0)
+    assert VEDConfig().forward_budget(3, 16) == 33 and paper.forward_budget(3, 16) == 40
+    with pytest.raises(AttributeError):
+        paper.budget = 3
 
 
 def test_errors_of_the_ops():
@@ -369,14 +410,14 @@ def test_errors_of_the_ops():
     assert (rows.node == -1).all()
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         SearchTrees.empty(2, 0, 3, children=2, leaves=2)
-    evaluation = Evaluation(*(getattr(trees, name)[:, :1] for name in Evaluation._fields))
+    evaluation = NodeEvaluation(*(getattr(trees, name)[:, :1] for name in NodeEvaluation._fields))
     with pytest.raises(ValueError, match="slot must have the shape"):
         ved_insert(trees, rows, evaluation)
 
 
 def searched():
     model, context, trie = industrial_size(4, 3)
-    return ved(model, context, trie, budget=20, rounds=0, width=2).trees
+    return ved(model, context, trie, config=VEDConfig.paper(budget=20, beam_width=2), num_rounds=0).trees
 
 
 def test_opcheck(cpu):

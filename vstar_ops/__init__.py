@@ -7,11 +7,15 @@ import torch
 
 from ._backends import BackendStatus, backends, initialize, use_backend
 from ._triton import warmup
+from .noise import derive_seeds
 from .ops import (
     ExpandTopK,
+    LeafCandidates,
+    NodeEvaluation,
     PrefixReturns,
     PrefixTree,
     SearchTrees,
+    SelectedRows,
     SiblingAdvantage,
     SiblingGRPOLoss,
     TokenLogp,
@@ -29,7 +33,6 @@ from .ops import (
     ved_select,
 )
 from .ops._registry import install_on_cuda
-from .reference import derive_seeds
 from .trie import Trie
 
 initialize()
@@ -41,9 +44,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendStatus",
     "ExpandTopK",
+    "LeafCandidates",
+    "NodeEvaluation",
     "PrefixReturns",
     "PrefixTree",
     "SearchTrees",
+    "SelectedRows",
     "SiblingAdvantage",
     "SiblingGRPOLoss",
     "TokenLogp",

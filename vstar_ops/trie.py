@@ -371,7 +371,7 @@ def _checksum(meta: str, arrays: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(meta.encode(), digest_size=16)
     for name in _ARRAYS:
         digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())
-        digest.update(memoryview(arrays[name].numpy()).cast("B"))
+        digest.update(arrays[name].numpy().tobytes())
     return digest.hexdigest()
 
 

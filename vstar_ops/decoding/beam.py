@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import expand_topk
+from ..ops import ExpandTopK, expand_topk
+from ..ops._checks import check_int
 from ..trie import Trie
 from .protocol import PrefixModel
 
@@ -28,13 +29,13 @@ def beam_search(
     model: PrefixModel,
     context: Any,
     trie: Trie,
-    width: int,
+    beam_width: int,
     *,
     normalize: str = "legal",
     temperature: float = 1.0,
     skip_forced: bool = True,
 ) -> BeamResult:
-    """The ``width`` most probable legal sequences that a beam of that width finds.
+    """The ``beam_width`` most probable legal sequences that a beam of that width finds.
 
     ``L`` rounds of :func:`vstar_ops.expand_topk`; the last level is scored but never evaluated.
 
@@ -42,7 +43,7 @@ def beam_search(
         model: see :class:`PrefixModel`.
         context: a batch of ``B`` prompts, as the model takes them.
         trie: the catalogue, on the model's device.
-        width: ``K``, beams a request and candidates returned.
+        beam_width: ``K``, beams per request, and candidates returned.
         normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``.
         temperature: divides the logits.
         skip_forced: do not run the model on a prefix with a single legal child: under ``"legal"`` that
@@ -62,83 +63,79 @@ def beam_search(
     Raises:
         TypeError, ValueError: as :func:`vstar_ops.expand_topk`.
     """
+    check_int("beam_width", beam_width, 1)
     skip_forced = skip_forced and normalize == "legal"
     logits, state = model.prefill(context)
-    batch = logits.shape[0]
-    node = torch.zeros(batch, 1, dtype=torch.int64, device=logits.device)
-    cum_logp = torch.zeros(batch, 1, device=logits.device)
-    beams = _Beams(
-        sequence=node.new_zeros(batch, 1, 0),
-        slot=torch.arange(batch, device=logits.device).unsqueeze(1),
-        evaluated=torch.zeros_like(node),
-    )
-    frontier = logits.unsqueeze(1)
-    forward_tokens = torch.ones_like(node[:, 0])
-    count = torch.ones(batch, dtype=torch.int32, device=logits.device)
-
+    batch, device = len(logits), logits.device
+    root = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    beams = _Beams(model, state, trie, root, root, torch.arange(batch, device=device)[:, None], root)
+    frontier, logp = logits[:, None], torch.zeros(batch, 1, device=device)
+    forward_tokens = torch.ones(batch, dtype=torch.int64, device=device)
     for depth in range(trie.length):
-        if depth > 0 and skip_forced:
-            needed = trie.num_children(node) > 1
-            frontier, spent = _evaluate(model, state, beams, needed, logits)
-            _make_certain(frontier, trie, node.masked_fill(needed, -1))
+        if depth > 0:
+            frontier, spent = beams.run_branching(depth, logits) if skip_forced else beams.run_all()
             forward_tokens += spent
-        elif depth > 0:
-            parent = beams.slot.masked_fill(node < 0, -1)
-            frontier, slot = model.extend(state, parent.flatten(), beams.sequence[..., -1].flatten())
-            frontier, beams.slot = frontier.unflatten(0, node.shape), slot.view_as(node)
-            forward_tokens += (node >= 0).sum(1)
         out = expand_topk(
-            frontier, trie, node, width, cum_logp=cum_logp, normalize=normalize, temperature=temperature
+            frontier,
+            trie,
+            beams.node,
+            beam_width,
+            cum_logp=logp,
+            normalize=normalize,
+            temperature=temperature,
         )
-        beams.choose(out.parent.clamp(min=0).to(torch.int64), out.token.to(torch.int64))
-        node, cum_logp, count = out.node.to(torch.int64), out.logp, out.num_valid
-
-    sequence = beams.sequence.masked_fill(node.unsqueeze(2) < 0, -1)
-    return BeamResult(
-        sequence.to(torch.int32), node.to(torch.int32), cum_logp, count, forward_tokens.to(torch.int32)
-    )
+        beams.move(out)
+        logp = out.logp
+    return BeamResult(trie.sequences(out.node), out.node, logp, out.num_valid, forward_tokens.int())
 
 
 @dataclass
 class _Beams:
-    """The prefixes of the frontier, int64 ``[B, W, depth]``, and how far the model has seen each of them."""
+    """Prefixes of one length, int64 ``[B, W]``, and how far the model has seen each of them."""
 
-    sequence: Tensor
-    slot: Tensor  # [B, W], of the longest evaluated prefix
-    evaluated: Tensor  # [B, W], its length
+    model: PrefixModel
+    state: Any
+    trie: Trie
+    node: Tensor
+    token: Tensor  # the last one
+    slot: Tensor  # of the longest evaluated prefix
+    evaluated: Tensor  # its length
 
-    def choose(self, parent: Tensor, token: Tensor) -> None:
-        depth = self.sequence.shape[2]
-        kept = self.sequence.gather(1, parent.unsqueeze(2).expand(-1, -1, depth))
-        self.sequence = torch.cat([kept, token.unsqueeze(2)], 2)
+    def move(self, out: ExpandTopK) -> None:
+        """To the winners."""
+        parent = out.parent.clamp(min=0).long()
+        self.node, self.token = out.node.long(), out.token.long()
         self.slot, self.evaluated = self.slot.gather(1, parent), self.evaluated.gather(1, parent)
 
+    def run_all(self) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, W, V]`` of all prefixes, and the tokens spent ``[B]``. Its shapes are constant."""
+        live = self.node >= 0
+        parent = self.slot.masked_fill(~live, -1)
+        logits, slot = self.model.extend(self.state, parent.flatten(), self.token.flatten())
+        self.slot = slot.view_as(self.node)
+        return logits.unflatten(0, self.node.shape), live.sum(1)
 
-def _evaluate(
-    model: PrefixModel, state: Any, beams: _Beams, needed: Tensor, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Logits ``[B, W, V]`` of the needed prefixes, the others unset, and the tokens spent ``[B]``.
+    def run_branching(self, depth: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, but run only prefixes with several legal children.
 
-    A needed prefix may grow out of skipped ones: those are caught up first, one length after the other.
-    """
-    depth = beams.sequence.shape[2]
-    frontier = like.new_empty(*needed.shape, like.shape[1])
-    spent = torch.zeros_like(beams.slot[:, 0])
-    for length in range(depth):
-        rows = needed & (beams.evaluated == length)
-        picked = rows.nonzero(as_tuple=True)
-        if len(picked[0]) == 0:
-            continue
-        logits, slot = model.extend(state, beams.slot[picked], beams.sequence[..., length][picked])
-        beams.slot[picked], beams.evaluated[picked] = slot, length + 1
-        spent += rows.sum(1)
-        if length == depth - 1:
-            frontier[picked] = logits
-    return frontier, spent
-
-
-def _make_certain(frontier: Tensor, trie: Trie, node: Tensor) -> None:
-    """Give the single child of each live node any finite logit: it is certain whatever the logit is."""
-    live = (node >= 0).nonzero(as_tuple=True)
-    single = trie.token[trie.offset[node[live]].to(torch.int64).clamp(max=max(trie.num_nodes - 2, 0))]
-    frontier[(*live, single.to(torch.int64))] = 0
+        They may grow out of skipped ones, which are caught up first, one length after the other. Elsewhere
+        the single child has any finite logit: it is certain whatever the logit is.
+        """
+        branching = self.trie.num_children(self.node) > 1
+        sequence = self.trie.sequences(self.node).long()
+        frontier = like.new_empty(*self.node.shape, like.shape[1])
+        spent = torch.zeros_like(self.node[:, 0])
+        for length in range(depth):
+            rows = branching & (self.evaluated == length)
+            picked = rows.nonzero(as_tuple=True)
+            if len(picked[0]) == 0:
+                continue
+            logits, slot = self.model.extend(self.state, self.slot[picked], sequence[..., length][picked])
+            self.slot[picked], self.evaluated[picked] = slot, length + 1
+            spent += rows.sum(1)
+            if length == depth - 1:
+                frontier[picked] = logits
+        forced = ((self.node >= 0) & ~branching).nonzero(as_tuple=True)
+        child = self.trie.offset[self.node[forced]].long()
+        frontier[(*forced, self.trie.token[child].long())] = 0
+        return frontier, spent

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PrefixModel(Protocol):
-    """A causal language model that keeps a cache shared by the prefixes of a request.
+    """A causal language model that keeps a cache that the prefixes of a request share.
 
     Every evaluated prefix owns a *slot*, a row of the model's own cache. ``prefill`` evaluates the
     prompts and gives request ``b`` the slot ``b`` (its root, the empty prefix); ``extend`` evaluates
@@ -64,5 +64,9 @@ class ValueModel(PrefixModel, Protocol):
         ...
 
     def child_value(self, state: Any, slot: Tensor) -> Tensor:
-        """Q(s, v) - V(s), float ``[N, V]``: what each next token adds to V. Only for action values."""
+        """What each next token adds to V: float ``[N, V]``, asked for only with ``child_values``.
+
+        Args:
+            state, slot: as for :meth:`value`.
+        """
         ...

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..noise import gumbel
 from ..ops import expand_topk
 from ..ops._checks import check_int, check_seeds
-from ..reference import gumbel
 from ..trie import Trie
 from .protocol import PrefixModel
 
@@ -29,7 +29,7 @@ def topk_sampling(
     model: PrefixModel,
     context: Any,
     trie: Trie,
-    candidates: int = 16,
+    num_candidates: int = 16,
     *,
     top_k: int = 50,
     temperature: float = 1.0,
@@ -41,10 +41,10 @@ def topk_sampling(
 
     Args:
         model, context, trie: as for :func:`beam_search`.
-        candidates: ``K``, drawn for each request.
+        num_candidates: ``K``, drawn for each request.
         top_k: tokens that a draw chooses from; the probabilities are those of the policy, renormalized.
         temperature: divides the logits.
-        seed: int64 seeds ``[B]``, one a request, or one int for seeds derived from it and ``b``.
+        seed: int64 seeds ``[B]``, one per request, or one int for seeds derived from it and ``b``.
 
     Returns:
         A named tuple:
@@ -57,19 +57,21 @@ def topk_sampling(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
-    for name, number in (("candidates", candidates), ("top_k", top_k)):
+    for name, number in (("num_candidates", num_candidates), ("top_k", top_k)):
         check_int(name, number, 1)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
     seeds = check_seeds("seed", seed, batch, device)
     # Far apart for each candidate, whatever the requests' own seeds are; int64 wraps around.
-    noise = (seeds[:, None] + torch.arange(1, candidates + 1, device=device) * 0x5851F42D4C957F2D).flatten()
-    request = torch.arange(batch, device=device).repeat_interleave(candidates)
-    node = torch.zeros(batch * candidates, dtype=torch.int64, device=device)
-    logp = torch.zeros(batch * candidates, device=device)
+    noise = (
+        seeds[:, None] + torch.arange(1, num_candidates + 1, device=device) * 0x5851F42D4C957F2D
+    ).flatten()
+    request = torch.arange(batch, device=device).repeat_interleave(num_candidates)
+    node = torch.zeros(batch * num_candidates, dtype=torch.int64, device=device)
+    logp = torch.zeros(batch * num_candidates, device=device)
     # Each distinct prefix is one row of logits: the row of every candidate, and one candidate of every row.
     row, slot = request, torch.arange(batch, device=device)
-    first = slot * candidates
+    first = slot * num_candidates
     forward_tokens = torch.ones(batch, dtype=torch.int64, device=device)
     for depth in range(trie.length):
         out = expand_topk(logits[:, None], trie, node[first, None], top_k, temperature=temperature)
@@ -83,11 +85,11 @@ def topk_sampling(
             first = torch.zeros_like(key).scatter_(0, row, torch.arange(len(row), device=device))
             logits, slot = model.extend(state, parent[first], trie.token[node[first] - 1].long())
             forward_tokens += torch.bincount(request[first], minlength=batch)
-    node = node.view(batch, candidates).int()
+    node = node.view(batch, num_candidates).int()
     return SampleResult(
         trie.sequences(node),
         node,
-        logp.view(batch, candidates),
+        logp.view(batch, num_candidates),
         (node >= 0).sum(1).int(),
         forward_tokens.int(),
     )

@@ -9,14 +9,25 @@ from .prefix_tree import PrefixTree, prefix_tree
 from .sibling_advantage import SiblingAdvantage, sibling_advantage
 from .sibling_grpo_loss import SiblingGRPOLoss, sibling_grpo_loss, sibling_grpo_loss_from_logits
 from .token_logp import TokenLogp, token_logp
-from .ved import SearchTrees, ved_candidates, ved_insert, ved_select
+from .ved import (
+    LeafCandidates,
+    NodeEvaluation,
+    SearchTrees,
+    SelectedRows,
+    ved_candidates,
+    ved_insert,
+    ved_select,
+)
 
 __all__ = [
     "OPS",
     "ExpandTopK",
+    "LeafCandidates",
+    "NodeEvaluation",
     "PrefixReturns",
     "PrefixTree",
     "SearchTrees",
+    "SelectedRows",
     "SiblingAdvantage",
     "SiblingGRPOLoss",
     "TokenLogp",

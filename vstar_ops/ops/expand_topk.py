@@ -106,7 +106,7 @@ def expand_topk(
             winners.
         value: float ``[B, W]``, V(w) (0).
         bonus: float ``[B, W]`` (0).
-        child_value: float ``[B, W, V]``, an action value for each column (0).
+        child_value: float ``[B, W, V]``, what each next token adds to ``value`` (0).
         logp_weight: :math:`\alpha`.
         value_weight: :math:`\beta_v`. A term whose weight is 0 is not read.
         entropy_weight: :math:`\lambda`.

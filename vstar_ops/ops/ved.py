@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -23,8 +23,13 @@ from .. import reference
 from ._checks import check, check_finite, check_int
 from ._registry import define
 
-_I32, _I64, _F32, _F64 = (torch.int32,), (torch.int64,), (torch.float32,), (torch.float64,)
-_TREE = "[B, T]"
+_NODE, _CHILD, _LEAF, _TREE, _DEPTH = (
+    ("B", "T"),
+    ("B", "T", "C"),
+    ("B", "T", "D"),
+    ("B",),
+    ("B", "levels + 1"),
+)
 
 
 @dataclass
@@ -48,30 +53,30 @@ class SearchTrees:
         slot: int64 ``[B, T]``, the model's.
         size: int32 ``[B]``, evaluated nodes, which is the number of forward tokens.
         budget: int32 ``[B]``, the most that ``size`` may become; :func:`ved_select` lowers it to end one.
-        depth_sum, depth_count: float64 and int32 ``[B, L + 1]``, sum of G and number of nodes a depth.
+        depth_sum, depth_count: float64 and int32 ``[B, L + 1]``, sum of G and number of nodes per depth.
     """
 
-    node: Tensor
-    parent: Tensor
-    depth: Tensor
-    logp: Tensor
-    value: Tensor
-    entropy: Tensor
-    priority: Tensor
-    visits: Tensor
-    child_node: Tensor
-    child_logp: Tensor
-    num_children: Tensor
-    next_child: Tensor
-    leaf_node: Tensor
-    leaf_logp: Tensor
-    leaf_score: Tensor
-    num_leaves: Tensor
-    slot: Tensor
-    size: Tensor
-    budget: Tensor
-    depth_sum: Tensor
-    depth_count: Tensor
+    node: Annotated[Tensor, torch.int32, _NODE, -1]
+    parent: Annotated[Tensor, torch.int32, _NODE, -1]
+    depth: Annotated[Tensor, torch.int32, _NODE, 0]
+    logp: Annotated[Tensor, torch.float32, _NODE, 0]
+    value: Annotated[Tensor, torch.float32, _NODE, 0]
+    entropy: Annotated[Tensor, torch.float32, _NODE, 0]
+    priority: Annotated[Tensor, torch.float32, _NODE, 0]
+    visits: Annotated[Tensor, torch.int32, _NODE, 0]
+    child_node: Annotated[Tensor, torch.int32, _CHILD, -1]
+    child_logp: Annotated[Tensor, torch.float32, _CHILD, 0]
+    num_children: Annotated[Tensor, torch.int32, _NODE, 0]
+    next_child: Annotated[Tensor, torch.int32, _NODE, 0]
+    leaf_node: Annotated[Tensor, torch.int32, _LEAF, -1]
+    leaf_logp: Annotated[Tensor, torch.float32, _LEAF, 0]
+    leaf_score: Annotated[Tensor, torch.float32, _LEAF, 0]
+    num_leaves: Annotated[Tensor, torch.int32, _NODE, 0]
+    slot: Annotated[Tensor, torch.int64, _NODE, -1]
+    size: Annotated[Tensor, torch.int32, _TREE, 0]
+    budget: Annotated[Tensor, torch.int32, _TREE, 0]
+    depth_sum: Annotated[Tensor, torch.float64, _DEPTH, 0]
+    depth_count: Annotated[Tensor, torch.int32, _DEPTH, 0]
 
     @classmethod
     def empty(
@@ -91,83 +96,51 @@ class SearchTrees:
             batch, capacity: ``B`` and ``T``.
             levels: the depth of the deepest node that is ever evaluated.
             children, leaves: ``C`` and ``D``, at least 1.
-            budget: forward tokens a request, ``T`` if None; ints ``[B]`` for one each.
+            budget: forward tokens per request, ``T`` if None; ints ``[B]`` for one each.
         """
         for name, size in (("capacity", capacity), ("children", children), ("leaves", leaves)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        sizes = {"B": batch, "T": capacity, "C": children, "D": leaves, "levels + 1": levels + 1}
+        arrays = {
+            name: torch.full([sizes[axis] for axis in axes], fill, dtype=dtype, device=device)
+            for name, (dtype, axes, fill) in _LAYOUT.items()
+        }
         if isinstance(budget, Tensor):
-            budget = check("budget", budget, (batch,), "[B]", (torch.int32, torch.int64)).to(
-                torch.int32, copy=True
-            )
+            check("budget", budget, (batch,), "[B]", (torch.int32, torch.int64))
+            arrays["budget"].copy_(budget)
         else:
-            size = capacity if budget is None else budget
-            budget = torch.full((batch,), size, dtype=torch.int32, device=device)
-
-        def ints(*shape: int, fill: int = 0) -> Tensor:
-            return torch.full((batch, *shape), fill, dtype=torch.int32, device=device)
-
-        def floats(*shape: int) -> Tensor:
-            return torch.zeros(batch, *shape, device=device)
-
-        return cls(
-            node=ints(capacity, fill=-1),
-            parent=ints(capacity, fill=-1),
-            depth=ints(capacity),
-            logp=floats(capacity),
-            value=floats(capacity),
-            entropy=floats(capacity),
-            priority=floats(capacity),
-            visits=ints(capacity),
-            child_node=ints(capacity, children, fill=-1),
-            child_logp=floats(capacity, children),
-            num_children=ints(capacity),
-            next_child=ints(capacity),
-            leaf_node=ints(capacity, leaves, fill=-1),
-            leaf_logp=floats(capacity, leaves),
-            leaf_score=floats(capacity, leaves),
-            num_leaves=ints(capacity),
-            slot=torch.full((batch, capacity), -1, dtype=torch.int64, device=device),
-            size=ints(),
-            budget=budget.to(device),
-            depth_sum=torch.zeros(batch, levels + 1, dtype=torch.float64, device=device),
-            depth_count=ints(levels + 1),
-        )
+            arrays["budget"].fill_(capacity if budget is None else budget)
+        return cls(**arrays)
 
     def check(self) -> None:
         """Raise where an array's shape, dtype, device or layout is not what the class says."""
-        check("trees.node", self.node, (None, None), _TREE, _I32)
-        batch, capacity = self.node.shape
-        check("trees.child_node", self.child_node, (batch, capacity, None), "[B, T, C]", _I32)
-        check("trees.leaf_node", self.leaf_node, (batch, capacity, None), "[B, T, D]", _I32)
-        check("trees.depth_sum", self.depth_sum, (batch, None), "[B, levels + 1]", _F64)
-        shapes: dict[str, tuple[int, ...]] = {"size": (batch,), "budget": (batch,)}
-        shapes |= {"child_node": tuple(self.child_node.shape), "child_logp": tuple(self.child_node.shape)}
-        shapes |= {name: tuple(self.leaf_node.shape) for name in ("leaf_node", "leaf_logp", "leaf_score")}
-        shapes |= {name: tuple(self.depth_sum.shape) for name in ("depth_sum", "depth_count")}
-        for field in fields(self):
-            array = getattr(self, field.name)
-            dtypes = {"slot": _I64, "depth_sum": _F64}.get(
-                field.name, _F32 if field.name in _FLOATS else _I32
-            )
-            shape = shapes.get(field.name, (batch, capacity))
-            check(f"trees.{field.name}", array, shape, str(list(shape)), dtypes, self.node.device)
+        sizes: dict[str, int] = {}
+        device = None
+        for name, (dtype, axes, _fill) in _LAYOUT.items():
+            array, shape = getattr(self, name), tuple([sizes.get(axis) for axis in axes])
+            check(f"trees.{name}", array, shape, _AXES[axes], (dtype,), device)
             if not array.is_contiguous():
-                raise ValueError(f"trees.{field.name} must be contiguous, got strides {array.stride()}")
+                raise ValueError(f"trees.{name} must be contiguous, got strides {array.stride()}")
+            if None in shape:
+                sizes.update(zip(axes, array.shape))
+                device = array.device
 
 
-_FLOATS = ("logp", "value", "entropy", "priority", "child_logp", "leaf_logp", "leaf_score")
+# Array of SearchTrees -> dtype, axes, and what it holds in a tree without nodes.
+_LAYOUT = {name: hint.__metadata__ for name, hint in get_type_hints(SearchTrees, include_extras=True).items()}
+_AXES = {axes: f"[{', '.join(axes)}]" for _, axes, _ in _LAYOUT.values()}
 
 
-class Rows(NamedTuple):
-    """The nodes that a round evaluates, ``[B, P]``; unused rows hold -1 and -inf."""
+class SelectedRows(NamedTuple):
+    """The nodes that a round evaluates, ``[B, P]``, one per row; unused rows hold -1 and -inf."""
 
     parent: Tensor
     node: Tensor
     logp: Tensor
 
 
-class Evaluation(NamedTuple):
+class NodeEvaluation(NamedTuple):
     """What the model says about the rows of a round, ``[B, P]`` or ``[B, P, C or D]``; see SearchTrees."""
 
     slot: Tensor
@@ -182,7 +155,7 @@ class Evaluation(NamedTuple):
     num_leaves: Tensor
 
 
-class Candidates(NamedTuple):
+class LeafCandidates(NamedTuple):
     """Leaves, best first; slots past ``num_valid`` hold -1 and -inf."""
 
     node: Tensor
@@ -193,10 +166,10 @@ class Candidates(NamedTuple):
 
 def _arrays(reference_op: Callable[..., Any], prefix: str = "") -> tuple[str, ...]:
     """The arrays of SearchTrees that an op takes, in order; by ``prefix`` those of the rows of a round."""
-    known = {"trie_node" if field.name == "node" else field.name for field in fields(SearchTrees)}
-    known = {prefix + name for name in (known | {"node"} if prefix else known)}
-    names = [name for name in inspect.signature(reference_op).parameters if name in known]
-    return tuple("node" if name == "trie_node" else name.removeprefix(prefix) for name in names)
+    names = (
+        x.removeprefix(prefix) for x in inspect.signature(reference_op).parameters if x.startswith(prefix)
+    )
+    return tuple(x for x in ("node" if x == "trie_node" else x for x in names) if x in _LAYOUT)
 
 
 _SELECT, _INSERT = _arrays(reference.ved_select), _arrays(reference.ved_insert)
@@ -232,8 +205,10 @@ _candidates = define(
 )
 
 
-def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, max_idle: int = 1000) -> Rows:
-    r"""Steps 2 and 3: traverse every tree, and take one new child of each node that passes the gate.
+def ved_select(
+    trees: SearchTrees, *, exploration: float = 1.0, traversals: int = 1, max_idle: int = 1000
+) -> SelectedRows:
+    r"""Traverse every tree, and take one new child of each node that passes the gate.
 
     A traversal goes from the root always to the child of largest
     :math:`U(s) = G(s) + \beta \sqrt{\ln(N_{root} + 1) / (N(s) + 1)}`, ties to the lower token, until a node
@@ -244,13 +219,14 @@ def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, 
     Args:
         trees: ``visits``, ``next_child`` and ``budget`` change.
         exploration: :math:`\beta`.
-        paths: traversals that give children, one after the other, before the model is asked. Later ones see
-            the visits of earlier ones, not their children: more than 1 trades exactness for larger forwards.
+        traversals: number of traversals that give children, one after the other, before the model is asked.
+            Later ones see the visits of earlier ones, not their children: more than 1 trades exactness for
+            larger forwards.
         max_idle: traversals in a row that may give nothing; one more ends the search of that tree.
 
     Returns:
-        :class:`Rows` ``[B, P]``, ``P = paths * levels``. A tree gives no row once its budget is spent, or
-        nothing can be expanded: no node with an unexpanded child passes the gate.
+        :class:`SelectedRows` ``[B, P]``, ``P = traversals * levels``. A tree gives no row once its budget is
+        spent, or nothing can be expanded: no node with an unexpanded child passes the gate.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
@@ -259,21 +235,21 @@ def ved_select(trees: SearchTrees, *, exploration: float = 1.0, paths: int = 1, 
     exploration = check_finite("exploration", exploration)
     if exploration < 0:
         raise ValueError(f"exploration must be >= 0, got {exploration}")
-    paths, max_idle = check_int("paths", paths, 1), check_int("max_idle", max_idle, 0)
+    traversals, max_idle = check_int("traversals", traversals, 1), check_int("max_idle", max_idle, 0)
     levels = trees.depth_sum.shape[1] - 1
     arrays = (getattr(trees, name) for name in _SELECT)
-    return Rows(*_select(trees.node.device, *arrays, levels, exploration, paths, max_idle))
+    return SelectedRows(*_select(trees.node.device, *arrays, levels, exploration, traversals, max_idle))
 
 
 def ved_insert(
     trees: SearchTrees,
-    rows: Rows,
-    evaluation: Evaluation,
+    rows: SelectedRows,
+    evaluation: NodeEvaluation,
     *,
     entropy_weight: float = 0.1,
     logp_weight: float = 0.0,
 ) -> None:
-    r"""Step 4: append the evaluated rows to the trees, and add their G to the sums of their depths.
+    r"""Append the evaluated rows to the trees, and add their G to the sums of their depths.
 
     :math:`G = V + \lambda H + w_p \log\pi` (Eq. 10 for :math:`w_p = 0`), rounded to float32; a value that is
     NaN counts as the smallest finite float32. Rows with node -1, and what does not fit, are left out.
@@ -289,7 +265,7 @@ def ved_insert(
     """
     trees.check()
     weights = check_finite("logp_weight", logp_weight), check_finite("entropy_weight", entropy_weight)
-    check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", _I32, trees.node.device)
+    check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", (torch.int32,), trees.node.device)
     given = {**evaluation._asdict(), **rows._asdict()}
     for name in _ROWS:
         like = getattr(trees, name)
@@ -303,7 +279,7 @@ def ved_insert(
 
 def ved_candidates(
     trees: SearchTrees, length: int, k: int, *, logp_weight: float = 0.0, forced_first: bool = False
-) -> Candidates:
+) -> LeafCandidates:
     r"""The ``k`` best leaves of every tree: first those that were evaluated, then completions.
 
     Evaluated leaves (nodes of depth ``length``) are ordered by :math:`V + w_p \log\pi` descending, then by
@@ -312,7 +288,7 @@ def ved_candidates(
     token. ``forced_first`` ranks the only child of a prefix among the evaluated leaves.
 
     Returns:
-        :class:`Candidates` ``[B, k]``: distinct leaves; ``num_valid`` says how many exist.
+        :class:`LeafCandidates` ``[B, k]``: distinct leaves; ``num_valid`` says how many exist.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
@@ -320,13 +296,5 @@ def ved_candidates(
     trees.check()
     length, k = check_int("length", length, 1), check_int("k", k, 1)
     arrays = (getattr(trees, name) for name in _CANDIDATES)
-    return Candidates(
-        *_candidates(
-            trees.node.device,
-            *arrays,
-            length,
-            k,
-            check_finite("logp_weight", logp_weight),
-            bool(forced_first),
-        )
-    )
+    options = check_finite("logp_weight", logp_weight), bool(forced_first)
+    return LeafCandidates(*_candidates(trees.node.device, *arrays, length, k, *options))

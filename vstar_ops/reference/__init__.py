@@ -4,9 +4,9 @@ They are a backend like any other (``vstar_ops.use_backend("reference")``), what
 faster was built, and what the other backends are tested against.
 """
 
+from ..noise import derive_seeds, gumbel, philox
 from .expand_topk import expand_topk
 from .group_advantage import group_advantage
-from .gumbel import derive_seeds, gumbel, philox
 from .prefix_returns import prefix_returns
 from .prefix_tree import prefix_tree
 from .sibling_advantage import sibling_advantage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gumbel import gumbel
+from ..noise import gumbel
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _NEG_INF = float("-inf")

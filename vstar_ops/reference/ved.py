@@ -1,7 +1,7 @@
 """The steps of value-guided decoding on ``B`` trees at once, as plain tensor algebra.
 
 The dispatcher's signatures; see :mod:`vstar_ops.ops.ved` for what the tensors mean. ``ved_select`` looks at
-the host once a traversal, to see whether a tree still needs one.
+the host once per traversal, to see whether a tree still needs one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def ved_select(
     paths: int,
     max_idle: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps 2 and 3 of SPEC 5: traverse, gate, take the next child."""
+    """Traverse (V-STAR, Eq. 11), gate, take the next child."""
     batch, capacity = trie_node.shape
     every = torch.arange(batch, device=trie_node.device)
     row_parent = torch.full((batch, paths * levels), -1, dtype=torch.int32, device=trie_node.device)
@@ -141,7 +141,7 @@ def ved_insert(
     logp_weight: float,
     entropy_weight: float,
 ) -> None:
-    """Step 4 of SPEC 5: append evaluated nodes, update the sums of their depths."""
+    """Append evaluated nodes with their priority (V-STAR, Eq. 10), update the sums of their depths."""
     row_value = torch.nan_to_num(row_value, -_FLOAT32_MAX, _FLOAT32_MAX, -_FLOAT32_MAX)
     gain = row_value.double() + entropy_weight * row_entropy.double()
     if logp_weight != 0:

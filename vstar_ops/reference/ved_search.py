@@ -1,20 +1,23 @@
 """Value-guided efficient decoding of one request, one prefix after the other, in plain Python.
 
 What :func:`vstar_ops.decoding.ved` must do, written down as V-STAR states it (arXiv 2602.10699, Eqs. 10-14):
-objects, lists, no batching. It ships to be read and to be compared with; see ``ved`` for the options.
+objects and lists, no batching. It is installed so that it can be read and compared with.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..noise import gumbel
 from ..trie import Trie
-from .gumbel import gumbel
+
+if TYPE_CHECKING:
+    from ..decoding import VEDConfig
 
 
 @dataclass
@@ -30,10 +33,11 @@ class Node:
     entropy: float
     priority: float  # G
     child_logp: dict[int, float]  # legal children (trie nodes) and their log-probability given the prefix
-    action_value: dict[int, float]
+    child_value: dict[int, float]
     draws: list[int]  # the same children, in the order in which they are drawn
     visits: int = 0
     children: list[Node] = field(default_factory=list)
+    expanded: set[int] = field(default_factory=set)  # children that are in the tree, or will be next
 
     def bound(self, root: Node, exploration: float) -> float:
         """U(s), Eq. 11."""
@@ -50,28 +54,9 @@ class Leaf:
 
 
 def ved_search(
-    model: Any,
-    context: Any,
-    trie: Trie,
-    candidates: int = 16,
-    *,
-    budget: int = 33,
-    width: int = 8,
-    entropy_weight: float = 0.1,
-    exploration: float = 1.0,
-    value_weight: float = 1.0,
-    logp_weight: float = 0.0,
-    evaluate_leaves: bool = True,
-    action_values: bool = False,
-    guided: int = 0,
-    expand_root: bool = True,
-    skip_forced: bool = False,
-    completions: int = 0,
-    own: int = 0,
-    max_idle: int = 1000,
-    seed: int = 0,
+    model: Any, context: Any, trie: Trie, num_candidates: int, config: VEDConfig, *, seed: int = 0
 ) -> tuple[list[Leaf], list[Node]]:
-    """Search one request; arguments as in :func:`vstar_ops.decoding.ved`, with one path a round.
+    """Search one request; arguments as in :func:`vstar_ops.decoding.ved`.
 
     Args:
         context: a batch of one prompt.
@@ -80,124 +65,153 @@ def ved_search(
     Returns:
         The candidates, best first, and all evaluated nodes in the order of their evaluation.
     """
-    logits, state = model.prefill(context)
-    length, levels = trie.length, trie.length if evaluate_leaves else trie.length - 1
-    tree: list[Node] = []
+    search = _Search(model, trie, config, seed, config.forward_budget(trie.length, num_candidates))
+    search.plant(context)
+    while selected := search.select():
+        for parent, child in selected:
+            search.extend(parent, child)
+    return search.candidates(num_candidates), search.tree
 
-    def evaluate(node: int, parent: Node | None, logp: float, logits: Tensor, slot: int) -> Node:
-        depth = parent.depth + 1 if parent else 0
+
+class _Search:
+    def __init__(self, model: Any, trie: Trie, config: VEDConfig, seed: int, budget: int) -> None:
+        self.model, self.trie, self.config = model, trie, config
+        self.seed, self.budget = seed, budget
+        self.levels = trie.length if config.evaluate_leaves else trie.length - 1
+        self.child_weight = config.value_weight or 1.0
+        self.tree: list[Node] = []
+
+    def plant(self, context: Any) -> None:
+        """Step 1, the initial beam search."""
+        config = self.config
+        logits, self.state = self.model.prefill(context)
+        frontier = [self.evaluate(0, None, 0.0, logits[0], 0)]
+        width = min(config.beam_width, max(1, (self.budget - 1) // max(self.levels, 1)))
+        reserved = 1
+        for _ in range(self.levels):
+            width = min(width, self.budget - reserved)
+            reserved += width
+            extensions = [(i, child) for i, parent in enumerate(frontier) for child in parent.child_logp]
+            extensions.sort(key=lambda e: (-self.logp_of(frontier[e[0]], e[1]), *e))
+            by_logp = max(width - config.num_value_beams, 0)
+            others = extensions[by_logp:]
+            if config.num_value_beams:
+                others.sort(key=lambda e: (-self.worth(frontier[e[0]], e[1]), *e))
+            best = (extensions[:by_logp] + others)[: max(width, 0)]
+            frontier = [self.extend(frontier[i], child) for i, child in best]
+
+    def extend(self, parent: Node, child: int) -> Node:
+        """Step 4, for one new child."""
+        token, slot = self.trie.token[child - 1].long(), torch.tensor([parent.slot])
+        logits, slot = self.model.extend(self.state, slot, token[None])
+        node = self.evaluate(child, parent, self.logp_of(parent, child), logits[0], int(slot[0]))
+        parent.children.append(node)
+        parent.expanded.add(child)
+        return node
+
+    def evaluate(self, node: int, parent: Node | None, logp: float, logits: Tensor, slot: int) -> Node:
+        """The node of a prefix that the model has seen; it joins the tree."""
+        config, at = self.config, torch.tensor([slot])
         value = 0.0
-        if value_weight != 0:
-            value = _float32(value_weight * _float32(model.value(state, torch.tensor([slot]))[0].item()))
-        children = [int(c) for c in trie.children(node).node.tolist() if c >= 0]
-        tokens = (
-            trie.token[torch.tensor(children, dtype=torch.int64) - 1].long()
-            if children
-            else torch.empty(0).long()
-        )
-        child_logp = logits[tokens].double().log_softmax(0)
-        entropy = -(child_logp.exp() * child_logp).sum().item() if len(children) > 1 else 0.0
-        noise = gumbel(torch.tensor(seed), torch.tensor(node), tokens)
+        if config.value_weight != 0:
+            value = _float32(config.value_weight * _float32(self.model.value(self.state, at)[0].item()))
+        children = [int(c) for c in self.trie.children(node).node.tolist() if c >= 0]
+        tokens = self.trie.token[torch.tensor(children, dtype=torch.int64) - 1].long()
+        logits = logits.double() / config.temperature
+        legal_logp = logits[tokens].log_softmax(0)
+        entropy = -(legal_logp.exp() * legal_logp).sum().item() if len(children) > 1 else 0.0
+        child_logp = legal_logp if config.normalize == "legal" else logits.log_softmax(0)[tokens]
+        noise = gumbel(torch.tensor(self.seed), torch.tensor(node), tokens)
         draws = [children[i] for i in (child_logp + noise).argsort(descending=True).tolist()]
-        q = model.child_value(state, torch.tensor([slot]))[0][tokens].tolist() if action_values else []
-        gain = value + entropy_weight * _float32(entropy)
-        if logp_weight != 0:
-            gain += logp_weight * _float32(logp)
+        child_value = (
+            self.model.child_value(self.state, at)[0][tokens].tolist() if config.child_values else []
+        )
+        priority = value + config.entropy_weight * _float32(entropy)  # Eq. 10
+        if config.logp_weight != 0:
+            priority += config.logp_weight * _float32(logp)
         result = Node(
-            node, parent, depth, logp, slot, value, entropy, _float32(gain),
-            dict(zip(children, child_logp.tolist())), dict(zip(children, q)), draws,
+            node, parent, parent.depth + 1 if parent else 0, logp, slot, value, entropy, _float32(priority),
+            dict(zip(children, child_logp.tolist())), dict(zip(children, child_value)), draws,
         )  # fmt: skip
-        tree.append(result)
-        if parent:
-            parent.children.append(result)
+        self.tree.append(result)
         return result
 
-    def extend(parent: Node, child: int) -> tuple[Node, Tensor]:
-        token = trie.token[child - 1].long()
-        row, slot = model.extend(state, torch.tensor([parent.slot]), token[None])
-        return evaluate(child, parent, parent.logp + parent.child_logp[child], row[0], int(slot[0])), row[0]
+    def logp_of(self, parent: Node, child: int) -> float:
+        return parent.logp + parent.child_logp[child]
 
-    def is_forced(parent: Node) -> bool:
-        return skip_forced and evaluate_leaves and parent.depth == length - 1 and len(parent.child_logp) == 1
+    def worth(self, parent: Node, child: int) -> float:
+        """What ranks a child that was not evaluated; a child value counts only with ``child_values``."""
+        worth = parent.value + self.config.logp_weight * self.logp_of(parent, child)
+        return worth + self.child_weight * parent.child_value.get(child, 0.0)
 
-    def worth(parent: Node, child: int) -> float:
-        """Of a prefix before it is evaluated."""
-        logp = parent.logp + parent.child_logp[child]
-        return logp_weight * logp + parent.value + (value_weight or 1.0) * parent.action_value[child]
+    def select(self) -> list[tuple[Node, int]]:
+        """Steps 2 and 3: the new children of a round, with their parents."""
+        selected: list[tuple[Node, int]] = []
+        for _ in range(self.config.traversals_per_round):
+            for _ in range(self.config.max_idle + 1):
+                room = self.budget - len(self.tree) - len(selected)
+                if room == 0 or not any(self.next_child(s) is not None and self.passes(s) for s in self.tree):
+                    return selected
+                if found := self.traverse()[:room]:
+                    break
+            else:
+                self.budget = len(self.tree) + len(selected)
+                return selected
+            for parent, child in found:
+                parent.expanded.add(child)
+            selected += found
+        return selected
 
-    # 1. The initial beam search.
-    frontier = [evaluate(0, None, 0.0, logits[0], 0)]
-    width = min(width, max(1, (budget - 1) // max(levels, 1)))
-    reserved = 1
-    for _ in range(levels):
-        width = min(width, budget - reserved)
-        reserved += width
-        extensions = [(i, child) for i, p in enumerate(frontier) for child in p.child_logp]
-        extensions.sort(key=lambda e: (-(frontier[e[0]].logp + frontier[e[0]].child_logp[e[1]]), *e))
-        by_logp = max(width - guided, 0)
-        others = extensions[by_logp:]
-        if guided:
-            others.sort(key=lambda e: (-worth(frontier[e[0]], e[1]), *e))
-        best = [(frontier[i], c) for i, c in (extensions[:by_logp] + others)[: max(width, 0)]]
-        frontier = [extend(parent, child)[0] for parent, child in best if not is_forced(parent)]
-
-    # 2 to 4. Rounds of one traversal.
-    root, idle = tree[0], 0
-
-    def next_child(s: Node) -> int | None:
-        if s.depth >= levels or (s is root and not expand_root) or is_forced(s):
-            return None
-        expanded = {child.node for child in s.children}
-        return next((c for c in s.draws if c not in expanded), None)
-
-    def passes(s: Node) -> bool:
-        same = [other.priority for other in tree if other.depth == s.depth]
-        return s.priority >= math.fsum(same) / len(same)
-
-    while len(tree) < budget and any(next_child(s) is not None and passes(s) for s in tree):
-        if idle > max_idle:
-            break
+    def traverse(self) -> list[tuple[Node, int]]:
+        """One walk from the root, and what it would expand."""
+        root, exploration = self.tree[0], self.config.exploration
         path = [root]
         while path[-1].children:
             path.append(max(path[-1].children, key=lambda s: (s.bound(root, exploration), -s.node)))
-        chosen = [(s, child) for s in path if passes(s) and (child := next_child(s)) is not None]
+        found = [(s, child) for s in path if self.passes(s) and (child := self.next_child(s)) is not None]
         for s in path:
             s.visits += 1
-        for s, child in chosen[: budget - len(tree)]:
-            extend(s, child)
-        idle = 0 if chosen else idle + 1
+        return found
 
-    # The candidates.
-    def ranked(by_logp: bool = False, most: int | None = None) -> list[Leaf]:
-        """Evaluated leaves, then others; by log pi alone, or at most so many below each prefix."""
-        weight, w = (1.0, 0.0) if by_logp else (logp_weight, 1.0)
-        leaves = [Leaf(s.node, s.logp, w * s.value + weight * s.logp) for s in tree if s.depth == length]
-        others: list[tuple[Node, Leaf]] = []
-        for s in tree:
-            if s.depth != length - 1:
-                continue
-            below = []
-            for child, lp in s.child_logp.items():
-                score = w * s.value + weight * (s.logp + lp)
-                if action_values and not by_logp:
-                    score += (value_weight or 1.0) * s.action_value[child]
-                below.append(Leaf(child, s.logp + lp, score))
-            below.sort(key=lambda leaf: (-leaf.score if action_values else -leaf.logp, leaf.node))
-            expanded = {child.node for child in s.children}
-            for leaf in below[:most]:
-                if is_forced(s):
-                    leaves.append(leaf)
-                elif leaf.node not in expanded:
-                    others.append((s, leaf))
+    def next_child(self, s: Node) -> int | None:
+        if s.depth >= self.levels or (s.depth == 0 and not self.config.expand_root):
+            return None
+        return next((child for child in s.draws if child not in s.expanded), None)
+
+    def passes(self, s: Node) -> bool:
+        """The gate: G is at least the mean of the depth."""
+        same = [other.priority for other in self.tree if other.depth == s.depth]
+        return s.priority >= math.fsum(same) / len(same)
+
+    def candidates(self, k: int) -> list[Leaf]:
+        """The policy's own, those of distinct prefixes, the others."""
+        most = self.config.max_leaves_per_prefix
+        found = self.ranked(by_logp=True)[: self.config.num_policy_candidates]
+        for leaf in (self.ranked(most=most) if most is not None else []) + self.ranked():
+            if all(leaf.node != other.node for other in found):
+                found.append(leaf)
+        return found[:k]
+
+    def ranked(self, *, by_logp: bool = False, most: int | None = None) -> list[Leaf]:
+        """Evaluated leaves, then others: by log pi alone, or at most ``most`` below each prefix."""
+        length, weight = self.trie.length, self.config.logp_weight
+        leaves = [
+            Leaf(s.node, s.logp, s.logp if by_logp else s.value + weight * s.logp)
+            for s in self.tree
+            if s.depth == length
+        ]
         leaves.sort(key=lambda leaf: (-_float32(leaf.score), leaf.node))
+        others: list[tuple[Node, Leaf]] = []
+        for s in (s for s in self.tree if s.depth == length - 1):
+            below = []
+            for child in s.child_logp:
+                logp = self.logp_of(s, child)
+                below.append(Leaf(child, logp, logp if by_logp else self.worth(s, child)))
+            by_score = self.config.child_values and not by_logp
+            below.sort(key=lambda leaf: (-leaf.score if by_score else -leaf.logp, leaf.node))
+            others += [(s, leaf) for leaf in below[:most] if leaf.node not in s.expanded]
         others.sort(key=lambda o: (-_float32(o[1].score), o[0].node, -o[1].logp, o[1].node))
         return leaves + [leaf for _, leaf in others]
-
-    found = ranked(by_logp=True)[:own]
-    for leaf in (ranked(most=completions) if completions else []) + ranked():
-        if all(leaf.node != other.node for other in found):
-            found.append(leaf)
-    return found[:candidates], tree
 
 
 def _float32(x: float) -> float:

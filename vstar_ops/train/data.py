@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TrueReward = Callable[[Tensor, Tensor], Tensor]  # (user[B], candidates[B, G, L]) -> reward[B, G]
 
@@ -38,7 +38,7 @@ class Split:
         return Split(self.history[rows], self.target[rows], self.user[rows])
 
     def part(self, rows: int | None) -> Split:
-        """All of it, or so many rows, a fixed random choice."""
+        """A fixed random choice of ``rows`` requests; all of them if there are no more, or for None."""
         if rows is None or rows >= len(self):
             return self
         return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:rows]]
@@ -55,7 +55,7 @@ class Split:
         return (self.history[:, :, 0] >= 0).sum(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone: tensors have no truth value
 class Dataset:
     """A catalogue, three splits, and the true reward where it is known.
 
@@ -92,8 +92,8 @@ class Dataset:
 def user_sequences(split: Split) -> list[Tensor]:
     """The sequences ``[n, L]`` that a split's rows are windows of.
 
-    Next-item rows of one user repeat each other: each continues the one before by its target. Merged,
-    every step is learned once an epoch and all steps of a user in one pass.
+    Next-item rows of one user repeat each other: each continues the one before by its target. Once merged,
+    every step is learned once per epoch, and all steps of a user in one pass.
     """
     merged: list[Tensor] = []
     open_row: dict[int, int] = {}  # user -> the sequence that the user's next row may continue
@@ -107,6 +107,42 @@ def user_sequences(split: Split) -> list[Tensor]:
             open_row[user] = len(merged)
             merged.append(torch.cat([history, target]))
     return merged
+
+
+class UserWindows:
+    """Examples of supervised training: windows of random size and place of every user's sequence."""
+
+    def __init__(self, split: Split) -> None:
+        self.sequences = user_sequences(split)
+        self.longest = split.history.shape[1] + 1
+        self.lengths = torch.tensor([len(sequence) for sequence in self.sequences])
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """A window ``(user, start, stop)`` of each user, int64 ``[N, 3]``, and the sizes ``[N]``."""
+        lengths = self.lengths
+        size = (2 + (torch.rand(len(lengths)) * (lengths - 1)).long()).minimum(lengths)
+        start = (torch.rand(len(lengths)) * (lengths - size + 1)).long().minimum(lengths - size)
+        stop, size = start + size, size.clamp(max=self.longest)
+        return torch.stack([torch.arange(len(lengths)), stop - size, stop], 1), size
+
+    def items(self, windows: Tensor, dropout: float) -> Tensor:
+        """The items of ``windows[B, 3]``, some dropped at random; int64 ``[B, n, L]``, padded by -1."""
+        views = (self.sequences[user][start:stop] for user, start, stop in windows.tolist())
+        kept = [_drop_items(view, dropout) for view in views]
+        return nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
+
+
+def _drop_items(items: Tensor, rate: float) -> Tensor:
+    """A sequence ``[n, L]`` without some of its items; the last one, and at least two of them, remain."""
+    if len(items) > 2:
+        keep = torch.rand(len(items)) >= rate
+        keep[-1] = True
+        keep[-2] |= keep.sum() < 2
+        items = items[keep]
+    return items
 
 
 # ------------------------------------------------------------------ MiniOneRec's folder layout

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..reference import derive_seeds
 from ..trie import Trie
-from .data import Split, TrueReward
-from .decode import decode
+from .data import Dataset
+from .decode import Decoder
 from .model import SIDTransformer
 from .rewards import hits, rule
 
+Scores = dict[str, float]
+
 CUTOFFS = (1, 3, 5, 10)
 MISSING = 2**31 - 1
+BATCH_SIZE = 256
 
 
 def target_rank(candidates: Tensor, target: Tensor) -> Tensor:
@@ -30,11 +31,11 @@ def target_rank(candidates: Tensor, target: Tensor) -> Tensor:
     return torch.where(hits(candidates, target), rank, MISSING).min(1).values
 
 
-def accuracy(rank: Tensor, cutoffs: tuple[int, ...] = CUTOFFS) -> dict[str, float]:
+def accuracy(rank: Tensor) -> Scores:
     """``HR@k`` and ``NDCG@k`` over ``rank[R]``; one relevant item, so NDCG is ``1 / log2(rank + 2)``."""
     gain = 1 / torch.log2(rank.double() + 2)
-    scores = {f"HR@{k}": (rank < k).double().mean().item() for k in cutoffs}
-    return scores | {f"NDCG@{k}": (gain * (rank < k)).mean().item() for k in cutoffs}
+    scores = {f"HR@{k}": (rank < k).double().mean().item() for k in CUTOFFS}
+    return scores | {f"NDCG@{k}": (gain * (rank < k)).mean().item() for k in CUTOFFS}
 
 
 def diversity(candidates: Tensor) -> Tensor:
@@ -53,40 +54,34 @@ def diversity(candidates: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: SIDTransformer,
-    split: Split,
-    trie: Trie,
-    candidates: int,
-    *,
-    decoder: str = "beam",
-    options: dict[str, Any] | None = None,
-    true_reward: TrueReward | None = None,
-    batch_size: int = 256,
-    title: str = "evaluate",
-) -> dict[str, float]:
-    """Decode candidates for every request of a split, and score them.
+    model: SIDTransformer, data: Dataset, trie: Trie, decoder: Decoder, name: str, rows: int | None = None
+) -> Scores:
+    """Decode candidates for the requests of the split ``name`` with fixed seeds, and score them.
 
-    ``decoder`` and ``options`` as in :func:`vstar_ops.train.decode.decode`, seeds fixed. The reward is the
-    true one where it is known (then ``true_reward@10`` is added), else 1 for the target.
+    With ``rows`` only for so many requests, a fixed random choice; see :meth:`Split.part`.
+    The reward is the true one where it is known (this adds ``true_reward@10``), otherwise 1 for the target.
     """
-    training = model.training
+    split, true_reward, training = getattr(data, name).part(rows), data.reward, model.training
     model.eval()
-    names = ("rank", "diversity", "best_reward", "forward_tokens", "top")
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    parts: dict[str, list[Tensor]] = {}
     seeds = derive_seeds(0, len(split), split.target.device)
     order = split.items.argsort(stable=True)  # equal lengths together: little padding
-    for rows in tqdm(order.split(batch_size), desc=title, leave=False, disable=None):
-        part = split[rows]
-        found = decode(decoder, model, part.context, trie, candidates, seeds[rows], options or {})
+    for batch in tqdm(order.split(BATCH_SIZE), desc=name, leave=False, disable=None):
+        part = split[batch]
+        found = decoder(model, part.context, trie, seeds[batch])
         tokens = found.sequence.long()
         reward = true_reward(part.user, tokens) if true_reward else rule(tokens, part.target)
-        parts["rank"].append(target_rank(tokens, part.target))
-        parts["diversity"].append(diversity(tokens))
-        parts["best_reward"].append(reward.max(1).values)
-        parts["forward_tokens"].append(found.forward_tokens.float())
-        parts["top"].append(reward[:, :10].sum(1) / found.num_valid.clamp(1, 10))
+        for name, values in {
+            "rank": target_rank(tokens, part.target),
+            "diversity": diversity(tokens),
+            "best_reward": reward.max(1).values,
+            "forward_tokens": found.forward_tokens,
+            "true_reward@10": reward[:, :10].sum(1) / found.num_valid.clamp(1, 10),
+        }.items():
+            parts.setdefault(name, []).append(values)
     model.train(training)
-    joined = {k: torch.cat(v) for k, v in parts.items()}
-    scores = accuracy(joined["rank"])
-    scores |= {k: joined[k].double().mean().item() for k in ("diversity", "best_reward", "forward_tokens")}
-    return scores | ({"true_reward@10": joined["top"].double().mean().item()} if true_reward else {})
+    joined = {name: torch.cat(values) for name, values in parts.items()}
+    scores = accuracy(joined.pop("rank")) | {name: x.double().mean().item() for name, x in joined.items()}
+    if not true_reward:
+        del scores["true_reward@10"]
+    return scores

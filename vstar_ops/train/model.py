@@ -26,11 +26,11 @@ from .value import ItemEmbeddings, ValueHead, hash_prefix, hash_prefixes
 class PrefixCache:
     """The evaluated prefixes of ``B`` requests.
 
-    Keys and values are laid out by request, ``[B, heads, S, head_dim]`` a layer: first the prompt, then
+    Keys and values are laid out by request, ``[B, heads, S, head_dim]`` per layer: first the prompt, then
     the evaluated prefixes. A prefix is described by the *columns* of its request that it sees.
 
     Attributes:
-        keys, values: one tensor a layer, the value head's block being the last; ``S`` columns are in use.
+        keys, values: one tensor per layer, the value head's block being the last; ``S`` columns are in use.
         visible: bool ``[slots, S]``, what a slot sees of its request: what its parent sees, and itself.
         request: int64 ``[slots]``, the request of a slot.
         position: int64 ``[slots]``, the number of tokens before the slot's own.
@@ -72,7 +72,7 @@ class PrefixCache:
 class PackedScores(NamedTuple):
     """What a model says at the outputs of :class:`vstar_ops.packing.PackedRows`.
 
-    Logits ``[B, 1 + n, V]``, with a value head V ``[B, 1 + n]``, and Q - V ``[B, 1 + n, V]`` where asked for.
+    Logits ``[B, 1 + n, V]``, with a value head V ``[B, 1 + n]``, on demand child values ``[B, 1 + n, V]``.
     """
 
     logits: Tensor
@@ -116,12 +116,12 @@ class SIDTransformer(nn.Module):
                 deep = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * layers) ** 0.5 if deep else 0.02)
 
-    def add_value_head(self, *, action_values: bool = False, items: ItemEmbeddings | None = None) -> None:
+    def add_value_head(self, *, child_values: bool = False, items: ItemEmbeddings | None = None) -> None:
         """Value prefixes from now on. The head reads the backbone's hidden states and never moves them; with
         ``items`` it starts from what the prompt's items say, see :class:`ItemPrior`."""
         dim, block = self.token.weight.shape[1], self.blocks[0]
         own = Block(dim, block.heads, block.rate)  # type: ignore[arg-type]
-        self.value_head = ValueHead(own, dim, self.vocab, action_values=action_values, items=items)
+        self.value_head = ValueHead(own, dim, self.vocab, child_values=child_values, items=items)
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters of the policy and of the value head."""
@@ -129,20 +129,20 @@ class SIDTransformer(nn.Module):
         own = {id(p) for p in head}
         return [p for p in self.parameters() if id(p) not in own], head
 
-    def forward(self, tokens: Tensor, last: int = 0) -> Tensor:
-        """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns. With ``last``
-        only so many rows, the last ones."""
-        return self._head(self._causal(tokens)[0][:, -last:])
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns."""
+        return self._head(self._causal(tokens)[0])
 
     def pack(
         self, context: Tensor, candidates: Tensor, mask: Tensor, needed: Tensor, *, leaves: bool
     ) -> PackedRows:
         """Prompts ``context[B, T]`` and the prefixes of their candidates, for :meth:`packed`."""
         prompt = F.pad(context.long(), (1, 0), value=self.vocab)
-        options = {"prompt_mask": prompt >= 0, "needed": needed, "leaves": leaves}
-        return pack_prompts(prompt, candidates, mask, **options, compact=True)  # type: ignore[arg-type]
+        return pack_prompts(
+            prompt, candidates, mask, prompt_mask=prompt >= 0, needed=needed, leaves=leaves, compact=True
+        )
 
-    def packed(self, rows: PackedRows, *, action_values: bool = False) -> PackedScores:
+    def packed(self, rows: PackedRows, *, child_values: bool = False) -> PackedScores:
         """Evaluate all prefixes of packed rows in one causal pass."""
         token, mask = rows.input_ids, rows.mask()[:, 0]
         x = self.dropout(self.token(token) + self.position(rows.position_ids))
@@ -162,9 +162,9 @@ class SIDTransformer(nn.Module):
         request = torch.arange(shape[0], device=token.device).repeat_interleave(shape[1])
         of = (valued.flatten(0, 1), rows.select(prefix).flatten(), request, prior)
         value = self.value_head(*of).view(shape)
-        if not action_values:
+        if not child_values:
             return PackedScores(logits, value, None)
-        return PackedScores(logits, value, self.value_head.corrections(*of).view(*shape, -1))
+        return PackedScores(logits, value, self.value_head.child_values(*of).view(*shape, -1))
 
     def value(self, state: PrefixCache, slot: Tensor) -> Tensor:
         """V of evaluated prefixes; see :class:`ValueModel`."""
@@ -172,9 +172,9 @@ class SIDTransformer(nn.Module):
         return head(*of)
 
     def child_value(self, state: PrefixCache, slot: Tensor) -> Tensor:
-        """Q - V of evaluated prefixes and every token; see :class:`ValueModel`."""
+        """Child values of evaluated prefixes and every token; see :class:`ValueModel`."""
         head, of = self._valued(state, slot)
-        return head.corrections(*of)
+        return head.child_values(*of)
 
     def _valued(
         self, state: PrefixCache, slot: Tensor
@@ -253,7 +253,7 @@ class SIDTransformer(nn.Module):
         self, tokens: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor], list[Tensor]]:
         """The causal pass: hidden states of backbone and value block, positions, mask ``[B, 1+T, 1+T]``, keys
-        and values a layer."""
+        and values per layer."""
         tokens = F.pad(tokens.long(), (1, 0), value=self.vocab)
         real = tokens >= 0
         position = (real.cumsum(1) - 1).masked_fill(~real, 0)  # columns of padding do not count

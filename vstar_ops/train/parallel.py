@@ -1,10 +1,10 @@
 """Training on several processes, by torch's own engine: ``torchrun --nproc-per-node 2 -m vstar_ops.train``.
 
-All processes keep the same weights, draw the same batches from the same random numbers, and run a shard of
-each batch through :class:`torch.nn.parallel.DistributedDataParallel`. A mean over the rows or candidates of
-a shard is weighted by how many of them there are in all shards, so that the gradient, and with it the run,
-is that of one process up to rounding (dropout aside, whose noise is each process' own). The first process
-evaluates and writes the files.
+All processes keep the same weights and draw the same batches from the same random numbers. Each runs its
+shard of the batch through :class:`torch.nn.parallel.DistributedDataParallel`. A mean over the rows or
+candidates of a shard is weighted by their number in that shard. So the gradient, and with it the run, is that
+of one process up to rounding; only dropout draws different noise in each process. The main process, the first
+one, evaluates and writes the files.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that evaluates and writes."""
+        """Whether this process evaluates and writes."""
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
-        """What the first process gave for ``value``."""
+        """The ``value`` of the main process."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
@@ -45,13 +45,17 @@ class World:
         return Shard(self, batch)
 
     def wrap(self, model: nn.Module) -> Callable[..., Any]:
-        """``run(method, *arguments)``, which calls a method of the model; backward sums up all processes."""
+        """``call(method, *arguments)``, which calls a method of the model; backward averages the gradients of
+        all processes."""
         calls = _Calls(model)
         return calls if self.size == 1 else DistributedDataParallel(calls)
 
     @contextmanager
     def rank_rng(self) -> Iterator[None]:
-        """Draw random numbers of this process' own; of the common ones this takes as many in every run."""
+        """Draw different random numbers in each process.
+
+        The shared generator advances by the same amount, whatever is drawn inside and by how many processes.
+        """
         seed = int(torch.randint(2**62, ()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + self.rank)
@@ -59,12 +63,13 @@ class World:
 
 
 class Shard:
-    """Some consecutive rows of a batch, and what they weigh.
+    """Consecutive rows of a batch, and their weight in means over the batch.
 
-    A batch of fewer rows than processes leaves some without: they run a row for its shapes, at weight 0.
+    If a batch has fewer rows than there are processes, some processes get none. They run its first row with
+    weight 0, because all must take part in the same calls.
 
     Attributes:
-        rows: as the batch, the rows that this process runs.
+        rows: the rows of the batch that this process runs.
     """
 
     def __init__(self, world: World, batch: Tensor) -> None:
@@ -74,10 +79,10 @@ class Shard:
         self.rows = rows if self.counts else batch[:1]
 
     def weights(self, *counts: Tensor | int) -> list[float]:
-        """What a mean over so many entries of this shard must be multiplied with.
+        """A factor per count, for means over that number of entries of this shard.
 
-        The average over processes, which DistributedDataParallel takes of gradients, is then the mean over
-        the entries of all shards.
+        DistributedDataParallel averages gradients over the processes. With these factors that average is the
+        mean over the entries of all shards.
         """
         if self.world.size == 1:
             return [1.0] * len(counts)
@@ -87,7 +92,7 @@ class Shard:
         return (own * self.world.size / total.clamp(min=1)).tolist()
 
     def averages(self, means: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
-        """Means over all shards, by name, of this shard's ``means`` with their weights."""
+        """Means over all shards, by name, out of this shard's ``means`` and their weights."""
         found = {name: mean.item() for name, mean in means.items()}
         if self.world.size == 1:
             return found
@@ -97,7 +102,7 @@ class Shard:
 
 
 class _Calls(nn.Module):
-    """A model any method of which is called by name, as DistributedDataParallel knows ``forward`` alone."""
+    """A model whose methods are called by name, because DistributedDataParallel only knows ``forward``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -109,7 +114,7 @@ class _Calls(nn.Module):
 
 @contextmanager
 def world() -> Iterator[World]:
-    """Join the processes that ``torchrun`` has started, over gloo; alone without it."""
+    """The processes that ``torchrun`` has started, joined over gloo; one process without it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import read_metrics, save_text
-from .metrics import CUTOFFS
+from .config import Variant
+from .metrics import CUTOFFS, Scores
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
-Results = dict[int, dict[str, dict[str, float]]]  # seed -> row -> column -> value
+Results = Mapping[int, Mapping[str, Scores]]  # seed -> row -> column -> value
 
 COLUMNS = {
     **{f"{name}@{k}": f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS},
@@ -24,7 +28,7 @@ COLUMNS = {
 }
 
 
-def mean_interval(values: list[float]) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval over seeds (NaN for a single one)."""
     n = len(values)
     mean = sum(values) / n
@@ -34,19 +38,19 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return mean, _T95[min(n - 1, len(_T95)) - 1] * math.sqrt(variance / n)
 
 
-def interval_text(values: list[float], digits: int = 4, *, signed: bool = False) -> str:
+def interval_text(values: Sequence[float], digits: int = 4, *, signed: bool = False) -> str:
     """``mean ± half`` of :func:`mean_interval`, the mean alone for a single value."""
     mean, half = mean_interval(values)
     text = f"{mean:{'+' if signed else ''}.{digits}f}"
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
-def table(results: Results, *, against: str | None = None) -> str:
-    """A Markdown table over seeds; ``against`` a row name, of the paired differences to that row."""
+def table(results: Results, *, columns: Iterable[str] = COLUMNS, against: str | None = None) -> str:
+    """A Markdown table of those ``columns`` that the results have, over the seeds; ``against`` a row name, of
+    the paired differences to that row."""
     first = next(iter(results.values()))
-    columns = [c for c in COLUMNS if c in next(iter(first.values()))]
-    head = ["test" if against is None else f"gain over {against}", *(COLUMNS[c] for c in columns)]
-    rows = [head]
+    columns = [c for c in columns if c in next(iter(first.values()))]
+    rows = [["test" if against is None else f"gain over {against}", *(COLUMNS.get(c, c) for c in columns)]]
     for name in first:
         if name == against:
             continue
@@ -56,44 +60,41 @@ def table(results: Results, *, against: str | None = None) -> str:
             digits = 1 if column in ("seconds", "forward_tokens") else 4
             cells.append(interval_text(values, digits, signed=against is not None))
         rows.append(cells)
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def gains_by_step(folder: Path, seeds: list[int], variants: tuple[str, ...]) -> str:
+def gains_by_step(folder: Path, seeds: Iterable[int], variants: Sequence[Variant]) -> str:
     """A Markdown table of the valid split: the first variant, and the paired gains of the others over it at
-    equal steps, at those looks that every seed has had."""
-    looks: dict[str, list[dict[int, dict[str, float]]]] = {
-        v: [
-            {
-                r["step"]: r["valid"]
-                for r in read_metrics(folder / f"seed-{seed}" / f"{v}.jsonl")
-                if "valid" in r
-            }
-            for seed in seeds
-        ]
-        for v in variants
-    }
-    first, *others = variants
-    steps = sorted(set.intersection(*(set(look) for seed_looks in looks.values() for look in seed_looks)))
-    known = looks[first][0][steps[0]]
-    columns = ["true_reward@10" if "true_reward@10" in known else "NDCG@10", "best_reward"]
-    head = [f"{COLUMNS[c]}, {v}" for c in columns for v in variants]
-    lines = ["| valid, step | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    equal steps, at those evaluations that every seed has had."""
+
+    def evaluations(variant: Variant, seed: int) -> dict[int, Scores]:
+        records = read_metrics(folder / f"seed-{seed}" / f"{variant}.jsonl")
+        return {r["step"]: r["valid"] for r in records if "valid" in r}
+
+    found = {v: [evaluations(v, seed) for seed in seeds] for v in variants}
+    steps = sorted(set.intersection(*(set(one) for per_seed in found.values() for one in per_seed)))
+    first = found[variants[0]]
+    columns = ["true_reward@10" if "true_reward@10" in first[0][steps[0]] else "NDCG@10", "best_reward"]
+    rows = [["valid, step", *(f"{COLUMNS[c]}, {v}" for c in columns for v in variants)]]
     for step in steps:
         cells = [str(step)]
         for column in columns:
-            base = [look[step][column] for look in looks[first]]
+            base = [scores[step][column] for scores in first]
             cells.append(interval_text(base))
-            for other in others:
-                gain = [look[step][column] - b for look, b in zip(looks[other], base)]
+            for other in variants[1:]:
+                gain = [scores[step][column] - b for scores, b in zip(found[other], base)]
                 cells.append(interval_text(gain, signed=True))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return _markdown(rows)
 
 
-def write(folder: Path, title: str, results: Results, variants: tuple[str, ...]) -> str:
+def write(folder: Path, title: str, results: Results, variants: Sequence[Variant]) -> str:
     """Save ``results.json``, ``results.md`` and ``curves.png`` in the run's folder; returns the text."""
     text = f"{title}\n\n{table(results)}\n"
     names = list(next(iter(results.values())))
@@ -101,40 +102,42 @@ def write(folder: Path, title: str, results: Results, variants: tuple[str, ...])
     for against in names[: min(len(variants), 2)]:
         text += f"\n{table(results, against=against)}\n"
     if len(variants) > 1:
-        text += f"\n{gains_by_step(folder, list(results), variants)}\n"
+        text += f"\n{gains_by_step(folder, results, variants)}\n"
     if len(results) > 1:
         text += f"\nMean and 95 % interval over {len(results)} seeds; gains are paired by seed.\n"
-    save_text(folder / "results.json", json.dumps({str(k): v for k, v in results.items()}, indent=1))
+    save_text(folder / "results.json", json.dumps(results, indent=1))
     save_text(folder / "results.md", text)
     _curves(folder)
     return text
 
 
-def _curves(folder: Path) -> None:
+@contextmanager
+def panels(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Three axes side by side, saved as an image after the block."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
-    for path in sorted(folder.glob("seed-*/*.jsonl")):
-        records = read_metrics(path)
-        stage, seed = path.stem, path.parent.name
-        valid = [r for r in records if "valid" in r]
-        right = "true_reward@10" if valid and "true_reward@10" in valid[0]["valid"] else "best_reward"
-        steps = [r["step"] for r in valid]
-        if stage == "sft":
-            axes[0].plot(steps, [r["valid"]["NDCG@10"] for r in valid], marker="o", label=f"{stage}, {seed}")
-        else:
-            axes[1].plot(steps, [r["valid"]["NDCG@10"] for r in valid], marker="o", label=f"{stage}, {seed}")
-            axes[2].plot(steps, [r["valid"][right] for r in valid], marker="o", label=f"{stage}, {seed}")
-            axes[2].set(ylabel=right.replace("_", " "))
-    for axis, title in zip(axes, ("supervised", "reinforcement", "reinforcement")):
-        axis.set(title=f"{title}, valid split", xlabel="step")
+    figure, axes = pyplot.subplots(1, 3, figsize=size, constrained_layout=True)
+    yield axes
+    for axis in axes:
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
-    for axis in axes[:2]:
-        axis.set(ylabel="NDCG@10")
-    figure.savefig(folder / "curves.png", dpi=110)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _curves(folder: Path) -> None:
+    with panels(folder / "curves.png", (15, 4)) as axes:
+        for path in sorted(folder.glob("seed-*/*.jsonl")):
+            valid = [record for record in read_metrics(path) if "valid" in record]
+            reward = "true_reward@10" if "true_reward@10" in valid[0]["valid"] else "best_reward"
+            supervised = path.stem == "sft"
+            for axis, column in zip(axes[:1] if supervised else axes[1:], ("NDCG@10", reward)):
+                steps, scores = [r["step"] for r in valid], [r["valid"][column] for r in valid]
+                axis.plot(steps, scores, marker="o", label=f"{path.stem}, {path.parent.name}")
+                axis.set(ylabel=COLUMNS[column])
+        for axis, title in zip(axes, ("supervised", "reinforcement", "reinforcement")):
+            axis.set(title=f"{title}, valid split", xlabel="step")

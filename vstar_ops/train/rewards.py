@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .config import REWARDS
 from .data import Dataset, Split
 
 Reward = Callable[[Split, Tensor], Tensor]  # (requests [B], candidates[B, G, L]) -> float32 [B, G]
-NAMES = ("true", "rule", "ranking")
 
 
 def hits(candidates: Tensor, target: Tensor) -> Tensor:
@@ -36,14 +36,23 @@ def ranking(candidates: Tensor, target: Tensor) -> Tensor:
     return hit.float() - penalty * (hit.any(1, keepdim=True) & ~hit)
 
 
+def reward_name(name: str | None, dataset: Dataset) -> str:
+    """``name``, or what None stands for: the true reward where it is known."""
+    return name or ("true" if dataset.reward else "ranking")
+
+
 def make_reward(name: str, dataset: Dataset) -> Reward:
-    """One of :data:`NAMES`; ``"true"`` needs a data set whose true reward is known."""
+    """The reward of one of the names :data:`REWARDS`.
+
+    Raises:
+        ValueError: the name is not known, or is ``"true"`` for a data set whose true reward is not known.
+    """
+    if name not in REWARDS:
+        raise ValueError(f"reward must be one of {', '.join(REWARDS)}, got {name!r}")
     if name == "true":
         true = dataset.reward
         if true is None:
             raise ValueError(f"the true reward of {dataset.name} is not known: choose 'rule' or 'ranking'")
         return lambda split, candidates: true(split.user, candidates)
-    if name not in NAMES:
-        raise ValueError(f"reward must be one of {NAMES}, got {name!r}")
     function = rule if name == "rule" else ranking
     return lambda split, candidates: function(candidates, split.target)

@@ -45,7 +45,7 @@ class CandidateScores(NamedTuple):
 
     logp: Tensor
     value: Tensor | None
-    action_value: Tensor | None
+    value_from_parent: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -53,37 +53,30 @@ class CandidateRows:
     """A batch of candidates behind their prompts, laid out once to be scored by any number of models.
 
     Attributes:
-        rows: what is run: a row a prompt with all its candidates, or a row a candidate.
+        rows: what is run: one row per prompt with all its candidates, or one row per candidate.
         trie: the catalogue.
         child: int64, shaped as ``rows.tokens``: the trie's node after each token.
         shape: ``[B, G, L]``.
+        values: whether all prefixes are run, so that all have a value.
     """
 
     rows: PackedRows
     trie: Trie
     child: Tensor
     shape: torch.Size
+    values: bool
 
-    def scores(
-        self, run: Callable[[PackedRows], PackedScores], *, values: bool = False, action_values: bool = False
-    ) -> CandidateScores:
+    def scores(self, run: Callable[[PackedRows], PackedScores]) -> CandidateScores:
         """``run`` is :meth:`SIDTransformer.packed`; see :func:`candidate_scores`."""
-        rows, trie = self.rows, self.trie
-        logits, value, child_value = run(rows)
-        logp = rows.logp(logits, trie, F.pad(rows.of_nodes(self.child), (1, 0)))
-        own = q = None
-        if values:
-            own = rows.unpack(_there(value, "value"), rows.own).view(self.shape)
-        if action_values:
-            above = rows.unpack(_there(value, "value").detach(), rows.source)
-            q = (above + rows.chosen(_there(child_value, "child_value"))).view(self.shape)
-        return CandidateScores(logp.view(self.shape), own, q)
-
-
-def _there(x: Tensor | None, name: str) -> Tensor:
-    if x is None:
-        raise ValueError(f"the model gives no {name}: call add_value_head() for values")
-    return x
+        rows, (logits, value, child_value) = self.rows, run(self.rows)
+        logp = rows.logp(logits, self.trie, F.pad(rows.of_nodes(self.child), (1, 0))).view(self.shape)
+        if not self.values or value is None:
+            return CandidateScores(logp, None, None)
+        own = rows.unpack(value, rows.own).view(self.shape)
+        if child_value is None:
+            return CandidateScores(logp, own, None)
+        parent = rows.unpack(value.detach(), rows.source)
+        return CandidateScores(logp, own, (parent + rows.chosen(child_value)).view(self.shape))
 
 
 def candidate_rows(
@@ -96,7 +89,7 @@ def candidate_rows(
     leaves: bool = True,
     pack: bool = True,
 ) -> CandidateRows:
-    """Lay out candidates for :meth:`CandidateRows.scores`; arguments as :func:`candidate_scores`."""
+    """Lay out candidates for :meth:`CandidateRows.scores`; arguments as for :func:`candidate_scores`."""
     shape = candidates.shape
     if not pack:
         context = context.repeat_interleave(shape[1], 0)
@@ -105,15 +98,10 @@ def candidate_rows(
     present = candidates[..., 0] >= 0
     nodes = torch.stack([trie.lookup(candidates[..., :depth]).long() for depth in range(shape[2] + 1)], 2)
     nodes = nodes.masked_fill(~present[..., None], -1)
-    # Without values only prefixes that branch, or lead to one that does, need be run.
+    # Without values, only prefixes that branch or lead to one that does need to be run.
     needed = nodes >= 0 if values or not pack else trie.num_children(nodes) > 1
     rows = model.pack(context, candidates, present, needed[..., 1:], leaves=values and leaves)
-    return CandidateRows(rows, trie, nodes[..., 1:], shape)
-
-
-def candidate_logp(model: Any, context: Any, trie: Trie, candidates: Tensor) -> Tensor:
-    """The log-probabilities of :func:`candidate_scores` alone."""
-    return candidate_scores(model, context, trie, candidates).logp
+    return CandidateRows(rows, trie, nodes[..., 1:], shape, values)
 
 
 def candidate_scores(
@@ -123,30 +111,35 @@ def candidate_scores(
     candidates: Tensor,
     *,
     values: bool = False,
-    action_values: bool = False,
+    child_values: bool = False,
     leaves: bool = True,
     pack: bool = True,
 ) -> CandidateScores:
-    """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable; with ``values`` V of
-    every prefix, all of one pass.
+    """Log-probability of every token of every candidate, ``[B, G, L]``, differentiable.
+
+    With ``values`` also V of every prefix, all in one pass.
 
     A row of logits depends on the request and the parent prefix only. So each prompt is run once, with the
     tree of its candidates' prefixes behind it; prefixes below which nothing branches are not run at all.
     Tokens of padded candidates (-1) and forced tokens get exactly 0.
 
-    Values need every prefix run, with ``leaves`` the whole candidates as well. ``value[..., l]`` and
-    ``action_value[..., l]`` speak of the prefix of ``l + 1`` tokens: V of its own forward, and V + Q of its
-    parent's. 0 for padded candidates, and without ``leaves`` also ``value`` of whole candidates.
+    Values need every prefix to be run, with ``leaves`` the whole candidates as well. ``value[..., l]`` and
+    ``value_from_parent[..., l]`` are about the prefix of ``l + 1`` tokens: V of the prefix itself, and, with
+    ``child_values``, V of its parent plus the child value. Both are 0 for padded candidates; without
+    ``leaves``, ``value`` is also 0 for whole candidates.
 
     Args:
         model: see :class:`SIDTransformer`.
         context: a batch of ``B`` prompts, as the model takes them.
         candidates: ints ``[B, G, L]``, legal sequences or rows of -1.
-        pack: False for the conventional way, a row of prompt and tokens for each candidate.
+        pack: False for the conventional way, one row of prompt and tokens per candidate.
+
+    Raises:
+        ValueError: ``values`` of a model without a value head, or ``child_values`` without ``values``.
     """
-    laid_out = candidate_rows(model, context, trie, candidates, values=values, leaves=leaves, pack=pack)
-    return laid_out.scores(
-        lambda rows: model.packed(rows, action_values=action_values),
-        values=values,
-        action_values=action_values,
-    )
+    if (values or child_values) and model.value_head is None:
+        raise ValueError("values: the model has no value head: call add_value_head()")
+    if child_values and not values:
+        raise ValueError("child_values needs values=True, got values=False")
+    rows = candidate_rows(model, context, trie, candidates, values=values, leaves=leaves, pack=pack)
+    return rows.scores(lambda packed: model.packed(packed, child_values=child_values))

@@ -18,10 +18,13 @@ from torch import Tensor
 from ..trie import Trie
 from .data import Dataset, Split
 
+DIM = 16  # of latent vectors
+CLICK_FIT, REWARD_FIT, REWARD_OFFSET = 10.0, 5.0, 3.0
+
 
 @dataclass(frozen=True)
 class LatentReward:
-    """The true reward ``sigmoid(fit * <user, item> + quality - offset)`` of candidates, in ``(0, 1)``.
+    """The true reward of candidates, ``sigmoid(REWARD_FIT * <user, item> + quality - REWARD_OFFSET)``.
 
     Items that share a SID are one candidate, with their mean vector and quality.
     """
@@ -30,8 +33,6 @@ class LatentReward:
     trie: Trie
     vector: Tensor  # float32 [leaves, D]
     quality: Tensor  # float32 [leaves]
-    fit: float
-    offset: float
 
     def __call__(self, user: Tensor, candidates: Tensor) -> Tensor:
         """float32 ``[B, G]`` of ``candidates[B, G, L]`` for ``user[B]``; 0 where not in the catalogue."""
@@ -39,7 +40,7 @@ class LatentReward:
         known = leaf >= 0
         leaf = leaf.clamp(min=0)
         affinity = torch.einsum("bd,bgd->bg", self.users[user], self.vector[leaf])
-        return torch.sigmoid(self.fit * affinity + self.quality[leaf] - self.offset) * known
+        return torch.sigmoid(REWARD_FIT * affinity + self.quality[leaf] - REWARD_OFFSET) * known
 
 
 def synthetic(
@@ -50,11 +51,6 @@ def synthetic(
     requests: int = 1000,
     max_history: int = 10,
     codes: tuple[int, int] = (32, 16),
-    dim: int = 16,
-    click_fit: float = 10.0,
-    click_popularity: float = 1.0,
-    reward_fit: float = 5.0,
-    reward_offset: float = 3.0,
 ) -> Dataset:
     """Draw a catalogue and click logs; a pure function of its arguments.
 
@@ -64,65 +60,48 @@ def synthetic(
         requests: rows of valid and of test. As in the usual protocol, a user's last click is the test
             target, the one before the valid target, and all before those is for training.
         codes: branching of the first two SID levels; the third numbers the items of a cell.
-        click_fit, click_popularity: what clicks follow.
-        reward_fit, reward_offset: see :class:`LatentReward`.
     """
     rng = np.random.default_rng(seed)
-    regions = _unit(rng.normal(size=(items // 25 + 1, dim)))
+    regions = _unit(rng.normal(size=(items // 25 + 1, DIM)))
     region = rng.integers(len(regions), size=items)
-    vector = _unit(regions[region] + 0.5 * rng.normal(size=(items, dim)) / np.sqrt(dim))
+    vector = _unit(regions[region] + 0.5 * rng.normal(size=(items, DIM)) / np.sqrt(DIM))
     taste = rng.normal(size=(len(regions), 2))
     popularity = taste[region, 0] + 0.5 * rng.normal(size=items)
     quality = (0.8 * taste[:, 1] - 0.6 * taste[:, 0])[region] + 0.5 * rng.normal(size=items)
 
     tokens, sizes = _semantic_ids(vector, codes, rng)
     interests = rng.integers(len(regions), size=(users, 2))
-    person = _unit(regions[interests].sum(1) + 0.5 * rng.normal(size=(users, dim)) / np.sqrt(dim))
-    utility = click_fit * person @ vector.T + click_popularity * popularity
+    person = _unit(regions[interests].sum(1) + 0.5 * rng.normal(size=(users, DIM)) / np.sqrt(DIM))
+    utility = CLICK_FIT * person @ vector.T + popularity
     counts = rng.integers(5, max_history + 3, size=users)
     # The best n of Gumbel-perturbed utilities are n clicks drawn without replacement, in order.
     clicks = np.argsort(-(utility + rng.gumbel(size=utility.shape)), axis=1)[:, : max_history + 2]
 
     trie = Trie.from_sequences(tokens)
     leaf = trie.lookup(tokens).numpy() - trie.level_offset[-2]
-    size = np.bincount(leaf)
-    mean = np.stack([np.bincount(leaf, column) / size for column in vector.T], 1)
-    reward = LatentReward(
-        _float(person),
-        trie,
-        _float(mean),
-        _float(np.bincount(leaf, quality) / size),
-        reward_fit,
-        reward_offset,
-    )
+    means = [np.bincount(leaf, column) / np.bincount(leaf) for column in (*vector.T, quality)]
+    reward = LatentReward(_float(person), trie, _float(np.stack(means[:-1], 1)), _float(means[-1]))
 
-    every = np.arange(users)
-    chosen = every[:requests]  # users are exchangeable
+    sequences, every = torch.from_numpy(tokens), np.arange(users)
     # A user's training targets are clicks 1 .. count - 3 (counted from 0).
     steps = [(every[counts - 2 > n], n) for n in range(1, max_history)]
-    sequences = torch.from_numpy(tokens)
+    learned = (np.concatenate([u for u, _ in steps]), np.concatenate([np.full(len(u), n) for u, n in steps]))
+    chosen = every[:requests]  # users are exchangeable
+    held_out = [(chosen, counts[chosen] - 2), (chosen, counts[chosen] - 1)]
+    train, valid, test = (_split(sequences, clicks, *rows) for rows in (learned, *held_out))
+    return Dataset("synthetic", sequences, torch.arange(items), sizes, train, valid, test, reward)
 
-    def split(rows: list[tuple[np.ndarray, np.ndarray]]) -> Split:
-        user = np.concatenate([u for u, _ in rows])
-        at = np.concatenate([n for _, n in rows])
-        order = np.lexsort((at, user))
-        user, at = user[order], at[order]
-        column = np.arange(max_history)
-        begin = np.maximum(at - max_history, 0)[:, None]
-        item = clicks[user[:, None], np.minimum(begin + column, max_history + 1)]
-        history = torch.where(torch.from_numpy(begin + column < at[:, None])[..., None], sequences[item], -1)
-        return Split(history, sequences[clicks[user, at]], torch.from_numpy(user))
 
-    return Dataset(
-        "synthetic",
-        sequences,
-        torch.arange(items),
-        sizes,
-        split([(u, np.full(len(u), n)) for u, n in steps]),
-        split([(chosen, counts[chosen] - 2)]),
-        split([(chosen, counts[chosen] - 1)]),
-        reward,
-    )
+def _split(sequences: Tensor, clicks: np.ndarray, user: np.ndarray, at: np.ndarray) -> Split:
+    """Requests whose targets are the clicks number ``at`` of users."""
+    order = np.lexsort((at, user))
+    user, at = user[order], at[order]
+    max_history = clicks.shape[1] - 2
+    column = np.arange(max_history)
+    begin = np.maximum(at - max_history, 0)[:, None]
+    item = clicks[user[:, None], np.minimum(begin + column, max_history + 1)]
+    history = torch.where(torch.from_numpy(begin + column < at[:, None])[..., None], sequences[item], -1)
+    return Split(history, sequences[clicks[user, at]], torch.from_numpy(user))
 
 
 def _semantic_ids(

@@ -2,6 +2,8 @@ r"""The value model: its head, what it is trained on, and where item embeddings 
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ class ItemEmbeddings:
     Args:
         trie: the catalogue.
         sequences: ints ``[N, L]``, its items.
-        vectors: float ``[N, E]``, one row an item.
+        vectors: float ``[N, E]``, one row per item.
     """
 
     def __init__(self, trie: Trie, sequences: Tensor, vectors: Tensor) -> None:
@@ -36,6 +38,16 @@ class ItemEmbeddings:
         return self.vectors[leaf.clamp(min=0)] * (leaf >= 0)[..., None]
 
 
+@functools.lru_cache(maxsize=1)  # they take seconds, and are the same for all variants and seeds of a run
+def item_embeddings(path: str | None, dataset: Dataset, trie: Trie) -> ItemEmbeddings:
+    """Those of the file ``path``, or, for None, out of the training clicks."""
+    if path:
+        vectors = load_embeddings(path, len(dataset.sequences))
+    else:
+        vectors = cooccurrence_embeddings(dataset, trie)
+    return ItemEmbeddings(trie, dataset.sequences, vectors)
+
+
 def load_embeddings(path: str | Path, items: int) -> Tensor:
     """Read float ``[items, E]`` from a ``.npy`` file, rows in the order of the catalogue's index.
 
@@ -45,7 +57,7 @@ def load_embeddings(path: str | Path, items: int) -> Tensor:
     array = np.load(path, allow_pickle=False)
     if array.ndim != 2 or len(array) != items or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
-            f"{path}: expected floats [{items}, E], one row an item, got {array.dtype} {list(array.shape)}"
+            f"{path}: expected floats [{items}, E], one row per item, got {array.dtype} {list(array.shape)}"
         )
     return torch.from_numpy(array.astype(np.float32))
 
@@ -86,24 +98,23 @@ def squared_error(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, error, 0).sum() / mask.sum().clamp(min=1)
 
 
+@dataclass(frozen=True)
 class DenseReturn:
     """r of Eq. 8: nearness of a prefix's items to the logged target, at every level."""
 
-    def __init__(self, items: ItemEmbeddings, weights: tuple[float, ...] | None = None) -> None:
-        self.items, self.weights = items, weights
+    items: ItemEmbeddings
 
     def __call__(self, split: Split, candidates: Tensor, mask: Tensor) -> Tensor:
         """float32 ``[B, G, L]`` of ``candidates[B, G, L]``."""
         target = split.target
-        inputs = (candidates, self.items(candidates), target, self.items(target))
-        return prefix_returns(*inputs, mask, weights=self.weights).returns
+        return prefix_returns(candidates, self.items(candidates), target, self.items(target), mask).returns
 
 
+@dataclass(frozen=True)
 class RewardReturn:
     """r where the reward itself says enough: 0 on the way, and the candidate's reward at its last token."""
 
-    def __init__(self, reward: Reward) -> None:
-        self.reward = reward
+    reward: Reward
 
     def __call__(self, split: Split, candidates: Tensor, mask: Tensor) -> Tensor:
         """float32 ``[B, G, L]`` of ``candidates[B, G, L]``."""
@@ -128,10 +139,10 @@ def hash_prefixes(tokens: Tensor) -> Tensor:
 class ItemPrior(nn.Module):
     r"""What the user's own items say of every prefix of the catalogue, before anything is learned of it.
 
-    :math:`w_\ell \langle u, e(y_{\le\ell}) \rangle` with a learned weight a level. :math:`e` is the direction
+    :math:`w_\ell \langle u, e(y_{\le\ell}) \rangle`, one learned weight per level. :math:`e` is the direction
     of the mean embedding of the items below a prefix, added to those of the prefixes before it, since few
     clicks make the embedding of an item but many that of a prefix; :math:`u` is the mean direction of the
-    items in the prompt. One number a level generalizes over all users and prefixes from the first step on,
+    items in the prompt. One number per level generalizes over all users and prefixes from the first step on,
     where embeddings of prefixes learn what everybody likes and know nothing of what was never tried.
     """
 
@@ -214,35 +225,31 @@ def _levels(trie: Trie) -> list[tuple[int, int]]:
 
 
 class ValueHead(nn.Module):
-    """An MLP over the hidden states of a causal block of its own: V(s), and Q(s, v) - V(s) if asked for.
+    """An MLP over the hidden states of a causal block of its own: V(s), and on demand
+    the child values, ``Q(s, v) - V(s)``.
 
     The block is the model's own kind and is run with the model's layers, see :class:`SIDTransformer`. It
     reads the backbone's hidden states, which it never moves, and embeddings of its own, of the token and of
-    the whole prefix since the prompt (hashed into ``buckets`` rows): what makes an item worth something need
+    the whole prefix since the prompt (hashed into ``BUCKETS`` rows): what makes an item worth something need
     not be in features that were trained on clicks, and tokens of SIDs mean little without those before them.
     For the same reason every prefix has a read-out of its own (``reader``) on top of the shared one: worth is
     a product of who asks and what is offered, and a sum of embeddings learns a product slowly. With ``items``
     all of this is learned on top of :class:`ItemPrior`.
     """
 
+    BUCKETS = 2**14
+
     def __init__(
-        self,
-        block: nn.Module,
-        dim: int,
-        vocab: int,
-        *,
-        action_values: bool = False,
-        items: ItemEmbeddings | None = None,
-        buckets: int = 2**14,
+        self, block: nn.Module, dim: int, vocab: int, *, child_values: bool, items: ItemEmbeddings | None
     ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab + 1, dim)
-        self.prefix = nn.Embedding(buckets, dim)
+        self.prefix = nn.Embedding(self.BUCKETS, dim)
         self.block = block
         self.norm, self.hidden = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.value = nn.Linear(dim, 1)
-        self.reader = nn.Embedding(buckets, dim)
-        self.child = ChildValues(dim, vocab, 4 * buckets) if action_values else None
+        self.reader = nn.Embedding(self.BUCKETS, dim)
+        self.child = ChildValues(dim, vocab, 4 * self.BUCKETS) if child_values else None
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
@@ -255,22 +262,22 @@ class ValueHead(nn.Module):
 
     def embed(self, token: Tensor, prefix: Tensor) -> Tensor:
         """What is added to the hidden states; ``prefix`` as :func:`hash_prefix` makes it."""
-        return self.token(token) + self.prefix(prefix % self.prefix.num_embeddings)
+        return self.token(token) + self.prefix(prefix % self.BUCKETS)
 
     def forward(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
         """V ``[N]`` of block outputs ``[N, dim]``, which stand for prefixes ``[N]`` of requests ``[N]``, and
         the prior's ``[B, T + 1]``."""
         features = self._features(x)
-        own = (features * self.reader(prefix % self.reader.num_embeddings)).sum(1)
+        own = (features * self.reader(prefix % self.BUCKETS)).sum(1)
         value = self.value(features)[:, 0] + own
         if self.prior is None or prior is None:
             return value
         return value + self.prior.at(prior, request, self.prior.find(prefix))
 
-    def corrections(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
-        """Q - V ``[N, vocab]``; with a prior 0 for what is no legal child."""
+    def child_values(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
+        """The child values ``[N, vocab]``; with a prior, 0 for what is no legal child."""
         if self.child is None:
-            raise ValueError("the value head was made without action values")
+            raise ValueError("the value head was made without child values")
         features = self._features(x)
         if self.prior is None or prior is None:
             token = torch.arange(self.child.token.out_features, device=x.device)
