@@ -15,10 +15,12 @@ VENV ?= .venv
 TORCH ?= 2.13.0
 # A C++ error must stop the work on it. Without a compiler: make VSTAR_OPS_REQUIRE= demo
 export VSTAR_OPS_REQUIRE ?= cpu
+JOBS ?= 2
 
-LIST_TESTS = from vstar_ops.ops import OPS; print(*sorted({f"tests/test_{op.module}.py" for op in OPS.values()}))
+LIST_TESTS = from vstar_ops.ops import OPS; print("tests/test_every_op.py", *sorted({f"tests/test_{op.module}.py" for op in OPS.values()}))
 
 PY := $(VENV)/bin/python
+PARALLEL_TESTS := $(PY) -m pytest -n $(JOBS) --dist loadgroup
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.vstar_ops-ready
 
@@ -31,10 +33,10 @@ demo: setup
 	$(PY) -m vstar_ops.train $(or $(ARGS),--test-decoder ved)
 
 check: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 $(ARGS)
+	$(PARALLEL_TESTS) -m "not slow" $(ARGS)
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PARALLEL_TESTS) $(ARGS)
 
 bench: setup
 	$(PY) -m benchmarks $(ARGS)

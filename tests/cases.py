@@ -18,7 +18,7 @@ from torch import Tensor
 
 import vstar_ops
 from vstar_ops import SearchTrees, Trie
-from vstar_ops.ops.ved import Evaluation, Rows, ved_candidates, ved_insert, ved_select
+from vstar_ops.ops.ved import NodeEvaluation, SelectedRows, ved_candidates, ved_insert, ved_select
 
 HUGE = [-(2**62), -(2**62) + 1, -(2**31) - 1, -1, 0, 2**31, 2**32, 2**62 - 1, 2**62]
 
@@ -196,7 +196,9 @@ def differentiated(batch: int, *, of: str = "both", **sizes: Any) -> Call:
 # ---------------------------------------------------------------- tree search
 
 
-def random_evaluation(rng: np.random.Generator, trees: SearchTrees, rows: Rows, fresh: int) -> Evaluation:
+def random_evaluation(
+    rng: np.random.Generator, trees: SearchTrees, rows: SelectedRows, fresh: int
+) -> NodeEvaluation:
     """What a model may say about rows: children nowhere else in the tree, values with ties and NaN."""
     batch, count = rows.node.shape
     children, leaves = trees.child_node.shape[2], trees.leaf_node.shape[2]
@@ -212,18 +214,18 @@ def random_evaluation(rng: np.random.Generator, trees: SearchTrees, rows: Rows, 
     name = fresh + torch.arange(batch * count * children, dtype=torch.int32).view(batch, count, children)
     leaf = name[..., :1] + 100_000 * torch.arange(leaves, dtype=torch.int32)
     slot = torch.arange(batch * count).view(batch, count)
-    return Evaluation(
+    return NodeEvaluation(
         slot, value, floats().abs(), ints(children), name, floats(children), leaf, floats(leaves),
         floats(leaves).round(), ints(leaves),
     )  # fmt: skip
 
 
-def grown(batch: int, rounds: int) -> tuple[SearchTrees, Rows, Evaluation]:
+def grown(batch: int, rounds: int) -> tuple[SearchTrees, SelectedRows, NodeEvaluation]:
     """Trees after some rounds, the rows of the next one and what a model says about them."""
     rng, fresh = np.random.default_rng(13), 1
     trees = SearchTrees.empty(batch, 40, 3, children=4, leaves=2)
     root = torch.full((batch, 1), -1, dtype=torch.int32)
-    rows = Rows(root, torch.zeros_like(root), torch.zeros(batch, 1))
+    rows = SelectedRows(root, torch.zeros_like(root), torch.zeros(batch, 1))
     with vstar_ops.use_backend("reference"):
         for step in range(rounds + 1):
             evaluation = random_evaluation(rng, trees, rows, fresh)
@@ -240,7 +242,7 @@ def select(trees: SearchTrees, **options: Any) -> tuple[Any, ...]:
     return ved_select(trees, **options), trees
 
 
-def insert(trees: SearchTrees, rows: Rows, evaluation: Evaluation, **options: Any) -> SearchTrees:
+def insert(trees: SearchTrees, rows: SelectedRows, evaluation: NodeEvaluation, **options: Any) -> SearchTrees:
     """``ved_insert`` on a copy: the trees after it."""
     trees = map_tensors(lambda x: x.detach().clone(), trees)
     ved_insert(trees, rows, evaluation, **options)
@@ -280,7 +282,10 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
         "legal": partial(differentiated, legal=True),
     },
     "sibling_grpo_loss": {"plain": loss, "options": partial(loss, options=True)},
-    "ved_select": {"plain": selection, "options": partial(selection, exploration=0.5, paths=2, max_idle=3)},
+    "ved_select": {
+        "plain": selection,
+        "options": partial(selection, exploration=0.5, traversals=2, max_idle=3),
+    },
     "ved_insert": {"plain": insertion, "options": partial(insertion, entropy_weight=0.5, logp_weight=0.3)},
     "ved_candidates": {"plain": ranking, "options": partial(ranking, logp_weight=0.5, forced_first=True)},
 }
@@ -315,7 +320,7 @@ LARGE: dict[str, dict[str, Callable[[], Call]]] = {
         for legal in (False, True)
     },
     "sibling_grpo_loss": {"many": partial(loss, 700, 8, options=True)},
-    "ved_select": {"many": partial(selection, 500, paths=2)},
+    "ved_select": {"many": partial(selection, 500, traversals=2)},
     "ved_insert": {"many": partial(insertion, 500)},
     "ved_candidates": {"many": partial(ranking, 500)},
 }

@@ -10,6 +10,7 @@ import pytest
 import benchmarks.gpu
 
 
+@pytest.mark.slow
 def test_gpu_program_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All cases, small, on the CPU's backends: none fails its check, and the table is printed last."""
     status = benchmarks.gpu.main(["--device", "cpu", "--small", "--rounds", "1", "--out", str(tmp_path)])

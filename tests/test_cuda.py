@@ -294,6 +294,7 @@ def test_a_round_of_the_search_is_two_launches():
 # ---------------------------------------------------------------- sanitizers
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(cuda_emulator.SANITIZERS), reason="this is the inner run")
 def test_under_sanitizers():
     """The tests of the ops on kernels built with AddressSanitizer and UBSan, in a process of their own."""
@@ -311,7 +312,7 @@ def test_under_sanitizers():
         "ASAN_OPTIONS": "detect_leaks=0",
         "VSTAR_OPS_SANITIZE": "address,undefined",
     }
-    files = sorted({f"tests/test_{op.module}.py" for op in REGISTERED.values()})
+    files = [*sorted({f"tests/test_{op.module}.py" for op in REGISTERED.values()}), "tests/test_every_op.py"]
     # Without capture: what a sanitizer prints when it ends the process would be lost.
     command = [
         sys.executable,

@@ -21,7 +21,10 @@ import torch
 
 import vstar_ops
 
+pytestmark = pytest.mark.xdist_group("packaging")  # they share two builds
+
 ROOT = Path(__file__).resolve().parents[1]
+VERSION = vstar_ops.__version__
 SENTENCE = "vstar_ops is built without its C++ module because"
 CUDA_SENTENCE = "vstar_ops is built without its CUDA module because"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -106,7 +109,7 @@ def pure(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_wheel_contents(native: Path, tree: Path) -> None:
     site = native.parent / "site"
-    assert {path.name for path in site.iterdir()} == {"vstar_ops", "vstar_ops-0.1.0.dist-info"}
+    assert {path.name for path in site.iterdir()} == {"vstar_ops", f"vstar_ops-{VERSION}.dist-info"}
     assert (site / "vstar_ops/_C.abi3.so").stat().st_size < 2**21
     assert "-cp310-abi3-" in native.name
     packaged = {"kernels/" + name for name in python_files(tree / "kernels")}
@@ -296,6 +299,7 @@ def test_only_what_changed_is_compiled(recipe: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("CUDA")  # not with the others
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not found")
 def test_cuda_wheel(tree: Path, tmp_path: Path) -> None:
     """Built without a GPU and beside any torch; loaded beside a torch that is built for CUDA only."""
@@ -319,10 +323,10 @@ def test_cuda_wheel(tree: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sdist_builds_a_wheel(tree: Path, tmp_path: Path) -> None:
     run("setup.py", "-q", "sdist", "-d", tmp_path, cwd=tree)
-    with tarfile.open(tmp_path / "vstar_ops-0.1.0.tar.gz") as archive:
+    with tarfile.open(tmp_path / f"vstar_ops-{VERSION}.tar.gz") as archive:
         assert all(member.isfile() or member.isdir() for member in archive)
         archive.extractall(tmp_path)
-    source = tmp_path / "vstar_ops-0.1.0"
+    source = tmp_path / f"vstar_ops-{VERSION}"
     assert not (source / "kernels").exists()
     assert {path.name for path in (tree / "csrc").rglob("*")} == {
         path.name for path in (source / "csrc").rglob("*")
@@ -347,6 +351,7 @@ def test_hugging_face_kernels_is_not_shadowed(pure: Path, tmp_path: Path) -> Non
     assert (ROOT / "vstar_ops/kernels").is_symlink()
 
 
+@pytest.mark.slow
 def test_import_is_quick_and_compiles_nothing(tmp_path: Path) -> None:
     code = """
 import sys, time, torch

@@ -19,6 +19,7 @@ STAGES = ("sft", "ved+joint")
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch is without gloo")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(toy: Path, tmp_path: Path) -> None:
     alone, together, resumed = (tmp_path / name for name in ("alone", "together", "resumed"))
     options = ["--data", str(toy), *OPTIONS.split()]

@@ -12,6 +12,7 @@ from vstar_ops import Trie, expand_topk
 needs_cpu = pytest.mark.skipif(not vstar_ops.backends()["cpu"].available, reason="C++ backend not built")
 
 
+@pytest.mark.slow
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", ["legal", "vocab"])

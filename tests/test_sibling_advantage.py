@@ -281,6 +281,7 @@ def test_node_ids_are_dense_and_lexicographic(backend, seed, group, vocabulary):
         first += len(distinct)
 
 
+@pytest.mark.slow
 def test_large_groups_like_the_reference(cpu):
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, 40, (1, 4096, 3), generator=generator)

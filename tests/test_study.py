@@ -24,6 +24,7 @@ def test_spearman_is_pearson_of_average_ranks() -> None:
     assert got[2].isnan()  # constant where it counts
 
 
+@pytest.mark.slow
 def test_all_parts_and_resume(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
     options = ["--data", str(toy), "--category", "Toy", "--seeds", "0,1", "--out", str(out)]

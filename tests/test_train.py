@@ -356,6 +356,7 @@ OPTIONS += " --candidates 6 --checkpoint-every 1 --sft-evals 3 --rl-evals 3 --pa
 OPTIONS += " --decoder ved --objective joint"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--data", str(toy), *OPTIONS.split()]
@@ -466,6 +467,7 @@ def test_variants_and_configs_as_text() -> None:
         assert Config.from_json(config.to_json()) == config
 
 
+@pytest.mark.slow
 def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     options = (
@@ -481,6 +483,7 @@ def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(results) == {"0", "1"} and len(results["0"]) == 5
 
 
+@pytest.mark.slow
 def test_packing_changes_no_result(toy: Path, tmp_path: Path) -> None:
     """A run with packed rows is one with a row a candidate."""
     options = ["--data", str(toy), *OPTIONS.split(), "--sft-epochs", "1", "--rl-steps", "3"]

@@ -418,6 +418,7 @@ def test_flipped_bytes_in_the_header(tmp_path):
 # ---------------------------------------------------------------- time and memory
 
 
+@pytest.mark.slow
 def test_a_million_items():
     rows = np.random.default_rng(0).integers(0, 256, (1_000_000, 4))
     times = []

@@ -136,6 +136,7 @@ def test_same_decisions_as_the_sequential_search(block, backend):
         compare(1000 * block + case)
 
 
+@pytest.mark.slow
 def test_ten_thousand_searches(cpu):
     """Budget, legality, distinctness and counts, whatever the trie, the model and the options."""
     for case in range(250):

@@ -131,6 +131,6 @@ void run(const Cpu& device, const PrefixReturnsArgs& a) {
   });
 }
 
-VSTAR_REGISTER(Cpu, prefix_returns);
-
 }  // namespace vstar
+
+VSTAR_REGISTER(Cpu, prefix_returns);

@@ -39,6 +39,6 @@ void run(const Cpu& device, const PrefixTreeArgs& a) {
   });
 }
 
-VSTAR_REGISTER(Cpu, prefix_tree);
-
 }  // namespace vstar
+
+VSTAR_REGISTER(Cpu, prefix_tree);

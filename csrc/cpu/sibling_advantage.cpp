@@ -83,6 +83,6 @@ void run(const Cpu& device, const SiblingAdvantageArgs& a) {
   });
 }
 
-VSTAR_REGISTER(Cpu, sibling_advantage);
-
 }  // namespace vstar
+
+VSTAR_REGISTER(Cpu, sibling_advantage);
