@@ -15,13 +15,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 from vstar_ops._files import replacing
-from vstar_ops._triton import ARCHITECTURES, MODULES, resources, specializations
+from vstar_ops._triton import ARCHITECTURES, modules, resources, specializations
 
 TABLE = Path(__file__).parent / "results" / "resources.md"
 CUDA = "# Resources of the CUDA C++ kernels\n"
@@ -33,9 +32,9 @@ def _measure(job: tuple[str, int, int]) -> tuple[int, int, int]:
     return resources(list(specializations([module]))[index], architecture)
 
 
-def table(modules: Iterable[str] = MODULES) -> tuple[str, list[str]]:
+def table() -> tuple[str, list[str]]:
     """The table as Markdown, and the kernels that spill."""
-    names = [(m, i, item) for m in modules for i, item in enumerate(specializations([m]))]
+    names = [(m, i, item) for m in modules() for i, item in enumerate(specializations([m]))]
     jobs = [(m, i, architecture) for m, i, _ in names for architecture in ARCHITECTURES]
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), 8)) as pool:
         found = dict(zip(jobs, pool.map(_measure, jobs)))
@@ -56,8 +55,8 @@ def table(modules: Iterable[str] = MODULES) -> tuple[str, list[str]]:
 def document(body: str) -> str:
     """The file that is checked in."""
     return (
-        f"# Resources of the Triton kernels\n\nTriton {version('triton')}. Registers a thread, bytes of "
-        "shared memory a block; a kernel that spills says so. Printed by `python -m benchmarks.resources`, "
+        f"# Resources of the Triton kernels\n\nTriton {version('triton')}. Registers per thread, bytes of "
+        "shared memory per block; a kernel that spills says so. Printed by `python -m benchmarks.resources`, "
         f"which compiles for contiguous inputs and needs no GPU.\n\n{body}"
     )
 
@@ -114,7 +113,7 @@ def cuda_table(compiler: str) -> tuple[str, list[str]]:
     release = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     number = release.split("release ")[1].split(",")[0]
     text = (
-        f"{CUDA}\nnvcc {number}. Registers a thread; a kernel that spills says so. All shared memory is "
+        f"{CUDA}\nnvcc {number}. Registers per thread; a kernel that spills says so. All shared memory is "
         "dynamic: what a launch asks for is in the op's header, at most 96 KB.\n\n" + "\n".join(lines) + "\n"
     )
     return text, spills

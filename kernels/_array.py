@@ -1,10 +1,12 @@
-"""Arrays whose element type a kernel looks up: one compiled kernel serves all dtypes.
+"""Arrays whose element type and strides a kernel looks up: one compiled kernel serves all dtypes.
 
 For reads that are gathers anyway. Where a row is streamed, a typed pointer lets the compiler read 16 bytes at
 once, and the kernel is compiled for each dtype.
 """
 
 from __future__ import annotations
+
+from collections import namedtuple
 
 import torch
 import triton
@@ -17,34 +19,43 @@ _TYPES = {
 
 
 def array(x: Tensor | None) -> tuple[int, int]:
-    """Address and type of a tensor, what :func:`load_float` and :func:`load_int` take; type -1 for None."""
+    """A kernel's first two arguments for a tensor: address and element type, -1 for None."""
     return (0, -1) if x is None else (x.data_ptr(), _TYPES[x.dtype])
 
 
+def strided(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    """All its arguments: also the strides of ``dims`` dimensions."""
+    return (0, -1, *(0,) * dims) if x is None else (x.data_ptr(), _TYPES[x.dtype], *x.stride())
+
+
+# The same inside of a kernel, with three strides.
+Array = namedtuple("Array", "address dtype s0 s1 s2")
+
+
 @triton.jit
-def load_float(address, dtype, at, inside):
-    """float32, bfloat16 or float16 at positions ``at`` as float32; 0 where not inside."""
-    address = address.to(tl.int64)
+def load_float(x, i, j, k, inside):
+    """float32, bfloat16 or float16 at ``[i, j, k]`` as float32; 0 where not inside."""
+    address, at = x.address.to(tl.int64), i * x.s0 + j * x.s1 + k * x.s2
     result = tl.zeros(at.shape, tl.float32)
-    if dtype == 0:
+    if x.dtype == 0:
         result = tl.load(address.to(tl.pointer_type(tl.float32)) + at, inside, 0.0)
-    elif dtype == 1:
+    elif x.dtype == 1:
         result = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + at, inside, 0.0).to(tl.float32)
-    elif dtype == 2:
+    elif x.dtype == 2:
         result = tl.load(address.to(tl.pointer_type(tl.float16)) + at, inside, 0.0).to(tl.float32)
     return result
 
 
 @triton.jit
-def load_int(address, dtype, at, inside, other: tl.constexpr):
-    """int32, int64 or bool at positions ``at`` as int64; ``other`` where not inside, everywhere for None."""
-    address = address.to(tl.int64)
+def load_int(x, i, j, k, inside, other: tl.constexpr):
+    """int32, int64 or bool at ``[i, j, k]`` as int64; ``other`` where not inside, everywhere for None."""
+    address, at = x.address.to(tl.int64), i * x.s0 + j * x.s1 + k * x.s2
     result = tl.full(at.shape, other, tl.int64)
-    if dtype == 3:
+    if x.dtype == 3:
         result = tl.load(address.to(tl.pointer_type(tl.int32)) + at, inside, other).to(tl.int64)
-    elif dtype == 4:
+    elif x.dtype == 4:
         result = tl.load(address.to(tl.pointer_type(tl.int64)) + at, inside, other)
-    elif dtype == 5:
+    elif x.dtype == 5:
         result = tl.load(address.to(tl.pointer_type(tl.int8)) + at, inside, other).to(tl.int64)
     return result
 

@@ -1,4 +1,4 @@
-"""``group_advantage``: a program a request, its rewards in chunks that stay in the first-level cache.
+"""``group_advantage``: one program per request; its rewards are read in chunks that stay in the L1 cache.
 
 Three sweeps (mean and equality, sum of squares, result) in float64. One launch, no workspace.
 """
@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import next_power_of_2
 
-from ._array import array, load_float, load_int
-from ._specialization import OPTIONS, Specialization
+from ._array import Array, load_float, load_int, strided
+from ._kernel import ADDRESS, BLOCKS, F32, Specialization, block_for, kernel, options
 
 
 def group_advantage(rewards: Tensor, mask: Tensor | None, eps: float, ddof: int, std_floor: float) -> Tensor:
@@ -22,70 +21,57 @@ def group_advantage(rewards: Tensor, mask: Tensor | None, eps: float, ddof: int,
     batch, group = rewards.shape
     advantage = torch.empty(batch, group, device=rewards.device)
     if advantage.numel():
-        block, warps = _block(group)
-        present = (0, 0) if mask is None else mask.stride()
+        block, warps = block_for(group)
         _group_advantage[(batch,)](
-            *array(rewards), *array(mask), advantage, group, *rewards.stride(), *present, eps, std_floor,
-            ddof, BLOCK=block, num_warps=warps, **OPTIONS,
+            advantage, *strided(rewards, 2), *strided(mask, 2), group, eps, std_floor, ddof, BLOCK=block,
+            **options(warps),
         )  # fmt: skip
     return advantage
 
 
-def _block(group: int) -> tuple[int, int]:
-    """Rewards a chunk, and warps."""
-    size = min(1024, max(32, next_power_of_2(group)))
-    return size, max(1, size // 256)
-
-
 @triton.jit
-def _load(rewards, rewards_type, present, present_type, b, g, inside, r0, r1, m0, m1):
+def _load(rewards, mask, b, g, group):
     """Rewards as float64 and whether they take part; those that do not are never looked at."""
-    inside = inside & (load_int(present, present_type, b * m0 + g * m1, inside, 1) != 0)
-    return load_float(rewards, rewards_type, b * r0 + g * r1, inside).to(tl.float64), inside
+    inside = g < group
+    valid = inside & (load_int(mask, b, g, 0, inside, 1) != 0)
+    return load_float(rewards, b, g, 0, valid).to(tl.float64), valid
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rewards", "rewards_type", "present", "present_type", "group", "r0", "r1", "m0", "m1", "ddof"
-    ]
-)  # fmt: skip
+@kernel
 def _group_advantage(
-    rewards: tl.int64, rewards_type, present: tl.int64, present_type, advantage, group, r0, r1, m0, m1,
+    advantage: F32, rewards: ADDRESS, rewards_type, r0, r1, mask: ADDRESS, mask_type, m0, m1, group,
     eps: tl.float64, std_floor: tl.float64, ddof, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    rewards, mask = Array(rewards, rewards_type, r0, r1, 0), Array(mask, mask_type, m0, m1, 0)
     b = tl.program_id(0).to(tl.int64)
     step = tl.arange(0, BLOCK).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float64)
     count = tl.zeros((BLOCK,), tl.int32)
-    top = tl.full((BLOCK,), float("-inf"), tl.float64)
-    bottom = tl.full((BLOCK,), float("inf"), tl.float64)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float64)
+    smallest = tl.full((BLOCK,), float("inf"), tl.float64)
     for start in range(0, group, BLOCK):
-        g = start + step
-        x, there = _load(rewards, rewards_type, present, present_type, b, g, g < group, r0, r1, m0, m1)
+        x, valid = _load(rewards, mask, b, start + step, group)
         total += x
-        count += there.to(tl.int32)
-        top = tl.where(there & (x > top), x, top)
-        bottom = tl.where(there & (x < bottom), x, bottom)
+        count += valid.to(tl.int32)
+        largest = tl.where(valid & (x > largest), x, largest)
+        smallest = tl.where(valid & (x < smallest), x, smallest)
     n = tl.sum(count, 0)
-    signal = (n > ddof) & (tl.max(top, 0) != tl.min(bottom, 0))
+    signal = (n > ddof) & (tl.max(largest, 0) != tl.min(smallest, 0))
     mean = tl.sum(total, 0) / tl.maximum(n, 1).to(tl.float64)
     squares = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, group, BLOCK):
-        g = start + step
-        x, there = _load(rewards, rewards_type, present, present_type, b, g, g < group, r0, r1, m0, m1)
-        squares += tl.where(there, (x - mean) * (x - mean), 0.0)
+        x, valid = _load(rewards, mask, b, start + step, group)
+        squares += tl.where(valid, (x - mean) * (x - mean), 0.0)
     std = tl.sqrt(tl.sum(squares, 0) / tl.maximum(n - ddof, 1).to(tl.float64))
     scale = tl.maximum(std, std_floor) + eps
     for start in range(0, group, BLOCK):
         g = start + step
-        x, there = _load(rewards, rewards_type, present, present_type, b, g, g < group, r0, r1, m0, m1)
-        result = tl.where(there & signal, (x - mean) / scale, 0.0)
+        x, valid = _load(rewards, mask, b, g, group)
+        result = tl.where(valid & signal, (x - mean) / scale, 0.0)
         tl.store(advantage + b * group + g, result.to(tl.float32), g < group)
 
 
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
-    types = {"rewards": "i64", "present": "i64", "advantage": "*fp32", "eps": "fp64", "std_floor": "fp64"}
-    for group in (32, 64, 128, 256, 512, 1024):
-        block, warps = _block(group)
-        yield Specialization(f"group_advantage {block}", _group_advantage, types, {"BLOCK": block}, warps)
+    for block, warps in map(block_for, BLOCKS):
+        yield Specialization(f"group_advantage {block}", _group_advantage, warps, {"BLOCK": block})

@@ -1,9 +1,9 @@
-"""``prefix_tree``: the numbering of ``sibling_advantage``, then a program a block of a request's candidates.
+"""``prefix_tree``: the numbering of ``sibling_advantage``, then one program per block of candidates.
 
 A program looks, level by level, for the first candidate of each of its candidates' nodes; where that is the
 candidate itself it writes the node, so every slot has one writer. The slots past the last node are cleared by
-all programs of the request, each a share. Two launches. The one workspace, int32 ``[2 + L, B, G]``, is the
-numbering's and holds the size of every candidate's nodes.
+all programs of the request, each a share. Two launches. The one workspace, int32 ``[B, G, L]`` and
+``[B, G]``, holds the size of every candidate's nodes, and what the numbering needs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._specialization import OPTIONS, Specialization
+from ._kernel import ANY, I32, Specialization, kernel, options, workspace
 from .sibling_advantage import number_prefixes
 
-_OWN, _OTHERS, _SLOTS = 32, 16, 128  # candidates a program; rows of a tile; slots looked at together
+# Candidates per program; candidates that they are compared with together; slots that are cleared together.
+_BLOCK = 32
+_TILE = {"BLOCK": _BLOCK, "CHUNK": 16, "SLOTS": 128}
 
 
 def prefix_tree(
@@ -32,45 +34,45 @@ def prefix_tree(
     if not tokens.numel():
         return parent, token, depth, first, count, node, tokens.new_zeros(batch, dtype=torch.int32)
     size = tokens.new_empty(batch, dtype=torch.int32)
-    workspace = tokens.new_empty(2 + length, batch, group, dtype=torch.int32)
-    members = workspace[2:].view(tokens.shape)
-    number_prefixes(tokens, mask, workspace[0], workspace[1], node, members)
-    blocks = triton.cdiv(group, _OWN)
+    members, earlier = workspace(tokens.device, (node.numel(), torch.int32), (batch * group, torch.int32))
+    number_prefixes(tokens, mask, earlier, node, members)
+    blocks = triton.cdiv(group, _BLOCK)
     _prefix_tree[(batch * blocks,)](
-        tokens, node, members, parent, token, depth, first, count, size, group, length, blocks,
-        *tokens.stride(), OWN=_OWN, OTHERS=_OTHERS, SLOTS=_SLOTS, num_warps=1, **OPTIONS,
+        tokens, *tokens.stride(), node, members, parent, token, depth, first, count, size, group, length,
+        blocks, **_TILE, **options(1),
     )  # fmt: skip
     return parent, token, depth, first, count, node, size
 
 
-@triton.jit(do_not_specialize=["group", "length", "blocks", "t0", "t1", "t2"])
+@kernel
 def _prefix_tree(
-    tokens, node, members, parent, token, depth, first, count, size, group, length, blocks, t0, t1, t2,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, SLOTS: tl.constexpr,
+    tokens: ANY, t0, t1, t2, node: I32, members: I32, parent: I32, token: ANY, depth: I32, first: I32,
+    count: I32, size: I32, group, length, blocks, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    g = block.to(tl.int64) * OWN + tl.arange(0, OWN)
+    g = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     base = b * group * length
     for level in range(0, length):
-        here = base + g * length + level
-        own = tl.load(node + here, g < group, -1)
-        least = tl.full((OWN,), 2147483647, tl.int32)
-        for start in range(0, group, OTHERS):
-            j = start + tl.arange(0, OTHERS)
+        at = base + g * length + level
+        prefix = tl.load(node + at, g < group, -1)
+        earliest = tl.full((BLOCK,), 2147483647, tl.int32)
+        for start in range(0, group, CHUNK):
+            j = start + tl.arange(0, CHUNK)
             other = tl.load(node + base + j.to(tl.int64) * length + level, j < group, -2)
-            same = other[:, None] == own[None, :]
-            least = tl.minimum(least, tl.min(tl.where(same, j[:, None], 2147483647), 0))
-        stands = (own >= 0) & (least == g)
-        slot = base + own
-        above = tl.full((OWN,), -1, tl.int32)
+            same = other[:, None] == prefix[None, :]
+            earliest = tl.minimum(earliest, tl.min(tl.where(same, j[:, None], 2147483647), 0))
+        is_first = (prefix >= 0) & (earliest == g)
+        slot = base + prefix
+        parent_slot = tl.full((BLOCK,), -1, tl.int32)
         if level > 0:
-            above = tl.load(node + here - 1, g < group, -1)
-        tl.store(parent + slot, above, stands)
-        tl.store(token + slot, tl.load(tokens + b * t0 + g * t1 + level * t2, g < group, 0), stands)
-        tl.store(depth + slot, tl.zeros((OWN,), tl.int32) + level + 1, stands)
-        tl.store(first + slot, least, stands)
-        tl.store(count + slot, tl.load(members + here, g < group, 0), stands)
+            parent_slot = tl.load(node + at - 1, g < group, -1)
+        tl.store(parent + slot, parent_slot, is_first)
+        tl.store(token + slot, tl.load(tokens + b * t0 + g * t1 + level * t2, g < group, 0), is_first)
+        tl.store(depth + slot, tl.zeros((BLOCK,), tl.int32) + level + 1, is_first)
+        tl.store(first + slot, earliest, is_first)
+        tl.store(count + slot, tl.load(members + at, g < group, 0), is_first)
 
     slots = tl.arange(0, SLOTS).to(tl.int64)
     capacity = group * length
@@ -93,8 +95,6 @@ def _prefix_tree(
 
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
-    outputs = ("node", "members", "parent", "depth", "first", "count", "size")
-    constants = {"OWN": _OWN, "OTHERS": _OTHERS, "SLOTS": _SLOTS}
     for width, tokens in {"int32": "*i32", "int64": "*i64"}.items():
-        types = {**dict.fromkeys(outputs, "*i32"), "tokens": tokens, "token": tokens}
-        yield Specialization(f"prefix_tree {width} tokens", _prefix_tree, types, constants, 1)
+        types = {"tokens": tokens, "token": tokens}
+        yield Specialization(f"prefix_tree {width} tokens", _prefix_tree, 1, _TILE, types)

@@ -1,4 +1,4 @@
-"""``sibling_grpo_loss``: a program a block of tokens, whatever requests they belong to, and one to add up.
+"""``sibling_grpo_loss``: one program per block of tokens, of any requests, and one to add up.
 
 What the terms are divided by is known before: from the sizes, or where a mask is given from a launch that
 counts each request's tokens and sequences. So the launch over the tokens writes the gradient along with its
@@ -14,10 +14,9 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ._array import array, load_float, load_int
-from ._specialization import OPTIONS, Specialization
+from ._array import Array, array, load_float, load_int, strided
+from ._kernel import ADDRESS, BOOL, F32, F64, I32, Specialization, kernel, options, workspace
 
 _BLOCK, _WARPS = 512, 4  # tokens
 _SEQUENCES = 128  # counted together
@@ -25,62 +24,43 @@ _REQUESTS = 256  # and blocks, added up together
 
 
 def sibling_grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    advantage: Tensor,
-    valid: Tensor,
-    count: Tensor,
-    group_advantage: Tensor,
-    mask: Tensor | None,
-    depth_weight: Tensor | None,
-    global_weight: float,
-    sibling_weight: float,
-    kl_weight: float,
-    clip_low: float,
-    clip_high: float,
-    kl: int,
-    by_node: bool,
-    loss_type: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logp, old_logp, ref_logp, advantage, valid, count, group_advantage, mask, depth_weight, global_weight,
+    sibling_weight, kl_weight, clip_low, clip_high, kl, by_node, loss_type,
+):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.sibling_grpo_loss`."""
-    batch, group, length = logp.shape
+    sizes = batch, group, _ = logp.shape
     device = logp.device
     gradient = torch.empty(logp.shape, device=device)
     if logp.numel() == 0:
         return torch.zeros((), device=device), torch.zeros(7, device=device), gradient
     loss, terms = torch.empty((), device=device), torch.empty(7, device=device)
-    blocks = triton.cdiv(logp.numel(), _BLOCK)
-    sizes = (64 * blocks, 4 * batch * (group + 2) if mask is not None else 0)
-    workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
-    sums, counts = workspace[0].view(torch.float64), workspace[1].view(torch.int32)
-    if mask is not None:
-        _count[(batch,)](
-            *array(mask), counts, batch, group, length, *mask.stride(),
-            SEQUENCES=_SEQUENCES, num_warps=1, **OPTIONS,
-        )  # fmt: skip
-    contiguous = [x if x is None else x.contiguous() for x in (logp, old_logp, ref_logp, depth_weight)]
-    pairs = [y for x in (*contiguous, mask) for y in array(x)]
+    blocks, masked = triton.cdiv(logp.numel(), _BLOCK), mask is not None
+    counted = batch * (group + 2) if masked else 0
+    sums, counts = workspace(device, (8 * blocks, torch.float64), (counted, torch.int32))
+    if masked:
+        _count[(batch,)](*strided(mask, 3), counts, *sizes, SEQUENCES=_SEQUENCES, **options(1))
+    optional = [x if x is None else x.contiguous() for x in (logp, old_logp, ref_logp, depth_weight)]
+    arrays = [part for x in optional for part in array(x)]
     others = [x.contiguous() for x in (advantage, valid, count, group_advantage)]
-    mask_strides = (0, 0, 0) if mask is None else mask.stride()
-    weights = (global_weight, sibling_weight, kl_weight)
+    weights = {
+        "global_weight": global_weight, "sibling_weight": sibling_weight, "kl_weight": kl_weight,
+        "MASKED": masked, "REQUESTS": _REQUESTS,
+    }  # fmt: skip
     _tokens[(blocks,)](
-        *pairs, *others, counts, gradient, sums, batch, group, length, *mask_strides, *weights, 1 - clip_low,
-        1 + clip_high, kl, int(by_node), loss_type,
-        MASKED=mask is not None, BLOCK=_BLOCK, REQUESTS=_REQUESTS, num_warps=_WARPS, **OPTIONS,
+        *arrays, *strided(mask, 3), *others, counts, gradient, sums, *sizes, low=1 - clip_low,
+        high=1 + clip_high, kl_type=kl, by_node=int(by_node), loss_type=loss_type, **weights, BLOCK=_BLOCK,
+        **options(_WARPS),
     )  # fmt: skip
-    _add_up[(1,)](
-        sums, counts, loss, terms, blocks, batch, group, length, *weights,
-        MASKED=mask is not None, REQUESTS=_REQUESTS, num_warps=1, **OPTIONS,
-    )  # fmt: skip
+    _add_up[(1,)](sums, counts, loss, terms, blocks, *sizes, **weights, **options(1))
     return loss, terms, gradient
 
 
-@triton.jit(do_not_specialize=["mask", "mask_type", "batch", "group", "length", "m0", "m1", "m2"])
+@kernel
 def _count(
-    mask: tl.int64, mask_type, counts, batch, group, length, m0, m1, m2, SEQUENCES: tl.constexpr
+    mask: ADDRESS, mask_type, m0, m1, m2, counts: I32, batch, group, length, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """``counts``: tokens ``[B]`` and sequences ``[B]`` of requests, then tokens ``[B, G]`` of sequences."""
+    mask = Array(mask, mask_type, m0, m1, m2)
     b = tl.program_id(0).to(tl.int64)
     tokens = tl.zeros((SEQUENCES,), tl.int32)
     sequences = tl.zeros((SEQUENCES,), tl.int32)
@@ -88,8 +68,7 @@ def _count(
         g = start + tl.arange(0, SEQUENCES).to(tl.int64)
         number = tl.zeros((SEQUENCES,), tl.int32)
         for d in range(length):
-            at = b * m0 + g * m1 + tl.cast(d, tl.int64) * m2
-            number += (load_int(mask, mask_type, at, g < group, 0) != 0).to(tl.int32)
+            number += (load_int(mask, b, g, tl.cast(d, tl.int64), g < group, 0) != 0).to(tl.int32)
         tl.store(counts + 2 * batch + b * group + g, number, g < group)
         tokens += number
         sequences += (number > 0).to(tl.int32)
@@ -122,87 +101,102 @@ def _surrogate(ratio, low, high, a):
     return tl.where(cut, bounded, plain), tl.where(cut, 0.0, plain), cut
 
 
-@triton.jit(
-    do_not_specialize=[
-        "logp", "logp_type", "old", "old_type", "ref", "ref_type", "depth", "depth_type", "mask", "mask_type",
-        "batch", "group", "length", "m0", "m1", "m2", "kl", "by_node", "loss_type",
-    ]
-)  # fmt: skip
-def _tokens(
-    logp: tl.int64, logp_type, old: tl.int64, old_type, ref: tl.int64, ref_type, depth: tl.int64, depth_type,
-    mask: tl.int64, mask_type, advantage, valid, count, group_advantage, counts, gradient, sums, batch, group,
-    length, m0, m1, m2, global_weight: tl.float64, sibling_weight: tl.float64, kl_weight: tl.float64, low, high,
-    kl, by_node, loss_type, MASKED: tl.constexpr, BLOCK: tl.constexpr, REQUESTS: tl.constexpr,
+@triton.jit
+def _shares(
+    counts, sequence, b, inside, batch, group, length, loss_type, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    REQUESTS: tl.constexpr,
 ):  # fmt: skip
-    size = tl.cast(group, tl.int64) * length
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < batch * size
-    sequence, d = i // length, i % length
-    b, g = sequence // group, sequence % group
-    there = inside & (load_int(mask, mask_type, b * m0 + g * m1 + d * m2, inside, 1) != 0)
-
+    """What a token counts in the mean over tokens, and a node in the mean over nodes; float64."""
     all_tokens, all_sequences = _totals(counts, batch, group, length, MASKED, REQUESTS)
-    own = tl.zeros((BLOCK,), tl.int32) + length
-    siblings = tl.zeros((BLOCK,), tl.int32) + group
+    tokens = tl.zeros((BLOCK,), tl.int32) + length  # of this sequence
+    sequences = tl.zeros((BLOCK,), tl.int32) + group  # of this request
     if MASKED:
-        own = tl.load(counts + 2 * batch + sequence, inside, 1)
-        siblings = tl.load(counts + batch + b, inside, 1)
-    token_share = 1.0 / (tl.maximum(own, 1).to(tl.float64) * tl.maximum(all_sequences, 1.0))
-    node_share = 1.0 / (tl.maximum(siblings, 1).to(tl.float64) * batch)
+        tokens = tl.load(counts + 2 * batch + sequence, inside, 1)
+        sequences = tl.load(counts + batch + b, inside, 1)
+    token_share = 1.0 / (tl.maximum(tokens, 1).to(tl.float64) * tl.maximum(all_sequences, 1.0))
+    node_share = 1.0 / (tl.maximum(sequences, 1).to(tl.float64) * batch)
     if loss_type == 1:
         token_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / tl.maximum(all_tokens, 1.0)
         node_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / tl.maximum(all_sequences, 1.0)
     elif loss_type == 2:
-        token_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / (batch * size).to(tl.float64)
-        node_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / (batch * tl.cast(group, tl.int64)).to(tl.float64)
-    used = there & (tl.load(valid + i, there, 0) != 0)
-    if by_node:
-        node_share = node_share / tl.maximum(tl.load(count + i, there, 1), 1).to(tl.float64)
-    if depth_type >= 0:
-        node_share = node_share * load_float(depth, depth_type, d, inside).to(tl.float64)
-    token_share = tl.where(there, token_share, 0.0)
-    node_share = tl.where(used, node_share, 0.0)
+        candidates = batch * tl.cast(group, tl.int64)
+        token_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / (candidates * length).to(tl.float64)
+        node_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / candidates.to(tl.float64)
+    return token_share, node_share
 
-    x = load_float(logp, logp_type, i, there)
+
+@triton.jit
+def _divergence(difference, kl_type):
+    """The estimate of the KL divergence from ``ref_logp - logp``, and its derivative by ``logp``."""
+    kl = -difference
+    dkl = tl.full(difference.shape, 1.0, tl.float32)
+    if kl_type == 1:
+        kl = 0.5 * difference * difference
+        dkl = -difference
+    elif kl_type == 2:
+        # e^d - 1 - d of a small d has no digits left in float32; its series has them all.
+        series = difference * difference * (0.5 + difference * (1.0 / 6 + difference * (1.0 / 24)))
+        small = tl.abs(difference) < 0.03
+        rise = tl.where(small, difference + series, tl.exp(difference) - 1.0)
+        kl = tl.where(small, series, rise - difference)
+        dkl = -rise
+    return kl, dkl
+
+
+@kernel
+def _tokens(
+    logp: ADDRESS, logp_type, old: ADDRESS, old_type, ref: ADDRESS, ref_type, depth_weight: ADDRESS,
+    depth_weight_type, mask: ADDRESS, mask_type, m0, m1, m2, advantage: F32, valid: BOOL, count: I32,
+    group_advantage: F32, counts: I32, gradient: F32, sums: F64, batch, group, length,
+    global_weight: tl.float64, sibling_weight: tl.float64, kl_weight: tl.float64, low: tl.float32,
+    high: tl.float32, kl_type, by_node, loss_type, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    REQUESTS: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < batch * (tl.cast(group, tl.int64) * length)
+    sequence, d = i // length, i % length
+    b, g = sequence // group, sequence % group
+    present = inside & (load_int(Array(mask, mask_type, m0, m1, m2), b, g, d, inside, 1) != 0)
+    usable = present & (tl.load(valid + i, present, 0) != 0)
+    token_share, node_share = _shares(
+        counts, sequence, b, inside, batch, group, length, loss_type, MASKED, BLOCK, REQUESTS
+    )
+    if by_node:
+        node_share = node_share / tl.maximum(tl.load(count + i, present, 1), 1).to(tl.float64)
+    if depth_weight_type >= 0:
+        weight = load_float(Array(depth_weight, depth_weight_type, 1, 0, 0), d, 0, 0, inside)
+        node_share = node_share * weight.to(tl.float64)
+    token_share = tl.where(present, token_share, 0.0)
+    node_share = tl.where(usable, node_share, 0.0)
+
+    x = load_float(Array(logp, logp_type, 1, 0, 0), i, 0, 0, present)
     ratio = tl.full((BLOCK,), 1.0, tl.float32)
     if old_type >= 0:
-        ratio = tl.exp(x - load_float(old, old_type, i, there))
-    a = tl.load(group_advantage + sequence, there, 0.0)
+        ratio = tl.exp(x - load_float(Array(old, old_type, 1, 0, 0), i, 0, 0, present))
+    a = tl.load(group_advantage + sequence, present, 0.0)
     value, slope, cut = _surrogate(ratio, low, high, a)
-    up = global_weight * token_share * slope
+    grad = global_weight * token_share * slope
     over_sequences = tl.sum(token_share * value, 0)
-    global_cuts = tl.sum((cut & there).to(tl.int32), 0)
-    value, slope, cut = _surrogate(ratio, low, high, tl.load(advantage + i, used, 0.0))
-    up += tl.where(used, sibling_weight * node_share * slope, 0.0)
-    over_nodes = tl.sum(tl.where(used, node_share * value, 0.0), 0)
-    sibling_cuts = tl.sum((cut & used).to(tl.int32), 0)
+    global_cuts = tl.sum((cut & present).to(tl.int32), 0)
+    value, slope, cut = _surrogate(ratio, low, high, tl.load(advantage + i, usable, 0.0))
+    grad += tl.where(usable, sibling_weight * node_share * slope, 0.0)
+    over_nodes = tl.sum(tl.where(usable, node_share * value, 0.0), 0)
+    sibling_cuts = tl.sum((cut & usable).to(tl.int32), 0)
     divergence = tl.zeros((), tl.float64)
     if ref_type >= 0:
-        difference = load_float(ref, ref_type, i, there) - x
-        apart = -difference
-        falls = tl.full((BLOCK,), 1.0, tl.float32)
-        if kl == 1:
-            apart = 0.5 * difference * difference
-            falls = -difference
-        elif kl == 2:
-            # e^d - 1 - d of a small d has no digits left in float32; its series has them all.
-            series = difference * difference * (0.5 + difference * (1.0 / 6 + difference * (1.0 / 24)))
-            small = tl.abs(difference) < 0.03
-            rise = tl.where(small, difference + series, tl.exp(difference) - 1.0)
-            apart = tl.where(small, series, rise - difference)
-            falls = -rise
-        up -= kl_weight * token_share * falls
-        divergence = tl.sum(token_share * apart, 0)
-    tl.store(gradient + i, tl.where(there, 0.0 - up, 0.0).to(tl.float32), inside)
+        kl, dkl = _divergence(load_float(Array(ref, ref_type, 1, 0, 0), i, 0, 0, present) - x, kl_type)
+        grad -= kl_weight * token_share * dkl
+        divergence = tl.sum(token_share * kl, 0)
+    tl.store(gradient + i, tl.where(present, 0.0 - grad, 0.0).to(tl.float32), inside)
 
     row = sums + tl.program_id(0).to(tl.int64) * 8
     tl.store(row, over_sequences)
     tl.store(row + 1, over_nodes)
     tl.store(row + 2, divergence)
-    tl.store(row + 3, tl.sum(tl.where(there, ratio, 0.0).to(tl.float64), 0))
+    tl.store(row + 3, tl.sum(tl.where(present, ratio, 0.0).to(tl.float64), 0))
     tl.store(row + 4, global_cuts.to(tl.float64))
     tl.store(row + 5, sibling_cuts.to(tl.float64))
-    tl.store(row + 6, tl.sum(used.to(tl.int32), 0).to(tl.float64))
+    tl.store(row + 6, tl.sum(usable.to(tl.int32), 0).to(tl.float64))
 
 
 @triton.jit
@@ -214,9 +208,9 @@ def _column(sums, blocks, column: tl.constexpr, REQUESTS: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["blocks", "batch", "group", "length"])
+@kernel
 def _add_up(
-    sums, counts, loss, terms, blocks, batch, group, length, global_weight: tl.float64,
+    sums: F64, counts: I32, loss: F32, terms: F32, blocks, batch, group, length, global_weight: tl.float64,
     sibling_weight: tl.float64, kl_weight: tl.float64, MASKED: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
     tokens, _ = _totals(counts, batch, group, length, MASKED, REQUESTS)
@@ -225,12 +219,8 @@ def _add_up(
     over_nodes = _column(sums, blocks, 1, REQUESTS)
     divergence = _column(sums, blocks, 2, REQUESTS)
     valid = _column(sums, blocks, 6, REQUESTS)
-    tl.store(
-        loss,
-        (kl_weight * divergence - global_weight * over_sequences - sibling_weight * over_nodes).to(
-            tl.float32
-        ),
-    )
+    value = kl_weight * divergence - global_weight * over_sequences - sibling_weight * over_nodes
+    tl.store(loss, value.to(tl.float32))
     tl.store(terms, over_sequences.to(tl.float32))
     tl.store(terms + 1, over_nodes.to(tl.float32))
     tl.store(terms + 2, divergence.to(tl.float32))
@@ -242,27 +232,9 @@ def _add_up(
 
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
-    addresses = dict.fromkeys(("logp", "old", "ref", "depth", "mask"), "i64")
-    arrays = dict.fromkeys(("advantage", "group_advantage", "gradient", "loss", "terms"), "*fp32")
-    numbers = {
-        "global_weight": "fp64",
-        "sibling_weight": "fp64",
-        "kl_weight": "fp64",
-        "low": "fp32",
-        "high": "fp32",
-    }
-    types = {
-        **addresses,
-        **arrays,
-        **numbers,
-        "valid": "*u1",
-        "count": "*i32",
-        "counts": "*i32",
-        "sums": "*fp64",
-    }
-    yield Specialization("sibling_grpo_loss count", _count, types, {"SEQUENCES": _SEQUENCES}, 1)
+    yield Specialization("sibling_grpo_loss count", _count, 1, {"SEQUENCES": _SEQUENCES})
     for masked in (False, True):
         constants = {"MASKED": masked, "REQUESTS": _REQUESTS}
         name = f"sibling_grpo_loss{', masked' * masked}"
-        yield Specialization(name, _tokens, types, constants | {"BLOCK": _BLOCK}, _WARPS)
-        yield Specialization(f"{name}, sum", _add_up, types, constants, 1)
+        yield Specialization(name, _tokens, _WARPS, constants | {"BLOCK": _BLOCK})
+        yield Specialization(f"{name}, sum", _add_up, 1, constants)

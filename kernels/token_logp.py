@@ -1,81 +1,75 @@
-"""``token_logp`` and its gradient: the logits are read once a pass, and the gradient written once.
+"""``token_logp`` and its gradient: each pass reads the logits once, and the gradient is written once.
 
-Over the whole vocabulary a program of the forward pass streams a row through running maximum, mass and
-``sum p log p``; a program of the backward pass takes a block of a row's columns. Over a trie's legal children
-a program takes a row, whose few logits are gathered, and the gradient is zeroed before. The entries of the
-targets are written last, over the others, in float64 by a program a row: a target's own gradient and its
-part of the row's cancel where it is nearly certain, so they must not be rounded apart.
+Over the whole vocabulary, one program of the forward pass streams a row through running maximum, mass and
+``sum p log p``; one program of the backward pass takes a block of a row's columns. Over a trie's legal
+children, one program takes a row, whose few logits are gathered, and the gradient is zeroed before. The
+entries of the targets are written last, over the others, in float64 by one program per row: a target's own
+gradient and its part of the row's cancel where it is nearly certain, so they must not be rounded apart.
 
-Two numbers a row, its maximum and the logarithm of its mass, go from one pass to the other. No workspace.
+Two numbers per row, its maximum and the logarithm of its mass, go from one pass to the other. No workspace.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton import next_power_of_2
 
-from ._array import array, load_float, load_int, store_float
-from ._specialization import FLOATS, OPTIONS, Specialization
+from ._array import Array, array, load_float, load_int, store_float, strided
+from ._floats import cleaned
+from ._kernel import (
+    ADDRESS,
+    ALIGNED,
+    ANY,
+    BLOCKS,
+    F32,
+    FLOATS,
+    I32,
+    Specialization,
+    block_for,
+    kernel,
+    options,
+)
+from ._trie import edges
 
 _BLOCK, _WARPS = 4096, 8  # columns that are streamed together, and warps
 _GRADIENT_BLOCK, _GRADIENT_WARPS = 2048, 4
 _TARGETS = 32
 
 
-def token_logp(
-    logits: Tensor,
-    targets: Tensor,
-    offset: Tensor | None,
-    token: Tensor | None,
-    node: Tensor | None,
-    temperature: float,
-    max_children: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_logp(logits, targets, offset, token, node, temperature, max_children):
     """The dispatcher's signature; see :func:`vstar_ops.token_logp`."""
     batch, width, columns = logits.shape
     number = targets.shape[2]
     logp = torch.empty(targets.shape, device=logits.device)
-    entropy, top, log_mass = (torch.empty(batch, width, device=logits.device) for _ in range(3))
-    results = logp, entropy, top, log_mass
+    entropy, row_max, log_mass = (torch.empty(batch, width, device=logits.device) for _ in range(3))
+    results = logp, entropy, row_max, log_mass
     if entropy.numel() == 0:
         return results
-    sizes = (width, columns, number, *logits.stride(), *targets.stride())
-    scale = min(1.0 / temperature, 3e38)
+    inv_temperature = min(1.0 / temperature, 3e38)
+    sizes = (*results, width, columns, number, inv_temperature)
     if offset is None or token is None or node is None:
         _vocab_statistics[(batch * width,)](
-            logits, *array(targets), *results, *sizes, scale,
-            BLOCK=_BLOCK, TARGETS=_TARGETS, num_warps=_WARPS, **OPTIONS,
+            logits, *logits.stride(), *strided(targets, 3), *sizes, BLOCK=_BLOCK, TARGETS=_TARGETS,
+            **options(_WARPS),
         )  # fmt: skip
     else:
-        block, warps = _children(max_children)
+        block, warps = block_for(max_children)
         _legal_statistics[(batch * width,)](
-            *array(logits), *array(targets), offset, token, *array(node), *results, *sizes, *node.stride(),
-            offset.numel() - 1, token.numel(), max_children.bit_length(), scale,
-            BLOCK=block, TARGETS=_TARGETS, num_warps=warps, **OPTIONS,
+            *strided(logits, 3), *strided(targets, 3), offset, token, *strided(node, 2), *sizes,
+            offset.numel() - 1, token.numel(), max_children.bit_length(), BLOCK=block, TARGETS=_TARGETS,
+            **options(warps),
         )  # fmt: skip
     return results
 
 
 def token_logp_backward(
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    offset: Tensor | None,
-    token: Tensor | None,
-    node: Tensor | None,
-    logp: Tensor,
-    entropy: Tensor,
-    top: Tensor,
-    log_mass: Tensor,
-    temperature: float,
-    max_children: int,
-) -> Tensor:
+    grad_logp, grad_entropy, logits, targets, offset, token, node, logp, entropy, row_max, log_mass,
+    temperature, max_children,
+):  # fmt: skip
     """The dispatcher's signature; the entropy's gradient is left out where it is None."""
     batch, width, columns = logits.shape
     number = targets.shape[2]
@@ -84,289 +78,262 @@ def token_logp_backward(
     gradient = make(logits.shape, dtype=logits.dtype, device=logits.device)
     if gradient.numel() == 0:
         return gradient
-    scale = min(1.0 / temperature, 3e38)
+    inv_temperature = min(1.0 / temperature, 3e38)
     # All are [B, W] or [B, W, T] and small; contiguous ones need no strides.
-    logp, entropy, top, log_mass, targets = (x.contiguous() for x in (logp, entropy, top, log_mass, targets))
-    given = [None if x is None else x.contiguous() for x in (grad_logp, grad_entropy)]
-    saved = (*array(targets), *array(given[0]), *array(given[1]), logp, entropy)
-    sizes = (width, columns, number, *logits.stride())
+    saved = [x.contiguous() for x in (logp, entropy, row_max, log_mass)]
+    given = [None if x is None else x.contiguous() for x in (targets, grad_logp, grad_entropy)]
+    arrays = [part for x in given for part in array(x)]
+    common = (*arrays, *saved, width, columns, number, inv_temperature)
     if offset is None or token is None or node is None:
         blocks = triton.cdiv(columns, _GRADIENT_BLOCK)
         _vocab_gradient[(batch * width * blocks,)](
-            logits, *saved, top, log_mass, gradient, *sizes, blocks, scale,
-            BLOCK=_GRADIENT_BLOCK, TARGETS=_TARGETS, num_warps=_GRADIENT_WARPS, **OPTIONS,
+            logits, *logits.stride(), *common, gradient, blocks, BLOCK=_GRADIENT_BLOCK, TARGETS=_TARGETS,
+            **options(_GRADIENT_WARPS),
         )  # fmt: skip
     else:
-        block, warps = _children(max_children)
+        block, warps = block_for(max_children)
         _legal_gradient[(batch * width,)](
-            *array(logits), *saved, top, log_mass, *array(gradient), offset, token, *array(node), *sizes,
-            *node.stride(), offset.numel() - 1, token.numel(), scale,
-            BLOCK=block, TARGETS=_TARGETS, num_warps=warps, **OPTIONS,
+            *strided(logits, 3), *common, *array(gradient), offset, token, *strided(node, 2),
+            offset.numel() - 1, token.numel(), BLOCK=block, TARGETS=_TARGETS, **options(warps),
         )  # fmt: skip
     if number:
-        _target_gradient[(batch * width,)](
-            *saved, *array(gradient), columns, number, scale, TARGETS=_TARGETS, num_warps=1, **OPTIONS
-        )
+        _target_gradient[(batch * width,)](*common, *array(gradient), TARGETS=_TARGETS, **options(1))
     return gradient
 
 
-def _children(most: int) -> tuple[int, int]:
-    """Children that are looked at together, and warps."""
-    block = min(1024, max(32, next_power_of_2(most)))
-    return block, max(1, block // 256)
-
-
 @triton.jit
-def _clean(z, inside):
-    """NaN reads as -inf, +inf as the largest finite float; -inf where not inside."""
-    return tl.where(inside & (z == z), tl.minimum(z, 3.4028234663852886e38), float("-inf"))
-
-
-@triton.jit
-def _add(z, best, mass, weighted, scale):
-    """Take a block of logits into a row's running maximum and sums, a sum a lane."""
-    new = tl.maximum(best, tl.max(z, 0))
-    center = tl.where(new == float("-inf"), 0.0, new)
+def _add(z, row_max, mass, weighted, inv_temperature):
+    """Take a block of logits into a row's running maximum and sums, one sum per lane."""
+    new_max = tl.maximum(row_max, tl.max(z, 0))
+    center = tl.where(new_max == float("-inf"), 0.0, new_max)
     # What lies far below is 0 either way; bounded, no product is 0 times infinity.
-    fall = tl.where(best == float("-inf"), 0.0, tl.maximum((best - center) * scale, -100.0))
-    d = tl.maximum((z - center) * scale, -100.0)
-    e = tl.where(z == float("-inf"), 0.0, tl.exp(d))
-    shrink = tl.exp(fall)
-    return new, mass * shrink + e, (weighted + fall * mass) * shrink + e * d
+    shift = tl.where(row_max == float("-inf"), 0.0, tl.maximum((row_max - center) * inv_temperature, -100.0))
+    x = tl.maximum((z - center) * inv_temperature, -100.0)
+    power = tl.where(z == float("-inf"), 0.0, tl.exp(x))
+    scale = tl.exp(shift)
+    return new_max, mass * scale + power, (weighted + shift * mass) * scale + power * x
 
 
 @triton.jit
-def _finish(r, best, mass, weighted, entropy, top, log_mass):
+def _finish(r, max_value, mass, weighted, entropy, row_max, log_mass):
     """Write a row's statistics."""
     total = tl.sum(mass.to(tl.float64), 0)
     total = tl.where(total > 0, total, 1.0)
     log_total = tl.log(total)
     h = tl.maximum(log_total - tl.sum(weighted.to(tl.float64), 0) / total, 0.0)
     tl.store(entropy + r, h.to(tl.float32))
-    tl.store(top + r, best)
+    tl.store(row_max + r, max_value)
     tl.store(log_mass + r, log_total.to(tl.float32))
     return log_total.to(tl.float32)
 
 
 @triton.jit
-def _write_logp(logp, at, inside, target, found, z, best, log_total, scale):
+def _write_logp(logp, at, inside, target, found, z, max_value, log_total, inv_temperature):
     """Padding has 0, what is not found or at -inf has -inf."""
-    alive = found & (z > float("-inf"))
-    value = tl.where(alive, (tl.where(alive, z, 0.0) - best) * scale - log_total, float("-inf"))
+    possible = found & (z > float("-inf"))
+    value = (tl.where(possible, z, 0.0) - max_value) * inv_temperature - log_total
+    value = tl.where(possible, value, float("-inf"))
     tl.store(logp + at, tl.where(target < 0, 0.0, value), inside)
 
 
-_INTEGERS = ["targets", "targets_type", "width", "number", "t0", "t1", "t2"]
-_ROW = ["columns", "z0", "z1"]  # where rows are streamed, their alignment decides how much is read at once
-
-
-@triton.jit(do_not_specialize=_INTEGERS)
+@kernel
 def _vocab_statistics(
-    logits, targets: tl.int64, targets_type, logp, entropy, top, log_mass, width, columns, number, z0, z1, z2,
-    t0, t1, t2, scale, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, t0, t1, t2, logp: F32,
+    entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature: tl.float32,
+    BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
+    targets = Array(targets, targets_type, t0, t1, t2)
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
     row = logits + b * z0 + w * z1
-    best = tl.full((), float("-inf"), tl.float32)
+    max_value = tl.full((), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         v = start + tl.arange(0, BLOCK).to(tl.int64)
-        z = _clean(tl.load(row + v * z2, v < columns, 0.0).to(tl.float32), v < columns)
-        best, mass, weighted = _add(z, best, mass, weighted, scale)
-    log_total = _finish(r, best, mass, weighted, entropy, top, log_mass)
+        z = cleaned(tl.load(row + v * z2, v < columns, 0.0).to(tl.float32), v < columns)
+        max_value, mass, weighted = _add(z, max_value, mass, weighted, inv_temperature)
+    log_total = _finish(r, max_value, mass, weighted, entropy, row_max, log_mass)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
-        target = load_int(targets, targets_type, b * t0 + w * t1 + t * t2, t < number, -1)
+        target = load_int(targets, b, w, t, t < number, -1)
         found = (target >= 0) & (target < columns)
-        z = _clean(tl.load(row + tl.where(found, target, 0) * z2, found, 0.0).to(tl.float32), found)
-        _write_logp(logp, r * number + t, t < number, target, found, z, best, log_total, scale)
+        z = cleaned(tl.load(row + tl.where(found, target, 0) * z2, found, 0.0).to(tl.float32), found)
+        _write_logp(logp, r * number + t, t < number, target, found, z, max_value, log_total, inv_temperature)
 
 
 @triton.jit
-def _edges(offset, node, node_type, at, num_nodes, num_edges):
-    """First edge and one past the last of a node; none for what is not a node."""
-    n = load_int(node, node_type, at, True, -1)
-    live = (n >= 0) & (n < num_nodes)
-    begin = tl.load(offset + n, live, 0)
-    end = tl.load(offset + n + 1, live, 0)
-    sound = (begin >= 0) & (end <= num_edges) & (begin <= end)
-    return tl.where(sound, begin, 0), tl.where(sound, end, 0)
+def _load_children(logits, b, w, token, start, end, columns, BLOCK: tl.constexpr):
+    """Columns and logits of a block of edges, and which of them exist."""
+    edge = start + tl.arange(0, BLOCK)
+    v = tl.load(token + edge, edge < end, -1).to(tl.int64)
+    inside = (v >= 0) & (v < columns)
+    return v, cleaned(load_float(logits, b, w, v, inside), inside), inside
 
 
-@triton.jit(
-    do_not_specialize=[
-        *_INTEGERS, *_ROW, "logits", "logits_type", "node", "node_type", "z2", "n0", "n1", "num_nodes",
-        "num_edges", "bits",
-    ]
-)  # fmt: skip
+@triton.jit
+def _find(token, begin, end, target, bits, TARGETS: tl.constexpr):
+    """Whether targets are among a node's children, whose tokens rise: the first not below it is looked up."""
+    low = tl.zeros((TARGETS,), tl.int32) + begin
+    high = tl.zeros((TARGETS,), tl.int32) + end
+    for _ in range(bits):
+        middle = (low + high) // 2
+        below = (low < high) & (tl.load(token + middle, low < high, 0).to(tl.int64) < target)
+        high = tl.where(below | (low >= high), high, middle)
+        low = tl.where(below, middle + 1, low)
+    inside = (low < end) & (target >= 0)
+    return inside & (tl.load(token + low, inside, -1).to(tl.int64) == target)
+
+
+@kernel
 def _legal_statistics(
-    logits: tl.int64, logits_type, targets: tl.int64, targets_type, offset, token, node: tl.int64, node_type,
-    logp, entropy, top, log_mass, width, columns, number, z0, z1, z2, t0, t1, t2, n0, n1, num_nodes,
-    num_edges, bits, scale, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, t0, t1, t2, offset: I32,
+    token: I32, node: ADDRESS, node_type, n0, n1, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width,
+    columns, number, inv_temperature: tl.float32, num_nodes, num_edges, bits, BLOCK: tl.constexpr,
+    TARGETS: tl.constexpr,
 ):  # fmt: skip
+    logits, targets = Array(logits, logits_type, z0, z1, z2), Array(targets, targets_type, t0, t1, t2)
+    node = Array(node, node_type, n0, n1, 0)
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
-    row = b * z0 + w * z1
-    begin, end = _edges(offset, node, node_type, b * n0 + w * n1, num_nodes, num_edges)
-    best = tl.full((), float("-inf"), tl.float32)
+    begin, end = edges(offset, load_int(node, b, w, 0, True, -1), num_nodes, num_edges)
+    max_value = tl.full((), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
-        edge = start + tl.arange(0, BLOCK)
-        v = tl.load(token + edge, edge < end, -1).to(tl.int64)
-        inside = (v >= 0) & (v < columns)
-        z = _clean(load_float(logits, logits_type, row + v * z2, inside), inside)
-        best, mass, weighted = _add(z, best, mass, weighted, scale)
-    log_total = _finish(r, best, mass, weighted, entropy, top, log_mass)
+        _, z, _ = _load_children(logits, b, w, token, start, end, columns, BLOCK)
+        max_value, mass, weighted = _add(z, max_value, mass, weighted, inv_temperature)
+    log_total = _finish(r, max_value, mass, weighted, entropy, row_max, log_mass)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
-        target = load_int(targets, targets_type, b * t0 + w * t1 + t * t2, t < number, -1)
-        low = tl.zeros((TARGETS,), tl.int32) + begin  # children are sorted: the first not below the target
-        high = tl.zeros((TARGETS,), tl.int32) + end
-        for _ in range(bits):
-            middle = (low + high) // 2
-            below = (low < high) & (tl.load(token + middle, low < high, 0).to(tl.int64) < target)
-            high = tl.where(below | (low >= high), high, middle)
-            low = tl.where(below, middle + 1, low)
-        found = (low < end) & (target >= 0) & (target < columns)
-        found = found & (tl.load(token + low, found, -1).to(tl.int64) == target)
-        z = _clean(load_float(logits, logits_type, row + target * z2, found), found)
-        _write_logp(logp, r * number + t, t < number, target, found, z, best, log_total, scale)
+        target = load_int(targets, b, w, t, t < number, -1)
+        found = _find(token, begin, end, target, bits, TARGETS) & (target < columns)
+        z = cleaned(load_float(logits, b, w, target, found), found)
+        _write_logp(logp, r * number + t, t < number, target, found, z, max_value, log_total, inv_temperature)
+
+
+# Targets and their gradients, [B, W, T], that of the entropy, and results; all contiguous.
+Saved = namedtuple(
+    "Saved",
+    "targets targets_type grad_logp grad_logp_type grad_entropy grad_entropy_type logp entropy number",
+)
 
 
 @triton.jit
-def _coefficients(
-    r, targets, targets_type, g_logp, g_logp_type, g_entropy, g_entropy_type, logp, entropy, number,
-    TARGETS: tl.constexpr,
-):  # fmt: skip
-    """``slope`` and ``curve`` of the row's gradient ``p_v (slope + curve log p_v) / tau``, in float64."""
-    pulls = tl.zeros((TARGETS,), tl.float64)
-    for start in range(0, number, TARGETS):
-        t = start + tl.arange(0, TARGETS).to(tl.int64)
-        _, g = _pull(targets, targets_type, g_logp, g_logp_type, logp, r * number + t, t < number)
-        pulls += g
-    one = tl.zeros((1,), tl.int64)
-    curve = -tl.sum(load_float(g_entropy, g_entropy_type, one + r, True).to(tl.float64), 0)
-    return curve * tl.load(entropy + r).to(tl.float64) - tl.sum(pulls, 0), curve
-
-
-@triton.jit
-def _pull(targets, targets_type, g_logp, g_logp_type, logp, at, inside):
+def _target_grad(saved, r, t):
     """Targets, -1 for those without a gradient (padding, -inf), and their gradients in float64."""
-    target = load_int(targets, targets_type, at, inside, -1)
-    target = tl.where(tl.load(logp + at, inside, 0.0) > float("-inf"), target, -1)
-    return target, load_float(g_logp, g_logp_type, at, target >= 0).to(tl.float64)
+    at = r * saved.number + t
+    targets = Array(saved.targets, saved.targets_type, 1, 0, 0)
+    target = load_int(targets, at, 0, 0, t < saved.number, -1)
+    possible = tl.load(saved.logp + at, t < saved.number, 0.0) > float("-inf")
+    target = tl.where(possible, target, -1)
+    grad_logp = Array(saved.grad_logp, saved.grad_logp_type, 1, 0, 0)
+    return target, load_float(grad_logp, at, 0, 0, target >= 0).to(tl.float64)
 
 
 @triton.jit
-def _slopes(z, best, log_total, slope, curve, scale):
+def _coefficients(saved, r, TARGETS: tl.constexpr):
+    """``slope`` and ``curve`` of the row's gradient ``p_v (slope + curve log p_v) / tau``, in float64."""
+    total = tl.zeros((TARGETS,), tl.float64)
+    for start in range(0, saved.number, TARGETS):
+        _, grad = _target_grad(saved, r, start + tl.arange(0, TARGETS).to(tl.int64))
+        total += grad
+    one = tl.zeros((1,), tl.int64)
+    grad_entropy = Array(saved.grad_entropy, saved.grad_entropy_type, 1, 0, 0)
+    curve = -tl.sum(load_float(grad_entropy, one + r, 0, 0, True).to(tl.float64), 0)
+    return curve * tl.load(saved.entropy + r).to(tl.float64) - tl.sum(total, 0), curve
+
+
+@triton.jit
+def _row_grad(z, max_value, log_total, slope, curve, inv_temperature):
     """The gradient of a block of logits."""
-    alive = z > float("-inf")
-    d = tl.where(alive, (tl.where(alive, z, 0.0) - best) * scale - log_total, -100.0)
-    d = tl.maximum(d, -100.0)
-    return tl.where(alive, tl.exp(d) * (slope + curve * d), 0.0)
+    possible = z > float("-inf")
+    logp = (tl.where(possible, z, 0.0) - max_value) * inv_temperature - log_total
+    logp = tl.maximum(tl.where(possible, logp, -100.0), -100.0)
+    slope, curve = (slope * inv_temperature).to(tl.float32), (curve * inv_temperature).to(tl.float32)
+    return tl.where(possible, tl.exp(logp) * (slope + curve * logp), 0.0)
 
 
-_SAVED = [
-    "targets", "targets_type", "g_logp", "g_logp_type", "g_entropy", "g_entropy_type", "number"
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=[*_SAVED, "width", "blocks"])
+@kernel
 def _vocab_gradient(
-    logits, targets: tl.int64, targets_type, g_logp: tl.int64, g_logp_type, g_entropy: tl.int64,
-    g_entropy_type, logp, entropy, top, log_mass, gradient, width, columns, number, z0, z1, z2, blocks,
-    scale, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
+    grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
+    log_mass: F32, width, columns: ALIGNED, number, inv_temperature: tl.float32, gradient: ANY, blocks,
+    BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
+    saved = Saved(
+        targets, targets_type, grad_logp, grad_logp_type, grad_entropy, grad_entropy_type, logp, entropy,
+        number,
+    )  # fmt: skip
     r = (tl.program_id(0) // blocks).to(tl.int64)
     b, w = r // width, r % width
-    slope, curve = _coefficients(
-        r, targets, targets_type, g_logp, g_logp_type, g_entropy, g_entropy_type, logp, entropy,
-        number, TARGETS,
-    )  # fmt: skip
+    slope, curve = _coefficients(saved, r, TARGETS)
     v = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(logits + b * z0 + w * z1 + v * z2, v < columns, 0.0).to(tl.float32)
-    value = _slopes(
-        _clean(z, v < columns), tl.load(top + r), tl.load(log_mass + r), (slope * scale).to(tl.float32),
-        (curve * scale).to(tl.float32), scale,
-    )  # fmt: skip
+    z = cleaned(tl.load(logits + b * z0 + w * z1 + v * z2, v < columns, 0.0).to(tl.float32), v < columns)
+    value = _row_grad(z, tl.load(row_max + r), tl.load(log_mass + r), slope, curve, inv_temperature)
     tl.store(gradient + r * columns + v, value.to(gradient.dtype.element_ty), v < columns)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *_SAVED, *_ROW, "width", "logits", "logits_type", "gradient", "gradient_type", "node", "node_type",
-        "z2", "n0", "n1", "num_nodes", "num_edges",
-    ]
-)  # fmt: skip
+@kernel
 def _legal_gradient(
-    logits: tl.int64, logits_type, targets: tl.int64, targets_type, g_logp: tl.int64, g_logp_type,
-    g_entropy: tl.int64, g_entropy_type, logp, entropy, top, log_mass, gradient: tl.int64, gradient_type,
-    offset, token, node: tl.int64, node_type, width, columns, number, z0, z1, z2, n0, n1, num_nodes,
-    num_edges, scale, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
+    grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
+    log_mass: F32, width, columns, number, inv_temperature: tl.float32, gradient: ADDRESS, gradient_type,
+    offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, num_nodes, num_edges, BLOCK: tl.constexpr,
+    TARGETS: tl.constexpr,
 ):  # fmt: skip
+    saved = Saved(
+        targets, targets_type, grad_logp, grad_logp_type, grad_entropy, grad_entropy_type, logp, entropy,
+        number,
+    )  # fmt: skip
+    logits, node = Array(logits, logits_type, z0, z1, z2), Array(node, node_type, n0, n1, 0)
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
-    slope, curve = _coefficients(
-        r, targets, targets_type, g_logp, g_logp_type, g_entropy, g_entropy_type, logp, entropy,
-        number, TARGETS,
-    )  # fmt: skip
-    best, log_total = tl.load(top + r), tl.load(log_mass + r)
-    begin, end = _edges(offset, node, node_type, b * n0 + w * n1, num_nodes, num_edges)
+    slope, curve = _coefficients(saved, r, TARGETS)
+    max_value, log_total = tl.load(row_max + r), tl.load(log_mass + r)
+    begin, end = edges(offset, load_int(node, b, w, 0, True, -1), num_nodes, num_edges)
     for start in range(begin, end, BLOCK):
-        edge = start + tl.arange(0, BLOCK)
-        v = tl.load(token + edge, edge < end, -1).to(tl.int64)
-        inside = (v >= 0) & (v < columns)
-        z = _clean(load_float(logits, logits_type, b * z0 + w * z1 + v * z2, inside), inside)
-        value = _slopes(
-            z, best, log_total, (slope * scale).to(tl.float32), (curve * scale).to(tl.float32), scale
-        )
+        v, z, inside = _load_children(logits, b, w, token, start, end, columns, BLOCK)
+        value = _row_grad(z, max_value, log_total, slope, curve, inv_temperature)
         store_float(gradient, gradient_type, r * columns + v, value, inside)
 
 
-@triton.jit(do_not_specialize=[*_SAVED, "gradient", "gradient_type", "columns"])
+@kernel
 def _target_gradient(
-    targets: tl.int64, targets_type, g_logp: tl.int64, g_logp_type, g_entropy: tl.int64,
-    g_entropy_type, logp, entropy, gradient: tl.int64, gradient_type, columns, number, scale,
-    TARGETS: tl.constexpr,
+    targets: ADDRESS, targets_type, grad_logp: ADDRESS, grad_logp_type, grad_entropy: ADDRESS,
+    grad_entropy_type, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width, columns, number,
+    inv_temperature: tl.float32, gradient: ADDRESS, gradient_type, TARGETS: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64)
-    slope, curve = _coefficients(
-        r, targets, targets_type, g_logp, g_logp_type, g_entropy, g_entropy_type, logp, entropy,
-        number, TARGETS,
+    saved = Saved(
+        targets, targets_type, grad_logp, grad_logp_type, grad_entropy, grad_entropy_type, logp, entropy,
+        number,
     )  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    slope, curve = _coefficients(saved, r, TARGETS)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
-        target, _ = _pull(targets, targets_type, g_logp, g_logp_type, logp, r * number + t, t < number)
+        target, _ = _target_grad(saved, r, t)
         total = tl.zeros((TARGETS,), tl.float64)
         for first in range(0, number, TARGETS):
-            u = first + tl.arange(0, TARGETS).to(tl.int64)
-            other, g = _pull(targets, targets_type, g_logp, g_logp_type, logp, r * number + u, u < number)
-            total += tl.sum(tl.where(target[:, None] == other[None, :], g[None, :], 0.0), 1)
-        own = tl.load(logp + r * number + t, target >= 0, 0.0).to(tl.float64)
-        value = (tl.exp(own) * (slope + curve * own) + total) * scale
+            other, grad = _target_grad(saved, r, first + tl.arange(0, TARGETS).to(tl.int64))
+            total += tl.sum(tl.where(target[:, None] == other[None, :], grad[None, :], 0.0), 1)
+        own_logp = tl.load(logp + r * number + t, target >= 0, 0.0).to(tl.float64)
+        value = (tl.exp(own_logp) * (slope + curve * own_logp) + total) * inv_temperature
         # Equal targets write the same number.
         store_float(gradient, gradient_type, r * columns + target, value.to(tl.float32), target >= 0)
 
 
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for logits whose last stride is 1."""
-    addresses = ("logits", "targets", "g_logp", "g_entropy", "node", "gradient")
-    types = dict.fromkeys(addresses, "i64") | {"offset": "*i32", "token": "*i32", "scale": "fp32"}
-    types |= dict.fromkeys(("logp", "entropy", "top", "log_mass"), "*fp32")
-    wide = {"BLOCK": _BLOCK, "TARGETS": _TARGETS, "z2": 1}
-    gradient = wide | {"BLOCK": _GRADIENT_BLOCK}
+    targets = {"TARGETS": _TARGETS}
+    statistics, gradient = ({"BLOCK": block, "z2": 1} | targets for block in (_BLOCK, _GRADIENT_BLOCK))
     for dtype, floats in FLOATS.items():
-        given = types | {"logits": floats, "gradient": floats} | dict.fromkeys(_ROW, "i32:16")
-        yield Specialization(f"token_logp {dtype}", _vocab_statistics, given, wide, _WARPS)
-        yield Specialization(
-            f"token_logp gradient {dtype}", _vocab_gradient, given, gradient, _GRADIENT_WARPS
-        )
-    for most in (32, 64, 128, 256, 512, 1024):
-        block, warps = _children(most)
-        few = {"BLOCK": block, "TARGETS": _TARGETS}
-        yield Specialization(f"token_logp legal {block}", _legal_statistics, types, few, warps)
-        yield Specialization(f"token_logp legal gradient {block}", _legal_gradient, types, few, warps)
-    yield Specialization("token_logp gradient of targets", _target_gradient, types, {"TARGETS": _TARGETS}, 1)
+        types = {"logits": floats, "gradient": floats}
+        yield Specialization(f"token_logp {dtype}", _vocab_statistics, _WARPS, statistics, types)
+        name = f"token_logp gradient {dtype}"
+        yield Specialization(name, _vocab_gradient, _GRADIENT_WARPS, gradient, types)
+    for block, warps in map(block_for, BLOCKS):
+        few = {"BLOCK": block} | targets
+        yield Specialization(f"token_logp legal {block}", _legal_statistics, warps, few)
+        yield Specialization(f"token_logp legal gradient {block}", _legal_gradient, warps, few)
+    yield Specialization("token_logp gradient of targets", _target_gradient, 1, targets)

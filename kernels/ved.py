@@ -1,4 +1,4 @@
-"""The steps of value-guided decoding: a program a tree, whose nodes lie across its threads.
+"""The steps of value-guided decoding: one program per tree, whose nodes lie across its threads.
 
 ``ved_select`` keeps the nodes' numbers in registers; a step down the tree is a masked maximum over them.
 ``ved_insert`` copies row after row. ``ved_candidates`` gives every leaf two int64 keys, which order as the op
@@ -8,13 +8,13 @@ says, and then takes the best of those after the last, k times. One launch each.
 capacity, rounded up   warps
 =====================  =====
 64                     1
-256                    2
-1,024                  8
-4,096                  16
+256                    8
+1,024                  16
+2,048                  16
 =====================  =====
 
-Trees of more than 2,048 nodes are searched by the reference. The one workspace holds the keys of
-``ved_candidates``, 16 bytes a node and listed leaf.
+``ved_select`` takes no larger trees. The one workspace holds the keys of ``ved_candidates``, 16 bytes per
+node and listed leaf.
 """
 
 from __future__ import annotations
@@ -25,44 +25,25 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..reference import ved_select as _select_reference
-from ._order import ordered
-from ._specialization import OPTIONS, Specialization
+from .._triton import Unsupported
+from ._floats import FLOAT32_MAX, LOWEST, ordered
+from ._kernel import F32, F64, I32, I64, Specialization, kernel, options, workspace
 
 _NODES = ((64, 1), (256, 8), (1024, 16), (2048, 16))  # most nodes, warps
 _COPY, _KEYS = 64, 1024  # entries of a row copied together; keys looked at together
-_LOWEST = tl.constexpr(-(2**63))
-_FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+_INT32_MAX, _INT64_MAX = tl.constexpr(2**31 - 1), tl.constexpr(2**63 - 1)
 
 
 def ved_select(
-    node: Tensor,
-    parent: Tensor,
-    priority: Tensor,
-    visits: Tensor,
-    next_child: Tensor,
-    num_children: Tensor,
-    child_node: Tensor,
-    child_logp: Tensor,
-    size: Tensor,
-    budget: Tensor,
-    depth: Tensor,
-    depth_sum: Tensor,
-    depth_count: Tensor,
-    levels: int,
-    exploration: float,
-    paths: int,
-    max_idle: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    node, parent, priority, visits, next_child, num_children, child_node, child_logp, size, budget, depth,
+    depth_sum, depth_count, levels, exploration, paths, max_idle,
+):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.ved_select`."""
     batch, capacity = node.shape
-    if capacity > _NODES[-1][0]:
-        return _select_reference(
-            node, parent, priority, visits, next_child, num_children, child_node, child_logp, size, budget,
-            depth, depth_sum, depth_count, levels, exploration, paths, max_idle,
-        )  # fmt: skip
+    most = _NODES[-1][0]
+    if capacity > most:
+        raise Unsupported(f"ved_select: the Triton backend takes at most {most:,} nodes, got {capacity:,}")
     rows = paths * levels
     row_parent, row_node = (node.new_empty(batch, rows) for _ in range(2))
     row_logp = priority.new_empty(batch, rows)
@@ -70,14 +51,14 @@ def ved_select(
         block, warps = next(x for x in _NODES if capacity <= x[0])
         _ved_select[(batch,)](
             node, parent, priority, visits, next_child, num_children, child_node, child_logp, size, budget,
-            depth, depth_sum, depth_count, row_parent, row_node, row_logp, capacity, child_node.shape[2],
-            levels, exploration, paths, max_idle,
-            NODES=block, OTHERS=_others(block), num_warps=warps, **OPTIONS,
+            depth, depth_sum, depth_count, row_parent, row_node, row_logp, capacity=capacity,
+            children=child_node.shape[2], levels=levels, exploration=exploration, paths=paths,
+            max_idle=max_idle, NODES=block, CHUNK=_chunk(block), **options(warps),
         )  # fmt: skip
     return row_parent, row_node, row_logp
 
 
-def _others(block: int) -> int:
+def _chunk(block: int) -> int:
     """How many nodes are looked for among the others at once: as many as the registers hold."""
     return max(1, min(16, 1024 // block))
 
@@ -89,36 +70,25 @@ def ved_insert(*arguments: Any) -> None:
     batch, capacity = node.shape
     if batch and row_node.shape[1]:
         _ved_insert[(batch,)](
-            *arrays, capacity, row_node.shape[1], child_node.shape[2], leaf_node.shape[2], depth_sum.shape[1],
-            logp_weight, entropy_weight, COPY=_COPY, num_warps=1, **OPTIONS,
+            *arrays, capacity=capacity, rows=row_node.shape[1], children=child_node.shape[2],
+            leaves=leaf_node.shape[2], depths=depth_sum.shape[1], logp_weight=logp_weight,
+            entropy_weight=entropy_weight, COPY=_COPY, **options(1),
         )  # fmt: skip
 
 
 def ved_candidates(
-    node: Tensor,
-    logp: Tensor,
-    value: Tensor,
-    size: Tensor,
-    depth: Tensor,
-    leaf_node: Tensor,
-    leaf_logp: Tensor,
-    leaf_score: Tensor,
-    num_leaves: Tensor,
-    length: int,
-    k: int,
-    logp_weight: float,
-    forced_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, length, k, logp_weight,
+):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.ved_candidates`."""
-    (batch, capacity), slots = node.shape, leaf_node.shape[2]
+    (batch, capacity), leaves = node.shape, leaf_node.shape[2]
     out_node, count = node.new_empty(batch, k), node.new_empty(batch)
     out_logp, out_score = (logp.new_empty(batch, k) for _ in range(2))
     if batch:
-        keys = torch.empty(batch, 2, capacity * (1 + slots), dtype=torch.int64, device=node.device)
+        (keys,) = workspace(node.device, (batch * 2 * capacity * (1 + leaves), torch.int64))
         _ved_candidates[(batch,)](
             node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, keys, out_node,
-            out_logp, out_score, count, capacity, slots, length, k, logp_weight, int(forced_first),
-            KEYS=_KEYS, num_warps=4, **OPTIONS,
+            out_logp, out_score, count, capacity=capacity, leaves=leaves, length=length, k=k,
+            logp_weight=logp_weight, KEYS=_KEYS, **options(4),
         )  # fmt: skip
     return out_node, out_logp, out_score, count
 
@@ -138,11 +108,79 @@ def _means(depth_sum, depth_count, b, depth, levels, exists):
     return tl.where(inside, tl.load(depth_sum + at, inside, 0.0) / number.to(tl.float64), float("inf"))
 
 
-@triton.jit(do_not_specialize=["capacity", "children", "levels", "paths", "max_idle"])
+@triton.jit
+def _clear(row_parent, row_node, row_logp, rows, s, NODES: tl.constexpr):
+    """No row is taken yet. Ends with a barrier: some are overwritten by other threads."""
+    for start in range(0, rows, NODES):
+        at = start + s
+        tl.store(row_parent + at, tl.full((NODES,), -1, tl.int32), at < rows)
+        tl.store(row_node + at, tl.full((NODES,), -1, tl.int32), at < rows)
+        tl.store(row_logp + at, tl.full((NODES,), float("-inf"), tl.float32), at < rows)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _skip_known(
+    node, child_node, s, children, passes, upcoming, listed, nodes, active, NODES: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Move the pointers past children that the initial beam search has put into the tree."""
+    moving = active
+    while moving > 0:
+        more = passes & (upcoming >= 0) & (upcoming < listed)
+        child = tl.load(child_node + s.to(tl.int64) * children + upcoming, more, -2)
+        found = tl.zeros((NODES,), tl.int32)
+        for start in range(0, nodes, CHUNK):
+            t = start + tl.arange(0, CHUNK)
+            other = tl.load(node + t, t < nodes, -1)
+            found += tl.sum((child[:, None] == other[None, :]).to(tl.int32), 1)
+        skip = more & (found > 0)
+        upcoming += skip.to(tl.int32)
+        moving = tl.max(skip.to(tl.int32), 0)
+    return upcoming
+
+
+@triton.jit
+def _walk(
+    s, names, parents, priority, exists, open_, upcoming, visits, left, active, child_node, child_logp,
+    row_parent, row_node, row_logp, row, children, levels, exploration,
+):  # fmt: skip
+    """One path from the root down to a leaf.
+
+    It takes the next child of every open node on the way. Returns what has changed: pointers, visits,
+    nodes left of the budget, and whether to look for another path.
+    """
+    log_total = tl.log(_at(visits, s, 0).to(tl.float64) + 1.0)
+    current, level, walking, looking = active * 0, active * 0, active, active
+    while walking > 0:
+        take = (_at(open_, s, current) > 0) & (left > 0) & (level < levels)
+        at = current.to(tl.int64) * children + _at(upcoming, s, current)
+        tl.store(row_parent + row + level, current, take)
+        tl.store(row_node + row + level, tl.load(child_node + at, take, -1), take)
+        tl.store(row_logp + row + level, tl.load(child_logp + at, take, 0.0), take)
+        taken = take.to(tl.int32)
+        upcoming += tl.where(s == current, taken, 0)
+        visits += (s == current).to(tl.int32)
+        left -= taken
+        looking = tl.minimum(looking, 1 - taken)
+        below = exists & (parents == current) & (s > 0) & (level < levels)
+        bound = priority + exploration * tl.sqrt(log_total / (visits + 1).to(tl.float64))
+        bound = tl.where(below, bound, float("-inf"))
+        tied = below & (bound == tl.max(bound, 0))
+        token = tl.min(tl.where(tied, names, _INT32_MAX), 0)
+        walking = tl.max(tied.to(tl.int32), 0)
+        child = tl.max(tl.where(tied & (names == token), s, 0), 0)
+        current = tl.where(walking > 0, child, current)
+        level += 1
+    return upcoming, visits, left, looking
+
+
+@kernel
 def _ved_select(
-    node, parent, priority, visits, next_child, num_children, child_node, child_logp, size, budget, depth,
-    depth_sum, depth_count, row_parent, row_node, row_logp, capacity, children, levels,
-    exploration: tl.float64, paths, max_idle, NODES: tl.constexpr, OTHERS: tl.constexpr,
+    node: I32, parent: I32, priority: F32, visits: I32, next_child: I32, num_children: I32, child_node: I32,
+    child_logp: F32, size: I32, budget: I32, depth: I32, depth_sum: F64, depth_count: I32, row_parent: I32,
+    row_node: I32, row_logp: F32, capacity, children, levels, exploration: tl.float64, paths, max_idle,
+    NODES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, NODES)
@@ -153,42 +191,26 @@ def _ved_select(
     row_node += b * paths * levels
     row_logp += b * paths * levels
 
-    here = tl.minimum(tl.maximum(tl.load(size + b), 0), capacity)
+    nodes = tl.minimum(tl.maximum(tl.load(size + b), 0), capacity)
     allowed = tl.load(budget + b)
-    left = allowed - here
-    exists = s < here
+    left = allowed - nodes
+    exists = s < nodes
+    slot = b * capacity + s
     names = tl.load(node + s, exists, -1)
-    above = tl.load(parent + b * capacity + s, exists, -1)
-    worth = tl.load(priority + b * capacity + s, exists, float("-inf")).to(tl.float64)
-    seen = tl.load(visits + b * capacity + s, exists, 0)
-    upcoming = tl.load(next_child + b * capacity + s, exists, 0)
-    listed = tl.minimum(tl.load(num_children + b * capacity + s, exists, 0), children)
-    level_of = tl.load(depth + b * capacity + s, exists, -1)
-    passes = exists & (worth >= _means(depth_sum, depth_count, b, level_of, levels, exists))
-
-    for start in range(0, paths * levels, NODES):
-        tl.store(row_parent + start + s, tl.full((NODES,), -1, tl.int32), start + s < paths * levels)
-        tl.store(row_node + start + s, tl.full((NODES,), -1, tl.int32), start + s < paths * levels)
-        tl.store(
-            row_logp + start + s, tl.full((NODES,), float("-inf"), tl.float32), start + s < paths * levels
-        )
-    tl.debug_barrier()  # some of them are overwritten below, by other threads
+    parents = tl.load(parent + slot, exists, -1)
+    values = tl.load(priority + slot, exists, float("-inf")).to(tl.float64)
+    seen = tl.load(visits + slot, exists, 0)
+    upcoming = tl.load(next_child + slot, exists, 0)
+    listed = tl.minimum(tl.load(num_children + slot, exists, 0), children)
+    levels_of = tl.load(depth + slot, exists, -1)
+    passes = exists & (values >= _means(depth_sum, depth_count, b, levels_of, levels, exists))
+    _clear(row_parent, row_node, row_logp, paths * levels, s, NODES)
 
     for path in range(0, paths):
-        # Move the pointers past children that the initial beam search has put into the tree.
-        moving = ((here > 0) & (left > 0)).to(tl.int32)
-        while moving > 0:
-            more = passes & (upcoming >= 0) & (upcoming < listed)
-            wanted = tl.load(child_node + s.to(tl.int64) * children + upcoming, more, -2)
-            found = tl.zeros((NODES,), tl.int32)
-            for start in range(0, here, OTHERS):
-                t = start + tl.arange(0, OTHERS)
-                other = tl.load(node + t, t < here, -1)
-                found += tl.sum((wanted[:, None] == other[None, :]).to(tl.int32), 1)
-            skip = more & (found > 0)
-            upcoming += skip.to(tl.int32)
-            moving = tl.max(skip.to(tl.int32), 0)
-
+        active = ((nodes > 0) & (left > 0)).to(tl.int32)
+        upcoming = _skip_known(
+            node, child_node, s, children, passes, upcoming, listed, nodes, active, NODES, CHUNK
+        )
         open_ = (passes & (upcoming >= 0) & (upcoming < listed)).to(tl.int32)
         looking = ((tl.max(open_, 0) > 0) & (left > 0)).to(tl.int32)
         idle = 0
@@ -198,33 +220,14 @@ def _ved_select(
                 left = left * 0
                 looking = looking * 0
             else:
-                log_total = tl.log(_at(seen, s, 0).to(tl.float64) + 1.0)
-                current, level, walking = idle * 0, idle * 0, looking
-                while walking > 0:
-                    take = (_at(open_, s, current) > 0) & (left > 0) & (level < levels)
-                    at = current.to(tl.int64) * children + _at(upcoming, s, current)
-                    row = path * levels + level
-                    tl.store(row_parent + row, current, take)
-                    tl.store(row_node + row, tl.load(child_node + at, take, -1), take)
-                    tl.store(row_logp + row, tl.load(child_logp + at, take, 0.0), take)
-                    taken = take.to(tl.int32)
-                    upcoming += tl.where(s == current, taken, 0)
-                    seen += (s == current).to(tl.int32)
-                    left -= taken
-                    looking = tl.minimum(looking, 1 - taken)
-                    below = exists & (above == current) & (s > 0) & (level < levels)
-                    bound = worth + exploration * tl.sqrt(log_total / (seen + 1).to(tl.float64))
-                    bound = tl.where(below, bound, float("-inf"))
-                    tied = below & (bound == tl.max(bound, 0))
-                    token = tl.min(tl.where(tied, names, 0x7FFFFFFF), 0)
-                    walking = tl.max(tied.to(tl.int32), 0)
-                    child = tl.max(tl.where(tied & (names == token), s, 0), 0)
-                    current = tl.where(walking > 0, child, current)
-                    level += 1
+                upcoming, seen, left, looking = _walk(
+                    s, names, parents, values, exists, open_, upcoming, seen, left, looking, child_node,
+                    child_logp, row_parent, row_node, row_logp, path * levels, children, levels, exploration,
+                )  # fmt: skip
                 idle += 1
 
-    tl.store(visits + b * capacity + s, seen, exists)
-    tl.store(next_child + b * capacity + s, upcoming, exists)
+    tl.store(visits + slot, seen, exists)
+    tl.store(next_child + slot, upcoming, exists)
     tl.store(budget + b, allowed)
 
 
@@ -235,37 +238,39 @@ def _copy(source, target, start, to, width, COPY: tl.constexpr):
         tl.store(target + to * width + i, tl.load(source + start * width + i, i < width), i < width)
 
 
-@triton.jit(do_not_specialize=["capacity", "rows", "children", "leaves", "depths"])
+@kernel
 def _ved_insert(
-    node, parent, logp, value, entropy, priority, visits, next_child, num_children, child_node, child_logp,
-    leaf_node, leaf_logp, leaf_score, num_leaves, slot, size, depth, depth_sum, depth_count, row_parent,
-    row_node, row_logp, row_slot, row_value, row_entropy, row_num_children, row_child_node, row_child_logp,
-    row_leaf_node, row_leaf_logp, row_leaf_score, row_num_leaves, capacity, rows, children, leaves, depths,
-    logp_weight: tl.float64, entropy_weight: tl.float64, COPY: tl.constexpr,
+    node: I32, parent: I32, logp: F32, value: F32, entropy: F32, priority: F32, visits: I32, next_child: I32,
+    num_children: I32, child_node: I32, child_logp: F32, leaf_node: I32, leaf_logp: F32, leaf_score: F32,
+    num_leaves: I32, slot: I64, size: I32, depth: I32, depth_sum: F64, depth_count: I32, row_parent: I32,
+    row_node: I32, row_logp: F32, row_slot: I64, row_value: F32, row_entropy: F32, row_num_children: I32,
+    row_child_node: I32, row_child_logp: F32, row_leaf_node: I32, row_leaf_logp: F32, row_leaf_score: F32,
+    row_num_leaves: I32, capacity, rows, children, leaves, depths, logp_weight: tl.float64,
+    entropy_weight: tl.float64, COPY: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    here = tl.load(size + b)
+    nodes = tl.load(size + b)
     for r in range(0, rows):
         row = b * rows + r
-        name, above = tl.load(row_node + row), tl.load(row_parent + row)
-        known = (above >= 0) & (above < here)
-        level = tl.load(depth + b * capacity + above, known, -1) + 1
-        if (name >= 0) & (here >= 0) & (here < capacity) & (level < depths):
-            to = b * capacity + here
+        name, parent_slot = tl.load(row_node + row), tl.load(row_parent + row)
+        known = (parent_slot >= 0) & (parent_slot < nodes)
+        level = tl.load(depth + b * capacity + parent_slot, known, -1) + 1
+        if (name >= 0) & (nodes >= 0) & (nodes < capacity) & (level < depths):
+            to = b * capacity + nodes
             v = tl.load(row_value + row)
-            v = tl.where(v != v, -_FLOAT32_MAX, tl.minimum(tl.maximum(v, -_FLOAT32_MAX), _FLOAT32_MAX))
+            v = tl.where(v != v, -FLOAT32_MAX, tl.minimum(tl.maximum(v, -FLOAT32_MAX), FLOAT32_MAX))
             log_probability, h = tl.load(row_logp + row), tl.load(row_entropy + row)
             gain = v.to(tl.float64) + entropy_weight * h.to(tl.float64)
             if logp_weight != 0:
                 gain += logp_weight * log_probability.to(tl.float64)
-            gain = tl.where(gain >= -_FLOAT32_MAX, gain, -_FLOAT32_MAX)  # NaN too
-            worth = tl.where(gain > _FLOAT32_MAX, _FLOAT32_MAX, gain).to(tl.float32)
+            gain = tl.where(gain >= -FLOAT32_MAX, gain, -FLOAT32_MAX)  # NaN too
+            gain = tl.where(gain > FLOAT32_MAX, FLOAT32_MAX, gain).to(tl.float32)
             tl.store(node + to, name)
-            tl.store(parent + to, above)
+            tl.store(parent + to, parent_slot)
             tl.store(logp + to, log_probability)
             tl.store(value + to, v)
             tl.store(entropy + to, h)
-            tl.store(priority + to, worth)
+            tl.store(priority + to, gain)
             tl.store(visits + to, 0)
             tl.store(next_child + to, 0)
             tl.store(num_children + to, tl.load(row_num_children + row))
@@ -278,13 +283,13 @@ def _ved_insert(
             _copy(row_leaf_logp, leaf_logp, row, to, leaves, COPY)
             _copy(row_leaf_score, leaf_score, row, to, leaves, COPY)
             at = b * depths + level
-            total, number = tl.load(depth_sum + at) + worth.to(tl.float64), tl.load(depth_count + at) + 1
+            total, number = tl.load(depth_sum + at) + gain.to(tl.float64), tl.load(depth_count + at) + 1
             tl.debug_barrier()  # all threads have read
             tl.store(depth_sum + at, total)
             tl.store(depth_count + at, number)
-            here += 1
+            nodes += 1
         tl.debug_barrier()  # a row may stand below the one before
-    tl.store(size + b, here)
+    tl.store(size + b, nodes)
 
 
 @triton.jit
@@ -297,116 +302,137 @@ def _rank(value, logp, logp_weight: tl.float64):
 
 
 @triton.jit
-def _pair(there, tier, score, prefix, logp, name):
+def _pair(valid, tier, score, prefix, logp, name):
     """Two integers that order leaves: tier, score, prefix; then log-probability, node."""
     body = (ordered(score).to(tl.int64) + 0x80000000) << 31
-    body += 0x7FFFFFFF - prefix.to(tl.int64)
-    first = tl.where(tier == 0, body, body + _LOWEST)
-    second = (ordered(tl.where(tier == 0, 0.0, logp)).to(tl.int64) << 32) + (0x7FFFFFFF - name.to(tl.int64))
-    return tl.where(there, first, _LOWEST), tl.where(there, second, _LOWEST)
+    body += _INT32_MAX - prefix.to(tl.int64)
+    first = tl.where(tier == 0, body, body + LOWEST)
+    second = (ordered(tl.where(tier == 0, 0.0, logp)).to(tl.int64) << 32) + (_INT32_MAX - name.to(tl.int64))
+    return tl.where(valid, first, LOWEST), tl.where(valid, second, LOWEST)
 
 
-@triton.jit(do_not_specialize=["capacity", "slots", "length", "k", "forced_first"])
+@triton.jit
+def _node_keys(
+    node, logp, value, depth, first_keys, second_keys, nodes, capacity, length, logp_weight,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Write the keys of the evaluated leaves, and return how many there are."""
+    evaluated = 0
+    for start in range(0, capacity, KEYS):
+        s = start + tl.arange(0, KEYS)
+        valid = (s < nodes) & (tl.load(depth + s, s < nodes, -1) == length)
+        name, log_probability = tl.load(node + s, valid, 0), tl.load(logp + s, valid, 0.0)
+        score = _rank(tl.load(value + s, valid, 0.0), log_probability, logp_weight)
+        first, second = _pair(valid, s * 0, score, name, log_probability, name)
+        tl.store(first_keys + s, first, s < capacity)
+        tl.store(second_keys + s, second, s < capacity)
+        evaluated += tl.sum(valid.to(tl.int32), 0)
+    return evaluated
+
+
+@triton.jit
+def _leaf_keys(
+    node, depth, leaf_node, leaf_logp, leaf_score, num_leaves, first_keys, second_keys, nodes, evaluated,
+    capacity, leaves, length, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Write the keys of the listed leaves that are not evaluated, and return how many there are."""
+    total = 0
+    for start in range(0, capacity * leaves, KEYS):
+        i = start + tl.arange(0, KEYS)
+        s = i // leaves
+        listed = tl.load(num_leaves + s, s < nodes, 0)
+        valid = (s < nodes) & (i % leaves < listed)
+        name = tl.load(leaf_node + i, valid, -1)
+        known = tl.zeros((KEYS,), tl.int32)
+        for t in range(0, tl.where(evaluated > 0, nodes, 0)):
+            other = tl.where(tl.load(depth + t) == length, tl.load(node + t), -1)
+            known |= (name == other).to(tl.int32)
+        valid &= known == 0
+        prefix = tl.load(node + s, valid, 0)
+        score, log_probability = tl.load(leaf_score + i, valid, 0.0), tl.load(leaf_logp + i, valid, 0.0)
+        first, second = _pair(valid, s * 0 + 1, score, prefix, log_probability, name)
+        tl.store(first_keys + capacity + i, first, i < capacity * leaves)
+        tl.store(second_keys + capacity + i, second, i < capacity * leaves)
+        total += tl.sum(valid.to(tl.int32), 0)
+    return total
+
+
+@triton.jit
+def _best_after(first_keys, second_keys, last_first, last_second, entries, KEYS: tl.constexpr):
+    """The largest pair of keys below the last one, and where it stands."""
+    best_first = tl.full((), LOWEST, tl.int64)
+    best_second = best_first
+    where = tl.full((), 0, tl.int32)
+    for start in range(0, entries, KEYS):
+        i = start + tl.arange(0, KEYS)
+        first = tl.load(first_keys + i, i < entries, LOWEST)
+        second = tl.load(second_keys + i, i < entries, LOWEST)
+        after = (first < last_first) | ((first == last_first) & (second < last_second))
+        first = tl.where(after, first, LOWEST)
+        block_first = tl.max(first, 0)
+        tied = after & (first == block_first)
+        block_second = tl.max(tl.where(tied, second, LOWEST), 0)
+        at = tl.max(tl.where(tied & (second == block_second), i, 0), 0)
+        better = (block_first > best_first) | ((block_first == best_first) & (block_second > best_second))
+        best_first = tl.where(better, block_first, best_first)
+        best_second = tl.where(better, block_second, best_second)
+        where = tl.where(better, at, where)
+    return best_first, best_second, where
+
+
+@kernel
 def _ved_candidates(
-    node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, keys, out_node, out_logp,
-    out_score, count, capacity, slots, length, k, logp_weight: tl.float64, forced_first, KEYS: tl.constexpr,
+    node: I32, logp: F32, value: F32, size: I32, depth: I32, leaf_node: I32, leaf_logp: F32, leaf_score: F32,
+    num_leaves: I32, keys: I64, out_node: I32, out_logp: F32, out_score: F32, count: I32, capacity, leaves,
+    length, k, logp_weight: tl.float64, KEYS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    step = tl.arange(0, KEYS)
     node += b * capacity
     depth += b * capacity
     logp += b * capacity
     value += b * capacity
     num_leaves += b * capacity
-    leaf_node += b * capacity * slots
-    leaf_logp += b * capacity * slots
-    leaf_score += b * capacity * slots
-    entries = capacity * (1 + slots)
+    leaf_node += b * capacity * leaves
+    leaf_logp += b * capacity * leaves
+    leaf_score += b * capacity * leaves
+    entries = capacity * (1 + leaves)
     first_keys = keys + b * 2 * entries
     second_keys = first_keys + entries
-    here = tl.minimum(tl.maximum(tl.load(size + b), 0), capacity)
+    nodes = tl.minimum(tl.maximum(tl.load(size + b), 0), capacity)
 
-    total, evaluated = 0, 0
-    for start in range(0, capacity, KEYS):
-        s = start + step
-        there = (s < here) & (tl.load(depth + s, s < here, -1) == length)
-        name, log_probability = tl.load(node + s, there, 0), tl.load(logp + s, there, 0.0)
-        score = _rank(tl.load(value + s, there, 0.0), log_probability, logp_weight)
-        first, second = _pair(there, s * 0, score, name, log_probability, name)
-        tl.store(first_keys + s, first, s < capacity)
-        tl.store(second_keys + s, second, s < capacity)
-        evaluated += tl.sum(there.to(tl.int32), 0)
-    total += evaluated
-    for start in range(0, capacity * slots, KEYS):
-        i = start + step
-        s = i // slots
-        listed = tl.load(num_leaves + s, s < here, 0)
-        there = (s < here) & (i % slots < listed)
-        name = tl.load(leaf_node + i, there, -1)
-        present = tl.zeros((KEYS,), tl.int32)
-        for t in range(0, tl.where(evaluated > 0, here, 0)):
-            other = tl.where(tl.load(depth + t) == length, tl.load(node + t), -1)
-            present |= (name == other).to(tl.int32)
-        there &= present == 0
-        forced = (forced_first != 0) & (listed == 1)
-        prefix = tl.where(forced, name, tl.load(node + s, there, 0))
-        score, log_probability = tl.load(leaf_score + i, there, 0.0), tl.load(leaf_logp + i, there, 0.0)
-        first, second = _pair(there, tl.where(forced, 0, 1), score, prefix, log_probability, name)
-        tl.store(first_keys + capacity + i, first, i < capacity * slots)
-        tl.store(second_keys + capacity + i, second, i < capacity * slots)
-        total += tl.sum(there.to(tl.int32), 0)
+    evaluated = _node_keys(
+        node, logp, value, depth, first_keys, second_keys, nodes, capacity, length, logp_weight, KEYS
+    )
+    total = evaluated + _leaf_keys(
+        node, depth, leaf_node, leaf_logp, leaf_score, num_leaves, first_keys, second_keys, nodes, evaluated,
+        capacity, leaves, length, KEYS,
+    )  # fmt: skip
     tl.store(count + b, tl.minimum(total, k))
     tl.debug_barrier()  # what other threads have stored is read
 
-    last_first = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
+    last_first = tl.full((), _INT64_MAX, tl.int64)
     last_second = last_first
     for rank in range(0, k):
-        best_first = tl.full((), _LOWEST, tl.int64)
-        best_second = best_first
-        where = tl.full((), 0, tl.int32)
-        for start in range(0, tl.where(rank < total, entries, 0), KEYS):
-            i = start + step
-            first = tl.load(first_keys + i, i < entries, _LOWEST)
-            second = tl.load(second_keys + i, i < entries, _LOWEST)
-            after = (first < last_first) | ((first == last_first) & (second < last_second))
-            first = tl.where(after, first, _LOWEST)
-            top = tl.max(first, 0)
-            tied = after & (first == top)
-            top_second = tl.max(tl.where(tied, second, _LOWEST), 0)
-            at = tl.max(tl.where(tied & (second == top_second), i, 0), 0)
-            better = (top > best_first) | ((top == best_first) & (top_second > best_second))
-            best_first = tl.where(better, top, best_first)
-            best_second = tl.where(better, top_second, best_second)
-            where = tl.where(better, at, where)
-        last_first, last_second = best_first, best_second
-
         exists = rank < total
+        last_first, last_second, where = _best_after(
+            first_keys, second_keys, last_first, last_second, tl.where(exists, entries, 0), KEYS
+        )
         leaf = where - capacity
-        own, completed = exists & (leaf < 0), exists & (leaf >= 0)
-        name = tl.where(own, tl.load(node + where, own, -1), tl.load(leaf_node + leaf, completed, -1))
-        log_probability = tl.load(logp + where, own, float("-inf"))
-        score = _rank(tl.load(value + where, own, 0.0), log_probability, logp_weight)
-        other = tl.load(leaf_logp + leaf, completed, float("-inf"))
-        other_score = tl.load(leaf_score + leaf, completed, float("-inf"))
+        is_node, is_leaf = exists & (leaf < 0), exists & (leaf >= 0)
+        name = tl.where(is_node, tl.load(node + where, is_node, -1), tl.load(leaf_node + leaf, is_leaf, -1))
+        node_logp = tl.load(logp + where, is_node, float("-inf"))
+        node_score = _rank(tl.load(value + where, is_node, 0.0), node_logp, logp_weight)
+        other_logp = tl.load(leaf_logp + leaf, is_leaf, float("-inf"))
+        other_score = tl.load(leaf_score + leaf, is_leaf, float("-inf"))
         tl.store(out_node + b * k + rank, name)
-        tl.store(out_logp + b * k + rank, tl.where(own, log_probability, other))
-        tl.store(out_score + b * k + rank, tl.where(own, score, other_score))
+        tl.store(out_logp + b * k + rank, tl.where(is_node, node_logp, other_logp))
+        tl.store(out_score + b * k + rank, tl.where(is_node, node_score, other_score))
 
 
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
-    floats = ("logp", "value", "entropy", "priority", "child_logp", "leaf_logp", "leaf_score")
-    ints = (
-        "node", "parent", "visits", "next_child", "num_children", "child_node", "leaf_node", "num_leaves",
-        "size", "budget", "depth", "depth_count",
-    )  # fmt: skip
-    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(ints, "*i32")
-    types |= {f"row_{name}": pointer for name, pointer in types.items()}
-    types |= {"slot": "*i64", "row_slot": "*i64", "keys": "*i64", "depth_sum": "*fp64", "out_node": "*i32"}
-    types |= {"count": "*i32", "out_logp": "*fp32", "out_score": "*fp32"}
-    types |= dict.fromkeys(("exploration", "logp_weight", "entropy_weight"), "fp64")
     for nodes, warps in _NODES:
-        constants = {"NODES": nodes, "OTHERS": _others(nodes)}
-        yield Specialization(f"ved_select {nodes} nodes", _ved_select, types, constants, warps)
-    yield Specialization("ved_insert", _ved_insert, types, {"COPY": _COPY}, 1)
-    yield Specialization("ved_candidates", _ved_candidates, types, {"KEYS": _KEYS}, 4)
+        constants = {"NODES": nodes, "CHUNK": _chunk(nodes)}
+        yield Specialization(f"ved_select {nodes} nodes", _ved_select, warps, constants)
+    yield Specialization("ved_insert", _ved_insert, 1, {"COPY": _COPY})
+    yield Specialization("ved_candidates", _ved_candidates, 4, {"KEYS": _KEYS})

@@ -197,7 +197,7 @@ def test_a_compiler_that_fails(tree: Path, failing: Path, tmp_path: Path) -> Non
     environment = {"CXX": str(failing), "VSTAR_OPS_SKIP": "cuda"}
     printed = run("setup.py", "-q", "build_ext", "--inplace", cwd=copy, **environment)
     assert "error: no such thing" in printed
-    reason = f"{failing} failed on csrc/cpu/sibling_advantage.cpp with exit status 3 (its messages are above)"
+    reason = f"{failing} failed on csrc/cpu/sibling_advantage.cpp (error: no such thing)"
     assert printed.count(f"{SENTENCE} {reason}; everything still works") == 1
     assert record(copy / "vstar_ops")["cpu"] == {"missing": reason}
     assert not stale.exists()
@@ -249,7 +249,7 @@ def test_torch_and_cuda_must_fit(recipe: Any, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(recipe.CannotBuild, match=re.escape(f"torch {version} is older than 99.1")):
         check("cpu", required=True)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(recipe.CannotBuild, match="torch is not importable at build time"):
+    with pytest.raises(recipe.CannotBuild, match="torch could not be imported at build time"):
         check("cpu", required=True)
 
 

@@ -240,12 +240,12 @@ def test_errors(change, error, message):
 
 def test_the_op_checks_the_weights_it_reads(cpu):
     sids, item, target, wanted, mask = make(0, 2, 6, 3, 5, 3)
-    for weights in (
-        torch.ones(3),
-        torch.ones(2, dtype=torch.float64),
-        torch.ones(6, dtype=torch.float64)[::2],
+    for weights, message in (
+        (torch.ones(3), "argument 6 must be float64"),
+        (torch.ones(2, dtype=torch.float64), r"weights must have the shape \[L\] = \[3\], got \[2\]"),
+        (torch.ones(6, dtype=torch.float64)[::2], "argument 6 must be contiguous"),
     ):
-        with pytest.raises(RuntimeError, match="weights must be contiguous float64"):
+        with pytest.raises(RuntimeError, match=message):
             torch.ops.vstar_ops.prefix_returns(sids, item, target, wanted, mask, weights)
 
 

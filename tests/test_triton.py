@@ -6,9 +6,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 import vstar_ops
 from vstar_ops import _triton
@@ -31,7 +35,7 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING or vstar_ops.backends()["triton"].available, reason="they run as they are")
-@pytest.mark.parametrize("module", _triton.MODULES)
+@pytest.mark.parametrize("module", _triton.modules())
 def test_interpreted(module: str) -> None:
     """The tests of an op with its kernels interpreted, in a process of their own: Triton reads the variable
     when a kernel is defined."""
@@ -67,11 +71,79 @@ def test_every_specialization_has_a_name_of_its_own() -> None:
 
 
 def test_warmup_names_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="modules must be some of .*expand_topk.*, got 'beam'"):
+    with pytest.raises(ValueError, match="names must be some of .*expand_topk.*, got 'beam'"):
         vstar_ops.warmup("beam")
     if not vstar_ops.backends()["triton"].available:
-        with pytest.raises(RuntimeError, match="nothing to compile for: torch .* is built without CUDA"):
+        with pytest.raises(RuntimeError, match="cannot be compiled here: torch .* is built without CUDA"):
             vstar_ops.warmup("ved")
+
+
+@pytest.mark.parametrize(
+    ("k", "max_children", "message"),
+    [
+        (3000, 3000, "expand_topk: the Triton backend takes at most 2,048 winners, got 3,000"),
+        (8, 2**31, "the Triton backend takes fewer than 2\\^31 children per request, got 2,147,483,648"),
+    ],
+)
+def test_expand_topk_says_what_it_does_not_take(k: int, max_children: int, message: str) -> None:
+    logits, offset, token = torch.zeros(1, 1, 3000), torch.tensor([0, 3000]), torch.arange(3000)
+    node, options = torch.zeros(1, 1, dtype=torch.int64), (1.0, 0.0, 0.0, 1.0, False, max_children)
+    arguments = (logits, offset, token, node, k, *[None] * 5, *options)
+    with pytest.raises(_triton.Unsupported, match=message):
+        _triton.run("expand_topk", "expand_topk", *arguments)
+
+
+def test_ved_select_says_what_it_does_not_take() -> None:
+    node, other = torch.zeros(1, 2049, dtype=torch.int32), [None] * 12
+    with pytest.raises(NotImplementedError, match="ved_select: the Triton backend takes at most 2,048 nodes"):
+        _triton.run("ved_select", "ved", node, *other, 3, 1.0, 1, 1)
+
+
+@pytest.mark.parametrize(("current", "entered"), [(0, [torch.device("cuda:1")]), (1, [])])
+def test_a_kernel_runs_on_the_device_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch, current: int, entered: list[torch.device]
+) -> None:
+    class OnSecondGpu(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    found: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: found.append(device) or nullcontext())
+    monkeypatch.setattr(_triton, "_kernels", lambda module: SimpleNamespace(op=lambda *arguments: len(found)))
+    x = torch.zeros(2).as_subclass(OnSecondGpu)
+    assert _triton.run("op", "module", None, x, 1.0) == len(entered)
+    assert found == entered
+
+
+def test_warmup_loads_what_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would load a kernel at its first launch, which fails while a CUDA graph is captured."""
+    loaded: list[str] = []
+
+    def item(name: str) -> Any:
+        compiled = SimpleNamespace(_init_handles=lambda: loaded.append(name))
+        kernel = SimpleNamespace(warmup=lambda *arguments, grid, **options: compiled)
+        return SimpleNamespace(kernel=kernel, constants={}, options={}, signature=lambda: {"x": "*fp32"})
+
+    monkeypatch.setattr(_triton, "specializations", lambda names: map(item, names or ("all",)))
+    monkeypatch.setattr(_triton, "interpreting", lambda: False)
+    status = vstar_ops._backends.BackendStatus(True, "")
+    monkeypatch.setattr(_triton, "backends", lambda: {"triton": status})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert vstar_ops.warmup("ved", "token_logp") >= 0
+    assert vstar_ops.warmup() >= 0
+    assert loaded == ["ved", "token_logp", "all"]
+
+
+def test_parts_of_the_workspace_are_aligned() -> None:
+    """Triton compiles another variant for a pointer that is no multiple of 16."""
+    from vstar_ops.kernels._kernel import workspace
+
+    lengths = (3, 0, 5, 1, 7)
+    dtypes = (torch.float32, torch.int64, torch.int32, torch.float64, torch.float32)
+    parts = workspace(torch.device("cpu"), *zip(lengths, dtypes, strict=True))
+    assert [len(x) for x in parts] == [4, 0, 8, 2, 8]
+    assert [x.dtype for x in parts] == list(dtypes)
+    assert all((x.data_ptr() - parts[0].data_ptr()) % 16 == 0 for x in parts if len(x))
 
 
 def test_the_first_call_is_logged_once() -> None:

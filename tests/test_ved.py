@@ -371,7 +371,6 @@ def test_steps_change_the_same_bits(backend):
                 "exploration": float(rng.choice([0.0, 1.0, 3.0])), "traversals": traversals,
                 "max_idle": int(rng.choice([0, 3, 50])),
             }  # fmt: skip
-            rank = {"logp_weight": logp_weight, "forced_first": bool(rng.integers(2))}
             length, k = int(rng.integers(1, levels + 1)), int(rng.integers(1, 9))
             results = []
             for name in ("reference", backend):
@@ -379,7 +378,7 @@ def test_steps_change_the_same_bits(backend):
                 with contextlib.nullcontext() if name == backend else vstar_ops.use_backend(name):
                     ved_insert(copy, rows, evaluation, logp_weight=logp_weight)
                     chosen = ved_select(copy, **walk)
-                    results.append((copy, chosen, ved_candidates(copy, length, k, **rank)))
+                    results.append((copy, chosen, ved_candidates(copy, length, k, logp_weight=logp_weight)))
             (want_trees, want_rows, want_leaves), (trees, rows, leaves) = results
             for got, want in zip((*rows, *leaves), (*want_rows, *want_leaves)):
                 torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

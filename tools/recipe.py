@@ -136,7 +136,7 @@ def check_torch(backend: str, required: bool) -> None:
         import torch
     except ImportError:
         raise CannotBuild(
-            "torch is not importable at build time (install it first and use --no-build-isolation)"
+            "torch could not be imported at build time (pip hides it without --no-build-isolation)"
         ) from None
     if torch.__version__ < OLDEST_TORCH:
         raise CannotBuild(f"torch {torch.__version__} is older than {OLDEST_TORCH}")

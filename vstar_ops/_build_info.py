@@ -29,7 +29,7 @@ def not_built(backend: str) -> str:
     """The sentence for a module that is missing, with the command that builds it or fails with the reason."""
     why = reason(backend) or "no build has run here"
     return (
-        f"not built: {why}; beside torch, `VSTAR_OPS_REQUIRE={backend} pip install --no-build-isolation .` "
+        f"not built: {why}; `VSTAR_OPS_REQUIRE={backend} pip install --no-build-isolation .` "
         "in the source folder builds it"
     )
 

@@ -13,37 +13,40 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from ._backends import backends, interpreting
 
-MODULES = (
-    "expand_topk",
-    "group_advantage",
-    "prefix_returns",
-    "prefix_tree",
-    "sibling_advantage",
-    "sibling_grpo_loss",
-    "token_logp",
-    "ved",
-)
 ARCHITECTURES = (80, 90, 100)
-
-
-class Unsupported(NotImplementedError):
-    """Arguments beyond a limit of a kernel; the message names the op, the limit and what came."""
 
 
 _log = logging.getLogger("vstar_ops")
 _called: set[str] = set()
 
 
+class Unsupported(NotImplementedError):
+    """A Triton kernel does not take this call, and nothing has been launched."""
+
+
+def modules() -> tuple[str, ...]:
+    """The files in ``kernels/`` that hold an op's kernels."""
+    from .ops import OPS  # which need this file
+
+    return tuple(sorted({op.module for op in OPS.values()}))
+
+
 def run(name: str, module: str, *arguments: Any) -> Any:
-    """Call the Triton kernel ``kernels/<module>.py: <name>``; say once how long its first call took."""
+    """Call the Triton kernel ``kernels/<module>.py: <name>``; say once how long its first call took.
+
+    Raises:
+        Unsupported: the call is beyond what the kernel takes.
+    """
     start = time.perf_counter()
-    result = getattr(_kernels(module), name)(*arguments)
+    with _device_of(arguments):
+        result = getattr(_kernels(module), name)(*arguments)
     if name not in _called:
         _called.add(name)
         seconds = time.perf_counter() - start
@@ -51,50 +54,59 @@ def run(name: str, module: str, *arguments: Any) -> Any:
     return result
 
 
+def _device_of(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Makes the GPU of the tensors the current one: Triton launches on that."""
+    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 def _kernels(module: str) -> Any:
     return importlib.import_module(f"vstar_ops.kernels.{module}")
 
 
-def specializations(modules: Iterable[str] = MODULES) -> Iterator[Any]:
-    """All that the library compiles, for contiguous inputs whose rows are multiples of 16 long."""
-    for module in modules:
+def specializations(names: Iterable[str] | None = None) -> Iterator[Any]:
+    """All that these modules (or all) compile, for contiguous inputs whose rows are multiples of 16 long."""
+    for module in modules() if names is None else names:
         yield from _kernels(module).specializations()
 
 
-def warmup(*modules: str, device: torch.device | str = "cuda") -> float:
-    """Compile Triton kernels ahead of their first call.
+def warmup(*names: str, device: torch.device | str = "cuda") -> float:
+    """Compile Triton kernels and load them onto a GPU ahead of their first call.
 
     A kernel is otherwise compiled when it is first called with new dtypes or a new class of sizes, which
     takes from half a second to ten. Triton keeps what was compiled on disk, so a second process loads it in
-    milliseconds.
+    milliseconds. A kernel that is not loaded cannot be captured in a CUDA graph.
 
     Args:
-        modules: some of ``"expand_topk"``, ``"group_advantage"``, ``"prefix_returns"``,
+        names: some of ``"expand_topk"``, ``"group_advantage"``, ``"prefix_returns"``,
             ``"prefix_tree"``, ``"sibling_advantage"``, ``"sibling_grpo_loss"``, ``"token_logp"``, ``"ved"``;
-            all if there are none.
+            all if none is given.
         device: the GPU to compile for.
 
     Returns:
         Seconds that it took.
 
     Raises:
-        ValueError: an unknown module.
+        ValueError: an unknown name.
         RuntimeError: Triton kernels cannot run here, with the reason.
 
     Example:
         >>> vstar_ops.warmup("sibling_advantage")  # doctest: +SKIP
         12.3
     """
-    for module in modules:
-        if module not in MODULES:
-            raise ValueError(f"modules must be some of {MODULES}, got {module!r}")
+    for name in names:
+        if name not in modules():
+            raise ValueError(f"names must be some of {modules()}, got {name!r}")
     status = backends()["triton"]
     if not status.available or interpreting():
-        raise RuntimeError(f"there is nothing to compile for: {status.detail}")
+        raise RuntimeError(f"Triton kernels cannot be compiled here: {status.detail}")
     start = time.perf_counter()
     with torch.cuda.device(device):
-        for item in specializations(modules or MODULES):
-            item.kernel.warmup(*stand_ins(item), grid=(1,), **item.options)
+        for item in specializations(names or None):
+            compiled = item.kernel.warmup(*stand_ins(item), grid=(1,), **item.options)
+            compiled._init_handles()  # otherwise Triton loads it at its first launch
     return time.perf_counter() - start
 
 
@@ -116,11 +128,11 @@ def _stand_in(kind: str) -> Any:
 
 
 class Resources(NamedTuple):
-    """What a thread or a block of a compiled kernel takes."""
+    """What a compiled kernel takes."""
 
-    registers: int
-    shared: int  # bytes a block
-    spilled: int  # bytes a thread
+    registers: int  # per thread
+    shared: int  # bytes per block
+    spilled: int  # bytes per thread
 
 
 def resources(item: Any, architecture: int) -> Resources:

@@ -256,7 +256,7 @@ void run_blocks(const Cpu& device, const ExpandTopKArgs& a, int64_t row_work, in
 
 }  // namespace
 
-inline void check_sizes(const Cpu&, const ExpandTopKArgs&) {}
+static bool fits(const Cpu&, const ExpandTopKArgs&) { return true; }
 
 void run(const Cpu& device, const ExpandTopKArgs& a) {
   const int64_t row_work = a.vocab ? a.columns : std::min<int64_t>(a.max_children, 32);
@@ -272,6 +272,6 @@ void run(const Cpu& device, const ExpandTopKArgs& a) {
   }
 }
 
-VSTAR_REGISTER(Cpu, expand_topk);
-
 }  // namespace vstar
+
+VSTAR_REGISTER(Cpu, expand_topk);

@@ -31,6 +31,6 @@ void run(const Cpu& device, const GroupAdvantageArgs& a) {
   });
 }
 
-VSTAR_REGISTER(Cpu, group_advantage);
-
 }  // namespace vstar
+
+VSTAR_REGISTER(Cpu, group_advantage);

@@ -127,6 +127,6 @@ class Loss {
 
 void run(const Cpu& device, const SiblingGRPOLossArgs& a) { Loss(device, a).run(); }
 
-VSTAR_REGISTER(Cpu, sibling_grpo_loss);
-
 }  // namespace vstar
+
+VSTAR_REGISTER(Cpu, sibling_grpo_loss);

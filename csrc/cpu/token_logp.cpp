@@ -70,7 +70,7 @@ SoftmaxSums merged(const SoftmaxSums* blocks, int64_t count, double inv_temperat
 template <class Body>
 void for_blocks(const Cpu& device, const LogitRows& a, int64_t blocks, const Body& body) {
   const int64_t columns = std::min(a.columns, kBlock);
-  device.parallel_for(a.rows * blocks, kGrain, columns, [&](int64_t first, int64_t last) {
+  device.parallel_for(a.rows() * blocks, kGrain, columns, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i % blocks * kBlock;
       body(LogitRow(a, i / blocks), i, begin, std::min(kBlock, a.columns - begin));
@@ -81,17 +81,17 @@ void for_blocks(const Cpu& device, const LogitRows& a, int64_t blocks, const Bod
 // body(first row, last row), over the children of the rows' nodes.
 template <class Body>
 void for_legal_rows(const Cpu& device, const LogitRows& a, const Body& body) {
-  device.parallel_for(a.rows, kGrain, std::min<int64_t>(a.max_children, 256) + a.targets + 16, body);
+  device.parallel_for(a.rows(), kGrain, std::min<int64_t>(a.max_children, 256) + a.targets + 16, body);
 }
 
 void whole_vocabulary(const Cpu& device, const TokenLogpArgs& a) {
   const TypedLoops& loops = simd().typed[int(a.logits.type)];
   const int64_t blocks = std::max<int64_t>(1, (a.columns + kBlock - 1) / kBlock);
-  std::vector<SoftmaxSums> sums(a.rows * blocks);
+  std::vector<SoftmaxSums> sums(a.rows() * blocks);
   for_blocks(device, a, blocks, [&](const LogitRow& row, int64_t i, int64_t begin, int64_t n) {
     sums[i] = loops.block_softmax(row.from(begin), a.logits.stride[2], n, a.inv_temperature);
   });
-  for (int64_t r = 0; r < a.rows; ++r) {
+  for (int64_t r = 0; r < a.rows(); ++r) {
     const LogitRow row(a, r);
     store_statistics(a, r, merged(sums.data() + r * blocks, blocks, a.inv_temperature));
     store_targets(a, row, [&](int64_t column) {
@@ -134,8 +134,8 @@ struct Coefficients {
 
 class Backward {
  public:
-  explicit Backward(const TokenLogpBackwardArgs& args) : a(args), coefficients_(args.rows) {
-    for (int64_t r = 0; r < a.rows; ++r) {
+  explicit Backward(const TokenLogpBackwardArgs& args) : a(args), coefficients_(args.rows()) {
+    for (int64_t r = 0; r < a.rows(); ++r) {
       const LogitRow row(a, r);
       Coefficients& c = coefficients_[r];
       for (int64_t t = 0; t < a.targets; ++t) c.slope -= weight(row, t);
@@ -158,7 +158,7 @@ class Backward {
         loops.softmax_gradient(row.from(begin), a.logits.stride[2], n, a.inv_temperature, of_row(row.r), to);
       }
     });
-    for (int64_t r = 0; r < a.rows; ++r) store_targets(LogitRow(a, r), out + r * a.columns);
+    for (int64_t r = 0; r < a.rows(); ++r) store_targets(LogitRow(a, r), out + r * a.columns);
   }
 
   // `out` is zero.
@@ -246,7 +246,7 @@ void run(const Cpu& device, const TokenLogpBackwardArgs& a) {
   });
 }
 
+}  // namespace vstar
+
 VSTAR_REGISTER(Cpu, token_logp);
 VSTAR_REGISTER(Cpu, token_logp_backward);
-
-}  // namespace vstar

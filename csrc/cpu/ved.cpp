@@ -161,8 +161,8 @@ void run(const Cpu& device, const VedCandidatesArgs& a) {
   });
 }
 
+}  // namespace vstar
+
 VSTAR_REGISTER(Cpu, ved_select);
 VSTAR_REGISTER(Cpu, ved_insert);
 VSTAR_REGISTER(Cpu, ved_candidates);
-
-}  // namespace vstar

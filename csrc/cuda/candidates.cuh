@@ -10,7 +10,6 @@
 #include "cuda/device.cuh"
 
 namespace vstar {
-namespace cuda {
 
 constexpr int kRanked = 128;  // candidates, from which on they are sorted by exchanges
 
@@ -126,18 +125,14 @@ VSTAR_DEVICE void sort_candidates(Candidates& c, const WithScratch<Args>& a, int
   __syncthreads();
 }
 
-// Bytes of workspace for `bytes` of scratch per request.
-inline int64_t request_workspace(int64_t batch, int64_t bytes) { return bytes <= kMostShared ? 0 : batch * bytes; }
-
-// One launch, one block per request. The workspace has request_workspace() bytes.
+// One launch, one block per request with so many bytes of scratch.
 template <class Args>
-inline void launch_requests(
-    void (*kernel)(WithScratch<Args>), const Args& args, int64_t bytes, int threads, void* workspace, const Launcher& launch) {
-  if (args.batch == 0) return;
-  const bool fits = request_workspace(args.batch, bytes) == 0;
-  const WithScratch<Args> a{
-      args, fits ? nullptr : static_cast<unsigned char*>(workspace), bytes, int(next_power_of_2(args.group))};
-  launch(kernel, dim3{unsigned(args.batch)}, threads, fits ? bytes : 0, a);
+inline void launch_requests(const Gpu& gpu, void (*kernel)(WithScratch<Args>), const Args& a, int64_t bytes, int threads) {
+  if (a.batch == 0) return;
+  const bool fits = bytes <= kMostShared;
+  unsigned char* const workspace = gpu.workspace(fits ? 0 : a.batch * bytes);
+  const WithScratch<Args> with_scratch{a, workspace, bytes, int(next_power_of_2(a.group))};
+  gpu.launch(kernel, dim3{unsigned(a.batch)}, threads, fits ? bytes : 0, with_scratch);
 }
 
 // Of a block: one for each candidate, up to 256.
@@ -179,5 +174,4 @@ VSTAR_DEVICE void find_level(Level& level, const Candidates& c, int64_t depth) {
   __syncthreads();
 }
 
-}  // namespace cuda
 }  // namespace vstar

@@ -25,7 +25,6 @@
 #endif
 
 namespace vstar {
-namespace cuda {
 
 constexpr unsigned kAll = 0xFFFFFFFFu;  // lanes
 constexpr float kInf = INFINITY;
@@ -153,5 +152,17 @@ struct Launcher {
 #endif
 };
 
-}  // namespace cuda
+// What a launch plan asks for.
+class Gpu {
+ public:
+  explicit Gpu(const Launcher& launcher) : launch(launcher) {}
+  // Scratch for the launches of this call; null for no bytes.
+  virtual unsigned char* workspace(int64_t bytes) const = 0;
+
+  const Launcher launch;
+
+ protected:
+  ~Gpu() = default;
+};
+
 }  // namespace vstar

@@ -27,7 +27,6 @@
 #include "cuda/select.cuh"
 
 namespace vstar {
-namespace cuda {
 
 // What the second launch needs to know of a row.
 struct alignas(16) ExpandRow {
@@ -260,7 +259,7 @@ inline int64_t expand_segments(const ExpandTopKArgs& a) {
   const int64_t children = a.max_children > 1 ? a.max_children : 1, bits = expand_segment_bits(a);
   return (children + (int64_t(1) << bits) - 1) >> bits;
 }
-inline bool expand_possible(const ExpandTopKArgs& a) {
+inline bool fits(const Gpu&, const ExpandTopKArgs& a) {
   const int64_t numbers = (a.width * expand_segments(a)) << expand_segment_bits(a);
   return numbers < (int64_t(1) << 32) && a.columns < (int64_t(1) << 31);
 }
@@ -286,34 +285,30 @@ inline ExpandPlan plan_expand_topk(const ExpandTopKArgs& a) {
 }
 
 template <class T>
-inline void launch_expand_rows(const ExpandLaunch& a, const Launcher& launch) {
+inline void launch_expand_rows(const Gpu& gpu, const ExpandLaunch& a) {
   const int64_t rows = a.batch * a.width;
   if (rows == 0) return;
   if (a.plan.long_rows) {
-    launch(expand_rows_kernel<T, kLongWarps>, dim3{unsigned(rows)}, 32 * kLongWarps, 4 * 3 * kLongWarps, a);
+    gpu.launch(expand_rows_kernel<T, kLongWarps>, dim3{unsigned(rows)}, 32 * kLongWarps, 4 * 3 * kLongWarps, a);
   } else {
     const dim3 grid{unsigned((rows + kShortRows - 1) / kShortRows)};
-    launch(expand_rows_kernel<T, 1>, grid, 32 * kShortRows, 0, a);
+    gpu.launch(expand_rows_kernel<T, 1>, grid, 32 * kShortRows, 0, a);
   }
 }
 
-inline int64_t expand_topk_workspace(const ExpandPlan& p) {
-  return p.row_bytes + p.best_bytes + p.list_bytes + p.picked_bytes;
-}
-
-// Two launches. The workspace has expand_topk_workspace() bytes.
-inline void launch_expand_topk(
-    const ExpandTopKArgs& args, const ExpandPlan& p, unsigned char* memory, const Launcher& launch) {
+// Two launches.
+inline void run(const Gpu& gpu, const ExpandTopKArgs& args) {
   if (args.batch == 0) return;
-  unsigned char *const best = memory + p.row_bytes, *const list = best + p.best_bytes;
+  const ExpandPlan p = plan_expand_topk(args);
+  unsigned char* const rows = gpu.workspace(p.row_bytes + p.best_bytes + p.list_bytes + p.picked_bytes);
+  unsigned char *const best = rows + p.row_bytes, *const list = best + p.best_bytes;
   ExpandLaunch a{
-      args, p, args.seed || args.child_value || args.logp_weight < 0, reinterpret_cast<ExpandRow*>(memory),
+      args, p, args.seed || args.child_value || args.logp_weight < 0, reinterpret_cast<ExpandRow*>(rows),
       reinterpret_cast<float*>(best), p.list_bytes ? reinterpret_cast<uint64_t*>(list) : nullptr,
       p.picked_bytes ? reinterpret_cast<int32_t*>(list + p.list_bytes) : nullptr};
   a.max_children = a.max_children > 1 ? a.max_children : 1;
-  dispatch(a.logits.type, [&](auto zero) { launch_expand_rows<decltype(zero)>(a, launch); });
-  launch(expand_select_kernel, dim3{unsigned(a.batch)}, kSelectThreads, p.shared, a);
+  dispatch(a.logits.type, [&](auto zero) { launch_expand_rows<decltype(zero)>(gpu, a); });
+  gpu.launch(expand_select_kernel, dim3{unsigned(a.batch)}, kSelectThreads, p.shared, a);
 }
 
-}  // namespace cuda
 }  // namespace vstar

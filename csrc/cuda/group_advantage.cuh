@@ -8,7 +8,6 @@
 #include "cuda/device.cuh"
 
 namespace vstar {
-namespace cuda {
 
 template <int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advantage_kernel(GroupAdvantageArgs a) {
@@ -63,16 +62,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advan
   }
 }
 
-// One launch, no workspace.
-inline void launch_group_advantage(const GroupAdvantageArgs& a, const Launcher& launch) {
+inline void run(const Gpu& gpu, const GroupAdvantageArgs& a) {
   if (a.batch == 0 || a.group == 0) return;
   const dim3 grid{unsigned(a.batch)};
   if (a.group <= 1024) {
-    launch(group_advantage_kernel<1>, grid, 32, 0, a);
+    gpu.launch(group_advantage_kernel<1>, grid, 32, 0, a);
   } else {
-    launch(group_advantage_kernel<8>, grid, 256, 2 * 8 * 8, a);
+    gpu.launch(group_advantage_kernel<8>, grid, 256, 2 * 8 * 8, a);
   }
 }
 
-}  // namespace cuda
 }  // namespace vstar

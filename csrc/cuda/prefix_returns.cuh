@@ -8,11 +8,6 @@
 #include "cuda/candidates.cuh"
 
 namespace vstar {
-namespace cuda {
-
-inline int64_t prefix_returns_scratch(const PrefixReturnsArgs& a) {
-  return Candidates::bytes(a.group, a.length) + round_up(level_bytes(a.group), 16);
-}
 
 __global__ void __launch_bounds__(256, 3) prefix_returns_kernel(WithScratch<PrefixReturnsArgs> a) {
   VSTAR_SHARED(memory);
@@ -57,11 +52,10 @@ __global__ void __launch_bounds__(256, 3) prefix_returns_kernel(WithScratch<Pref
   }
 }
 
-// One launch. The workspace has request_workspace() bytes.
-inline void launch_prefix_returns(const PrefixReturnsArgs& a, void* workspace, const Launcher& launch) {
+inline void run(const Gpu& gpu, const PrefixReturnsArgs& a) {
   if (a.group == 0 || a.length == 0) return;
-  launch_requests(prefix_returns_kernel, a, prefix_returns_scratch(a), 256, workspace, launch);
+  const int64_t bytes = Candidates::bytes(a.group, a.length) + round_up(level_bytes(a.group), 16);
+  launch_requests(gpu, prefix_returns_kernel, a, bytes, 256);
 }
 
-}  // namespace cuda
 }  // namespace vstar

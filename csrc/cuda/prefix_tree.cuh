@@ -7,7 +7,6 @@
 #include "cuda/candidates.cuh"
 
 namespace vstar {
-namespace cuda {
 
 __global__ void __launch_bounds__(256, 4) prefix_tree_kernel(WithScratch<PrefixTreeArgs> a) {
   VSTAR_SHARED(memory);
@@ -43,14 +42,9 @@ __global__ void __launch_bounds__(256, 4) prefix_tree_kernel(WithScratch<PrefixT
   if (thread == 0) a.size[b] = id;
 }
 
-inline int64_t prefix_tree_scratch(const PrefixTreeArgs& a) {
-  return Candidates::bytes(a.group, a.length) + round_up(2 * level_bytes(a.group), 16);
+inline void run(const Gpu& gpu, const PrefixTreeArgs& a) {
+  const int64_t bytes = Candidates::bytes(a.group, a.length) + round_up(2 * level_bytes(a.group), 16);
+  launch_requests(gpu, prefix_tree_kernel, a, bytes, candidate_threads(a.group));
 }
 
-// One launch. The workspace has request_workspace() bytes.
-inline void launch_prefix_tree(const PrefixTreeArgs& a, void* workspace, const Launcher& launch) {
-  launch_requests(prefix_tree_kernel, a, prefix_tree_scratch(a), candidate_threads(a.group), workspace, launch);
-}
-
-}  // namespace cuda
 }  // namespace vstar

@@ -5,7 +5,6 @@
 #include "cuda/device.cuh"
 
 namespace vstar {
-namespace cuda {
 
 // 2^x for x <= 0.
 VSTAR_DEVICE float power_of_2(float x) {
@@ -225,5 +224,4 @@ VSTAR_DEVICE RowStats read_row(
   return joined<kWarps>(s, inv_temperature, scratch);
 }
 
-}  // namespace cuda
 }  // namespace vstar

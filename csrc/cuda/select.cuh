@@ -10,7 +10,6 @@
 #include "cuda/device.cuh"
 
 namespace vstar {
-namespace cuda {
 
 constexpr int kCounters = 2048;
 
@@ -140,5 +139,4 @@ VSTAR_DEVICE void sort_descending(uint64_t* keys, int64_t n, int64_t size) {
   }
 }
 
-}  // namespace cuda
 }  // namespace vstar

@@ -12,12 +12,6 @@
 #include "cuda/candidates.cuh"
 
 namespace vstar {
-namespace cuda {
-
-inline int64_t sibling_advantage_scratch(const SiblingAdvantageArgs& a) {
-  const int64_t numbers = int64_t(sizeof(SiblingScale) + 2 * sizeof(double)) * a.group;
-  return Candidates::bytes(a.group, a.length) + round_up(numbers + 2 * level_bytes(a.group), 16);
-}
 
 __global__ void __launch_bounds__(256, 3) sibling_advantage_kernel(WithScratch<SiblingAdvantageArgs> a) {
   VSTAR_SHARED(memory);
@@ -68,11 +62,11 @@ __global__ void __launch_bounds__(256, 3) sibling_advantage_kernel(WithScratch<S
   }
 }
 
-// One launch. The workspace has request_workspace() bytes.
-inline void launch_sibling_advantage(const SiblingAdvantageArgs& a, void* workspace, const Launcher& launch) {
+inline void run(const Gpu& gpu, const SiblingAdvantageArgs& a) {
   if (a.group == 0 || a.length == 0) return;
-  launch_requests(sibling_advantage_kernel, a, sibling_advantage_scratch(a), candidate_threads(a.group), workspace, launch);
+  const int64_t numbers = int64_t(sizeof(SiblingScale) + 2 * sizeof(double)) * a.group;
+  const int64_t bytes = Candidates::bytes(a.group, a.length) + round_up(numbers + 2 * level_bytes(a.group), 16);
+  launch_requests(gpu, sibling_advantage_kernel, a, bytes, candidate_threads(a.group));
 }
 
-}  // namespace cuda
 }  // namespace vstar

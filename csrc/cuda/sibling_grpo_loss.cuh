@@ -10,7 +10,6 @@
 #include "cuda/device.cuh"
 
 namespace vstar {
-namespace cuda {
 
 constexpr int kLossWarps = 8, kLossThreads = 32 * kLossWarps;
 
@@ -101,21 +100,17 @@ __global__ void __launch_bounds__(kLossThreads) add_up_kernel(LossLaunch a) {
   if (threadIdx.x == 0) store_loss(a, s, all.tokens);
 }
 
-inline int64_t sibling_grpo_loss_workspace(const SiblingGRPOLossArgs& a) {
-  return a.batch * (8 * kNumLossSums + (a.mask ? 16 + 4 * a.group : 0));
-}
-
 // Two launches, three with a mask.
-inline void launch_sibling_grpo_loss(const SiblingGRPOLossArgs& args, unsigned char* workspace, const Launcher& launch) {
-  double* const sums = reinterpret_cast<double*>(workspace);
+inline void run(const Gpu& gpu, const SiblingGRPOLossArgs& args) {
+  const int64_t bytes = args.batch * (8 * kNumLossSums + (args.mask ? 16 + 4 * args.group : 0));
+  double* const sums = reinterpret_cast<double*>(gpu.workspace(bytes));
   int64_t* const counts = reinterpret_cast<int64_t*>(sums + kNumLossSums * args.batch);
   const LossLaunch a{args, sums, counts, reinterpret_cast<int32_t*>(counts + 2 * args.batch)};
   const dim3 grid{unsigned(a.batch)};
   const int64_t scratch = 8 * kNumLossSums * kLossWarps;
-  if (a.batch > 0 && a.mask) launch(count_tokens_kernel, grid, kLossThreads, scratch, a);
-  if (a.batch > 0) launch(loss_kernel, grid, kLossThreads, scratch, a);
-  launch(add_up_kernel, dim3{1}, kLossThreads, scratch, a);
+  if (a.batch > 0 && a.mask) gpu.launch(count_tokens_kernel, grid, kLossThreads, scratch, a);
+  if (a.batch > 0) gpu.launch(loss_kernel, grid, kLossThreads, scratch, a);
+  gpu.launch(add_up_kernel, dim3{1}, kLossThreads, scratch, a);
 }
 
-}  // namespace cuda
 }  // namespace vstar

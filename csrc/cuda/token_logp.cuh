@@ -13,7 +13,6 @@
 #include "cuda/rows.cuh"
 
 namespace vstar {
-namespace cuda {
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogpArgs a) {
   VSTAR_SHARED(memory);
   const int thread = kWarps == 1 ? lane() : int(threadIdx.x);
   const int64_t r = kWarps == 1 ? int64_t(blockIdx.x) * 8 + warp() : int64_t(blockIdx.x);
-  if (r >= a.rows) return;  // a whole warp, and no barriers of the block follow
+  if (r >= a.rows()) return;  // a whole warp, and no barriers of the block follow
   const TokenRow<T> row(a, r);
   const RowStats s = read_row<T, kWarps, kVectors, 1>(
       row.reader(a), thread, a.inv_temperature * kLog2e, nullptr, 0, reinterpret_cast<float*>(memory));
@@ -187,26 +186,24 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
   }
 }
 
-// One launch each, no workspace.
-inline void launch_token_logp(const TokenLogpArgs& a, const Launcher& launch) {
-  if (a.rows == 0) return;
+inline void run(const Gpu& gpu, const TokenLogpArgs& a) {
+  if (a.rows() == 0) return;
   dispatch(a.logits.type, [&](auto zero) {
     using T = decltype(zero);
     if (a.node && a.max_children <= 1024) {
-      launch(token_logp_kernel<T, 1>, dim3{unsigned((a.rows + 7) / 8)}, 256, 0, a);
+      gpu.launch(token_logp_kernel<T, 1>, dim3{unsigned((a.rows() + 7) / 8)}, 256, 0, a);
     } else {
-      launch(token_logp_kernel<T, 8>, dim3{unsigned(a.rows)}, 256, 4 * 3 * 8, a);
+      gpu.launch(token_logp_kernel<T, 8>, dim3{unsigned(a.rows())}, 256, 4 * 3 * 8, a);
     }
   });
 }
 
-inline void launch_token_logp_backward(const TokenLogpBackwardArgs& a, const Launcher& launch) {
-  if (a.rows == 0 || a.columns == 0) return;
+inline void run(const Gpu& gpu, const TokenLogpBackwardArgs& a) {
+  if (a.rows() == 0 || a.columns == 0) return;
   dispatch(a.logits.type, [&](auto zero) {
     constexpr int kThreads = 32 * kGradientWarps, kShared = 8 * kGradientWarps;
-    launch(token_logp_backward_kernel<decltype(zero)>, dim3{unsigned(a.rows)}, kThreads, kShared, a);
+    gpu.launch(token_logp_backward_kernel<decltype(zero)>, dim3{unsigned(a.rows())}, kThreads, kShared, a);
   });
 }
 
-}  // namespace cuda
 }  // namespace vstar

@@ -11,7 +11,6 @@
 #include "cuda/device.cuh"
 
 namespace vstar {
-namespace cuda {
 
 constexpr int kTreesPerBlock = 4;
 
@@ -121,9 +120,8 @@ __global__ void __launch_bounds__(32 * kTreesPerBlock, 4) ved_select_kernel(VedS
 
 inline dim3 ved_grid(int64_t batch) { return dim3{unsigned((batch + kTreesPerBlock - 1) / kTreesPerBlock)}; }
 
-// One launch, no workspace.
-inline void launch_ved_select(const VedSelectArgs& a, const Launcher& launch) {
-  if (a.batch > 0) launch(ved_select_kernel, ved_grid(a.batch), 32 * kTreesPerBlock, 0, a);
+inline void run(const Gpu& gpu, const VedSelectArgs& a) {
+  if (a.batch > 0) gpu.launch(ved_select_kernel, ved_grid(a.batch), 32 * kTreesPerBlock, 0, a);
 }
 
 // ---------------------------------------------------------------- insert
@@ -143,9 +141,8 @@ __global__ void __launch_bounds__(32 * kTreesPerBlock, 8) ved_insert_kernel(VedI
   if (lane() == 0) a.size[b] = size;
 }
 
-// One launch, no workspace.
-inline void launch_ved_insert(const VedInsertArgs& a, const Launcher& launch) {
-  if (a.batch > 0 && a.rows > 0) launch(ved_insert_kernel, ved_grid(a.batch), 32 * kTreesPerBlock, 0, a);
+inline void run(const Gpu& gpu, const VedInsertArgs& a) {
+  if (a.batch > 0 && a.rows > 0) gpu.launch(ved_insert_kernel, ved_grid(a.batch), 32 * kTreesPerBlock, 0, a);
 }
 
 // ---------------------------------------------------------------- candidates
@@ -212,16 +209,12 @@ __global__ void __launch_bounds__(kCandidateThreads, 8) ved_candidates_kernel(Ve
   if (threadIdx.x == 0) a.out_count[b] = int32_t(count);
 }
 
-inline int64_t ved_candidates_workspace(const VedCandidatesArgs& a) {
-  return int64_t(sizeof(LeafKey)) * a.batch * a.capacity * a.width();
-}
-
-// One launch.
-inline void launch_ved_candidates(const VedCandidatesArgs& a, unsigned char* workspace, const Launcher& launch) {
+inline void run(const Gpu& gpu, const VedCandidatesArgs& a) {
+  if (a.batch == 0) return;
   constexpr int64_t shared = kCandidateThreads / 32 * (sizeof(LeafKey) + 8);
-  const VedCandidatesLaunch with_keys{a, reinterpret_cast<LeafKey*>(workspace)};
-  if (a.batch > 0) launch(ved_candidates_kernel, dim3{unsigned(a.batch)}, kCandidateThreads, shared, with_keys);
+  unsigned char* const keys = gpu.workspace(int64_t(sizeof(LeafKey)) * a.batch * a.capacity * a.width());
+  const VedCandidatesLaunch with_keys{a, reinterpret_cast<LeafKey*>(keys)};
+  gpu.launch(ved_candidates_kernel, dim3{unsigned(a.batch)}, kCandidateThreads, shared, with_keys);
 }
 
-}  // namespace cuda
 }  // namespace vstar

@@ -16,20 +16,20 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace vstar {
 
 #if defined(__CUDACC__)
-inline void cuda::Launcher::check(cudaError_t error) {
+inline void Launcher::check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
 
 // For as long as it lives, the device of a tensor is the current one.
-class Cuda {
+class CurrentDevice {
  public:
   static constexpr const char* kKey = "CUDA";
-  static constexpr bool kHostMemory = false;  // torch poisons what it makes by its own setting
+  static constexpr bool kHostMemory = false;  // torch poisons what it makes by a setting of its own
 
-  explicit Cuda(const Tensor& like) : index_(like.device_index()), guard_(index_) {}
+  explicit CurrentDevice(const Tensor& like) : index_(like.device_index()), guard_(index_) {}
   static int32_t type() { return aoti_torch_device_type_cuda(); }
   int32_t index() const { return index_; }
-  cuda::Launcher launcher() const {
+  Launcher launcher() const {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return {static_cast<cudaStream_t>(stream)};
@@ -38,35 +38,37 @@ class Cuda {
  private:
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
-
+};
 #else
-class Cuda {
+class CurrentDevice {
  public:
   static constexpr const char* kKey = "CPU";
   static constexpr bool kHostMemory = true;
 
-  explicit Cuda(const Tensor&) {}
+  explicit CurrentDevice(const Tensor&) {}
   static int32_t type() { return aoti_torch_device_type_cpu(); }
   static int32_t index() { return 0; }
-  static cuda::Launcher launcher() { return {}; }
+  static Launcher launcher() { return {}; }
+};
 #endif
 
+class Cuda final : public CurrentDevice, public Gpu {
  public:
   static constexpr const char* kLibrary = "vstar_ops_cuda";
   static constexpr double kMaxInverseTemperature = 2e38;  // finite in base 2 too
-
   static constexpr int64_t kMaxGrid = int64_t(1) << 31;
 
-  // What a kernel that writes few entries is given; here kernels clear the others.
+  explicit Cuda(const Tensor& like) : CurrentDevice(like), Gpu(launcher()) {}
+
+  // The kernels write zeros themselves.
   Tensor zeros(Sizes sizes, int32_t dtype) const { return empty(*this, sizes, dtype); }
 
-  // Scratch for the launches of this call; null for no bytes.
-  unsigned char* workspace(int64_t bytes) const {
+  unsigned char* workspace(int64_t bytes) const override {
     if (bytes == 0) return nullptr;
     workspace_ = empty(*this, {bytes}, dtype_of<uint8_t>());
-    unsigned char* const data = workspace_;
+    void* const data = workspace_.data();
     if (kHostMemory) memset(data, 0xCB, size_t(bytes));  // what is read before it is written shows
-    return data;
+    return static_cast<unsigned char*>(data);
   }
 
  private:

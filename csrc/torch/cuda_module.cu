@@ -12,7 +12,7 @@ namespace {
 std::string probe() {
 #if defined(__CUDACC__)
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, cuda::group_advantage_kernel<1>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, group_advantage_kernel<1>);
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // leave no error behind for who asks next
   return cudaGetErrorString(error);

@@ -1,49 +1,33 @@
 #pragma once
 
+#include <algorithm>
+
 #include "common/ops/expand_topk.h"
-#include "torch/trie.h"
+#include "torch/glue.h"
 
 namespace vstar {
 
 template <class Device>
-Outputs<7> expand_topk(
-    const Tensor& logits, const Tensor& offset, const Tensor& token, const Tensor& node, int64_t k,
-    const OptionalTensor& cum_logp, const OptionalTensor& value, const OptionalTensor& bonus,
-    const OptionalTensor& child_value, const OptionalTensor& seed, double logp_weight, double value_weight,
-    double entropy_weight, double temperature, bool vocab, int64_t max_children) {
-  const Device device(logits);
+void expand_topk(Call<Device>& call) {
   ExpandTopKArgs a{};
-  a.logits = logits;
-  a.trie = view_trie(offset, token);
-  a.node = node;
-  a.cum_logp = cum_logp;
-  if (value_weight != 0) {
-    a.value = value;
-    a.child_value = child_value;
-  }
-  a.bonus = bonus;
-  a.seed = seed;
-  a.logp_weight = float(logp_weight);
-  a.value_weight = float(value_weight);
-  a.entropy_weight = float(entropy_weight);
-  a.inv_temperature = inverse_temperature<Device>(temperature);
-  a.vocab = vocab;
-  a.batch = logits.size(0);
-  a.width = logits.size(1);
-  a.columns = logits.size(2);
-  a.k = k;
-  a.max_children = max_children;
-  check_sizes(device, a);
-  Outputs<7> out;
-  out.create(device, {a.batch, k}, a.score);
-  out.create(device, {a.batch, k}, a.logp);
-  out.create(device, {a.batch, k}, a.parent);
-  out.create(device, {a.batch, k}, a.token);
-  out.create(device, {a.batch, k}, a.child);
-  out.create(device, {a.batch}, a.num_valid);
-  out.create(device, {a.batch, a.width}, a.entropy);
-  run(device, a);
-  return out;
+  double temperature;
+  call.inputs(
+      sized(a.logits, &a.batch, &a.width, &a.columns), a.trie, a.node, a.k, optional(a.cum_logp), optional(a.value),
+      optional(a.bonus), optional(a.child_value), optional(a.seed), a.logp_weight, a.value_weight, a.entropy_weight,
+      temperature, a.vocab, a.max_children);
+  if (a.value_weight == 0) a.value.data = nullptr, a.child_value.data = nullptr;
+  a.inv_temperature = float(std::min(1.0 / temperature, Device::kMaxInverseTemperature));
+  STD_TORCH_CHECK(
+      fits(call.device(), a), "logits must have fewer than 2^32 legal children per request and 2^31 columns, got W = ",
+      a.width, ", V = ", a.columns, " and up to ", a.max_children, " children per prefix");
+  call.output(a.score, {a.batch, a.k});
+  call.output(a.logp, {a.batch, a.k});
+  call.output(a.parent, {a.batch, a.k});
+  call.output(a.token, {a.batch, a.k});
+  call.output(a.child, {a.batch, a.k});
+  call.output(a.num_valid, {a.batch});
+  call.output(a.entropy, {a.batch, a.width});
+  run(call.device(), a);
 }
 
 }  // namespace vstar

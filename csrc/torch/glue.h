@@ -1,7 +1,7 @@
 // How an op meets torch's stable ABI: arguments become views, outputs are made, kernels are registered.
 //
-// An op is one function template <class Device> in torch/<op>.h, whose parameters are those of its schema. It fills the
-// op's struct of arguments and calls run(device, arguments), which each backend defines.
+// An op is one function template <class Device> in torch/<op>.h. It reads the arguments of its schema, in their order,
+// into the op's struct of arguments, makes the outputs, and calls run(device, arguments), which each backend defines.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -13,29 +13,41 @@
 #include <string>
 #include <utility>
 
+#include "common/trie.h"
 #include "common/views.h"
 
 namespace vstar {
 
-template <class T> int32_t dtype_of();
-template <> inline int32_t dtype_of<float>() { return aoti_torch_dtype_float32(); }
-template <> inline int32_t dtype_of<double>() { return aoti_torch_dtype_float64(); }
-template <> inline int32_t dtype_of<BFloat16>() { return aoti_torch_dtype_bfloat16(); }
-template <> inline int32_t dtype_of<Float16>() { return aoti_torch_dtype_float16(); }
-template <> inline int32_t dtype_of<uint8_t>() { return aoti_torch_dtype_uint8(); }
-template <> inline int32_t dtype_of<int32_t>() { return aoti_torch_dtype_int32(); }
-template <> inline int32_t dtype_of<int64_t>() { return aoti_torch_dtype_int64(); }
-template <> inline int32_t dtype_of<bool>() { return aoti_torch_dtype_bool(); }
+template <class T> struct ElementType;
+#define VSTAR_ELEMENT_TYPE(T, name)                                 \
+  template <> struct ElementType<T> {                               \
+    static int32_t dtype() { return aoti_torch_dtype_##name(); }    \
+    static constexpr const char* kName = #name;                     \
+  };
+VSTAR_ELEMENT_TYPE(float, float32)
+VSTAR_ELEMENT_TYPE(double, float64)
+VSTAR_ELEMENT_TYPE(BFloat16, bfloat16)
+VSTAR_ELEMENT_TYPE(Float16, float16)
+VSTAR_ELEMENT_TYPE(uint8_t, uint8)
+VSTAR_ELEMENT_TYPE(int32_t, int32)
+VSTAR_ELEMENT_TYPE(int64_t, int64)
+VSTAR_ELEMENT_TYPE(bool, bool)
 
-// A tensor that a call owns, or none. torch::stable::Tensor counts references, which costs an allocation per argument.
-// It converts to the views that the structs of arguments hold, and to a pointer if it is contiguous.
+template <class T>
+int32_t dtype_of() { return ElementType<T>::dtype(); }
+inline int32_t dtype_of(FloatType type) {
+  return dispatch(type, [](auto zero) { return dtype_of<decltype(zero)>(); });
+}
+
+// A tensor that a call owns. torch::stable::Tensor counts references, which costs an allocation per argument.
 class Tensor {
  public:
-  Tensor() = default;
-  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
-  Tensor(Tensor&& other) noexcept : handle_(other.release()) {}
+  // `position` of an argument, counted from 1, for messages.
+  explicit Tensor(AtenTensorHandle handle = nullptr, uint64_t position = 0) : handle_(handle), position_(position) {}
+  Tensor(Tensor&& other) noexcept : Tensor(other.release(), other.position_) {}
   Tensor& operator=(Tensor&& other) noexcept {
     std::swap(handle_, other.handle_);
+    std::swap(position_, other.position_);
     return *this;
   }
   ~Tensor() {
@@ -44,51 +56,46 @@ class Tensor {
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
   explicit operator bool() const { return handle_ != nullptr; }
 
-  int64_t size(int64_t axis) const { return get<int64_t*>(aoti_torch_get_sizes)[axis]; }
   int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
   int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
-  int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
-  bool contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
   int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
   void* data() const { return get<void*>(torch_get_mutable_data_ptr); }
+  int64_t size(int64_t axis) const {
+    STD_TORCH_CHECK(axis < dim(), "argument ", position_, " must have more than ", axis, " dimensions");
+    return get<int64_t*>(aoti_torch_get_sizes)[axis];
+  }
 
-  FloatType float_type() const {
+  template <class T>
+  void read(StridedView<T>& view) const {
+    check<T>(dtype());
+    view.data = static_cast<const T*>(read_strides(view));
+  }
+  void read(FloatView& view) const {
     const int32_t type = dtype();
-    if (type == dtype_of<float>()) return FloatType::kFloat32;
-    if (type == dtype_of<BFloat16>()) return FloatType::kBFloat16;
-    STD_TORCH_CHECK(type == dtype_of<Float16>(), "expected float32, bfloat16 or float16");
-    return FloatType::kFloat16;
-  }
-
-  template <class T>
-  operator StridedView<T>() const {
-    StridedView<T> view{};
-    if (handle_) view.data = static_cast<const T*>(fill(view, dtype_of<T>()));
-    return view;
-  }
-  operator MaskView() const { return {static_cast<StridedView<bool>>(*this)}; }
-  operator FloatView() const {
-    FloatView view{};
-    if (!handle_) return view;
-    view.type = float_type();
-    view.data = fill(view);
-    return view;
-  }
-  operator IntView() const {
-    IntView view{};
-    if (!handle_) return view;
-    view.wide = dtype() == dtype_of<int64_t>();
-    view.data = view.wide ? fill(view) : fill(view, dtype_of<int32_t>());
-    return view;
-  }
-  template <class T>
-  operator T*() const {
-    check_dtype(dtype_of<std::remove_const_t<T>>());
-    STD_TORCH_CHECK(contiguous(), "expected a contiguous tensor");
-    if constexpr (std::is_const_v<T>) {
-      return static_cast<T*>(get<const void*>(torch_get_const_data_ptr));
+    view.data = read_strides(view);
+    if (type == dtype_of<BFloat16>()) {
+      view.type = FloatType::kBFloat16;
+    } else if (type == dtype_of<Float16>()) {
+      view.type = FloatType::kFloat16;
     } else {
-      return static_cast<T*>(data());
+      check<float>(type);
+    }
+  }
+  void read(IntView& view) const {
+    const int32_t type = dtype();
+    view.data = read_strides(view);
+    view.wide = type == dtype_of<int64_t>();
+    if (!view.wide) check<int32_t>(type);
+  }
+  // The elements of a contiguous tensor.
+  template <class T>
+  void read(T*& elements) const {
+    check<std::remove_const_t<T>>(dtype());
+    STD_TORCH_CHECK(get<bool>(aoti_torch_is_contiguous), "argument ", position_, " must be contiguous");
+    if constexpr (std::is_const_v<T>) {
+      elements = static_cast<T*>(get<const void*>(torch_get_const_data_ptr));
+    } else {
+      elements = static_cast<T*>(data());
     }
   }
 
@@ -99,28 +106,20 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(function(handle_, &result));
     return result;
   }
-
-  void check_dtype(int32_t expected) const {
-    STD_TORCH_CHECK(dtype() == expected, "expected a tensor of scalar type ", expected, ", got ", dtype());
+  int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
+  template <class T>
+  void check(int32_t type) const {
+    STD_TORCH_CHECK(type == dtype_of<T>(), "argument ", position_, " must be ", ElementType<T>::kName);
   }
-
-  // The strides into a view; returns the data.
-  const void* fill(Strides& view) const {
+  // Returns the data.
+  const void* read_strides(Strides& view) const {
     const int64_t* strides = get<int64_t*>(aoti_torch_get_strides);
     for (int64_t i = dim() - 1; i >= 0; --i) view.stride[i] = strides[i];
     return get<const void*>(torch_get_const_data_ptr);
   }
-  const void* fill(Strides& view, int32_t expected) const {
-    check_dtype(expected);
-    return fill(view);
-  }
 
-  AtenTensorHandle handle_ = nullptr;
-};
-
-// A `Tensor?` of a schema.
-class OptionalTensor : public Tensor {
-  using Tensor::Tensor;
+  AtenTensorHandle handle_;
+  uint64_t position_;
 };
 
 // Whether new outputs hold the largest integer or NaN until they are written; for tests.
@@ -156,77 +155,141 @@ Tensor empty(const Device& device, Sizes sizes, int32_t dtype) {
   return Tensor(handle);
 }
 
-// The results of an op, in the order of its schema.
-template <size_t N>
-class Outputs {
+// ---------------------------------------------------------------- calls
+
+// A `Tensor?` of the schema.
+template <class View>
+struct Optional {
+  View& view;
+};
+template <class View>
+Optional<View> optional(View& view) { return {view}; }
+
+// A tensor, and where to put its sizes; null for those that are not asked for.
+template <class View>
+struct Sized {
+  View& view;
+  int64_t* size[3];
+};
+template <class View>
+Sized<View> sized(View& view, int64_t* first, int64_t* second = nullptr, int64_t* third = nullptr) {
+  return {view, {first, second, third}};
+}
+
+// A call by the dispatcher: takes the arguments from its stack and leaves the results there.
+template <class Device>
+class Call {
  public:
-  // Returns where the tensor's data lie.
-  void* add(Tensor tensor) {
-    void* const data = tensor.data();
-    tensor_[count_++] = std::move(tensor);
-    return data;
+  Call(StableIValue* stack, uint64_t inputs, uint64_t outputs)
+      : stack_(stack), num_inputs_(inputs), num_outputs_(outputs) {}
+
+  // Read all arguments, in the order of the schema.
+  template <class... Fields>
+  void inputs(Fields&&... fields) {
+    (read(fields), ...);
+    STD_TORCH_CHECK(inputs_ == num_inputs_, "the schema has ", num_inputs_, " arguments, the kernel ", inputs_);
   }
 
-  template <class Device>
-  void* create(const Device& device, Sizes sizes, int32_t dtype) {
-    Tensor tensor = empty(device, sizes, dtype);
+  // Make the next result.
+  void output(void*& data, Sizes sizes, int32_t dtype) {
+    Tensor tensor = empty(device(), sizes, dtype);
     if constexpr (Device::kHostMemory) {
       const int64_t n = poison_outputs ? tensor.numel() : 0;
       if (n > 0) poison(tensor.data(), n, aoti_torch_dtype_element_size(dtype));
     }
-    return add(std::move(tensor));
+    data = add(std::move(tensor));
   }
-  template <class Device, class T>
-  void create(const Device& device, Sizes sizes, T*& data) {
-    data = static_cast<T*>(create(device, sizes, dtype_of<T>()));
+  template <class T>
+  void output(T*& elements, Sizes sizes) {
+    void* data;
+    output(data, sizes, dtype_of<T>());
+    elements = static_cast<T*>(data);
   }
+  // Make it for a kernel that need not write zeros.
+  void output_zeros(void*& data, Sizes sizes, int32_t dtype) { data = add(device().zeros(sizes, dtype)); }
 
-  void store(StableIValue* stack) {
-    STD_TORCH_CHECK(count_ == N, "the op made ", count_, " outputs of ", N);
-    for (size_t i = 0; i != N; ++i) stack[i] = torch::stable::detail::from(tensor_[i].release());
+  // That of the tensors.
+  const Device& device() const { return *device_; }
+
+  void finish() {
+    STD_TORCH_CHECK(outputs_ == num_outputs_, "the schema has ", num_outputs_, " results, the kernel ", outputs_);
+    for (uint64_t i = 0; i < outputs_; ++i) stack_[i] = torch::stable::detail::from(output_[i].release());
   }
 
  private:
-  Tensor tensor_[N > 0 ? N : 1];
-  size_t count_ = 0;
+  static constexpr uint64_t kMaxTensors = 40, kMaxOutputs = 8;
+
+  template <class T>
+  T next() {
+    STD_TORCH_CHECK(inputs_ < num_inputs_, "the schema has only ", num_inputs_, " arguments");
+    return torch::stable::detail::to<T>(stack_[inputs_++]);
+  }
+  const Tensor& next_tensor(bool is_optional) {
+    Tensor& tensor = tensor_[tensors_++];
+    const AtenTensorHandle handle =
+        is_optional ? next<std::optional<AtenTensorHandle>>().value_or(nullptr) : next<AtenTensorHandle>();
+    tensor = Tensor(handle, inputs_);
+    if (tensor && !device_) device_.emplace(tensor);
+    return tensor;
+  }
+
+  void read(std::string& text) { text = next<std::string>(); }
+  void read(float& number) { number = float(next<double>()); }
+  void read(TrieView& trie) { read_trie(trie, false); }
+  void read(Optional<TrieView>& trie) { read_trie(trie.view, true); }
+  template <class T>
+  void read(T& field) {
+    if constexpr (std::is_arithmetic_v<T>) {
+      field = next<T>();
+    } else {
+      next_tensor(false).read(field);
+    }
+  }
+  template <class View>
+  void read(Optional<View>& field) {
+    const Tensor& tensor = next_tensor(true);
+    if (tensor) tensor.read(field.view);
+  }
+  template <class View>
+  void read(Sized<View>& field) {
+    const Tensor& tensor = next_tensor(false);
+    tensor.read(field.view);
+    for (int64_t i = 0; i < 3; ++i) {
+      if (field.size[i]) *field.size[i] = tensor.size(i);
+    }
+  }
+  void read_trie(TrieView& trie, bool is_optional) {
+    const Tensor &offset = next_tensor(is_optional), &token = next_tensor(is_optional);
+    if (!offset) return;
+    offset.read(trie.offset);
+    token.read(trie.token);
+    trie.num_nodes = offset.numel() - 1;
+    trie.num_edges = token.numel();
+  }
+
+  void* add(Tensor tensor) {
+    void* const data = tensor.data();
+    output_[outputs_++] = std::move(tensor);
+    return data;
+  }
+
+  StableIValue* const stack_;
+  const uint64_t num_inputs_, num_outputs_;
+  uint64_t inputs_ = 0, tensors_ = 0, outputs_ = 0;
+  Tensor tensor_[kMaxTensors], output_[kMaxOutputs];
+  std::optional<Device> device_;
 };
 
 // ---------------------------------------------------------------- registration
 
-template <class T>
-struct Argument {
-  static T take(StableIValue value) { return torch::stable::detail::to<T>(value); }
-};
-template <>
-struct Argument<Tensor> {
-  static Tensor take(StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); }
-};
-template <>
-struct Argument<OptionalTensor> {
-  static OptionalTensor take(StableIValue value) {
-    return OptionalTensor(torch::stable::detail::to<std::optional<AtenTensorHandle>>(value).value_or(nullptr));
-  }
-};
-
-template <size_t N, class... Parameters, size_t... I>
-void call(Outputs<N> (*op)(Parameters...), StableIValue* stack, std::index_sequence<I...>) {
-  op(Argument<std::decay_t<Parameters>>::take(stack[I])...).store(stack);
-}
-
-template <size_t N, class... Parameters>
-void call(Outputs<N> (*op)(Parameters...), StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  STD_TORCH_CHECK(
-      inputs == sizeof...(Parameters) && outputs == N, "the schema has ", inputs, " arguments and ", outputs,
-      " results, the kernel ", sizeof...(Parameters), " and ", N);
-  call(op, stack, std::index_sequence_for<Parameters...>());
-}
-
 using Kernel = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
 // An op as the dispatcher calls it.
-template <auto op>
+template <class Device, void (*op)(Call<Device>&)>
 void kernel(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  call(op, stack, inputs, outputs);
+  Call<Device> call(stack, inputs, outputs);
+  op(call);
+  call.finish();
 }
 
 using torch::stable::detail::StableLibrary;
@@ -251,6 +314,7 @@ class Registration {
   StableLibrary library_;
 };
 
-#define VSTAR_REGISTER(Device, op) static const Registration<Device> registered_##op(#op, &kernel<&op<Device>>)
+#define VSTAR_REGISTER(Device, op) \
+  static const vstar::Registration<vstar::Device> registered_##op(#op, &vstar::kernel<vstar::Device, vstar::op>)
 
 }  // namespace vstar

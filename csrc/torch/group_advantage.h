@@ -6,21 +6,11 @@
 namespace vstar {
 
 template <class Device>
-Outputs<1> group_advantage(
-    const Tensor& rewards, const OptionalTensor& mask, double eps, int64_t ddof, double std_floor) {
-  const Device device(rewards);
+void group_advantage(Call<Device>& call) {
   GroupAdvantageArgs a{};
-  a.reward = rewards;
-  a.mask = mask;
-  a.batch = rewards.size(0);
-  a.group = rewards.size(1);
-  a.ddof = ddof;
-  a.eps = eps;
-  a.std_floor = std_floor;
-  Outputs<1> out;
-  out.create(device, {a.batch, a.group}, a.advantage);
-  run(device, a);
-  return out;
+  call.inputs(sized(a.reward, &a.batch, &a.group), optional(a.mask), a.eps, a.ddof, a.std_floor);
+  call.output(a.advantage, {a.batch, a.group});
+  run(call.device(), a);
 }
 
 }  // namespace vstar

@@ -1,26 +1,23 @@
 #pragma once
 
 #include "common/ops/prefix_tree.h"
-#include "torch/candidates.h"
+#include "torch/glue.h"
 
 namespace vstar {
 
 template <class Device>
-Outputs<7> prefix_tree(const Tensor& tokens, const OptionalTensor& mask) {
-  const Device device(tokens);
+void prefix_tree(Call<Device>& call) {
   PrefixTreeArgs a{};
-  set_candidates(a, tokens, mask);
-  const int64_t capacity = a.group * a.length;
-  Outputs<7> out;
-  out.create(device, {a.batch, capacity}, a.parent);
-  a.node_token = out.create(device, {a.batch, capacity}, tokens.dtype());
-  out.create(device, {a.batch, capacity}, a.depth);
-  out.create(device, {a.batch, capacity}, a.first);
-  out.create(device, {a.batch, capacity}, a.count);
-  out.create(device, {a.batch, a.group, a.length}, a.node);
-  out.create(device, {a.batch}, a.size);
-  run(device, a);
-  return out;
+  call.inputs(sized(a.token, &a.batch, &a.group, &a.length), optional(a.mask));
+  const Sizes nodes{a.batch, a.group * a.length};
+  call.output(a.parent, nodes);
+  call.output(a.node_token, nodes, a.token.wide ? dtype_of<int64_t>() : dtype_of<int32_t>());
+  call.output(a.depth, nodes);
+  call.output(a.first, nodes);
+  call.output(a.count, nodes);
+  call.output(a.node, {a.batch, a.group, a.length});
+  call.output(a.size, {a.batch});
+  run(call.device(), a);
 }
 
 }  // namespace vstar

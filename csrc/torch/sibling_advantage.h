@@ -1,9 +1,7 @@
 #pragma once
 
-#include <string>
-
 #include "common/ops/sibling_advantage.h"
-#include "torch/candidates.h"
+#include "torch/glue.h"
 
 namespace vstar {
 
@@ -15,25 +13,19 @@ inline Baseline parse_baseline(const std::string& name) {
 }
 
 template <class Device>
-Outputs<4> sibling_advantage(
-    const Tensor& tokens, const Tensor& rewards, const OptionalTensor& mask, double eps, int64_t ddof, double std_floor,
-    int64_t min_siblings, const std::string& baseline) {
-  const Device device(tokens);
+void sibling_advantage(Call<Device>& call) {
   SiblingAdvantageArgs a{};
-  set_candidates(a, tokens, mask);
-  a.reward = rewards;
-  a.eps = eps;
-  a.std_floor = std_floor;
-  a.ddof = ddof;
-  a.min_siblings = min_siblings;
+  std::string baseline;
+  call.inputs(
+      sized(a.token, &a.batch, &a.group, &a.length), a.reward, optional(a.mask), a.eps, a.ddof, a.std_floor,
+      a.min_siblings, baseline);
   a.baseline = parse_baseline(baseline);
-  Outputs<4> out;
-  out.create(device, {a.batch, a.group, a.length}, a.advantage);
-  out.create(device, {a.batch, a.group, a.length}, a.valid);
-  out.create(device, {a.batch, a.group, a.length}, a.node);
-  out.create(device, {a.batch, a.group, a.length}, a.count);
-  run(device, a);
-  return out;
+  const Sizes tokens{a.batch, a.group, a.length};
+  call.output(a.advantage, tokens);
+  call.output(a.valid, tokens);
+  call.output(a.node, tokens);
+  call.output(a.count, tokens);
+  run(call.device(), a);
 }
 
 }  // namespace vstar

@@ -4,7 +4,7 @@
 
 #include "cuda/device.cuh"
 
-using namespace vstar::cuda;
+using namespace vstar;
 
 namespace {
 

@@ -14,7 +14,9 @@ struct LogitRows {
   IntView node;  // [B, W], absent: the whole vocabulary
   double temperature;
   float inv_temperature;
-  int64_t width, columns, targets, rows, max_children;  // rows = B * W
+  int64_t batch, width, columns, targets, max_children;
+
+  VSTAR_INLINE_MEMBER int64_t rows() const { return batch * width; }
 };
 
 struct TokenLogpArgs : LogitRows {

@@ -71,44 +71,51 @@ template <class T>
 struct EntryCopy {
   T* to;
   const T* from;
-  int64_t width;
 
-  VSTAR_INLINE_MEMBER void copy(int64_t target, int64_t source, int64_t first, int64_t step) const {
+  VSTAR_INLINE_MEMBER void copy(int64_t target, int64_t source, int64_t width, int64_t first, int64_t step) const {
     for (int64_t i = first; i < width; i += step) to[target * width + i] = from[source * width + i];
   }
 };
 
 struct VedInsertArgs {
-  EntryCopy<int32_t> ints[6];
-  EntryCopy<float> floats[5];
+  EntryCopy<int32_t> node, parent, num_children, num_leaves, child_node, leaf_node;
+  EntryCopy<float> logp, entropy, child_logp, leaf_logp, leaf_score;
   EntryCopy<int64_t> slot;
-  const int32_t *row_node, *row_parent;
-  const float *row_logp, *row_value, *row_entropy;
+  const float* row_value;
   float *value, *priority;
   int32_t *visits, *next_child, *depth, *size, *depth_count;
   double* depth_sum;
-  int64_t batch, capacity, rows, depths;
+  int64_t batch, capacity, rows, children, leaves, depths;
   double logp_weight, entropy_weight;
 
   // The depth that a row takes in a tree of this size; -1 if it is not stored.
   VSTAR_INLINE_MEMBER int64_t level(int64_t b, int64_t row, int32_t its_size) const {
-    if (row_node[row] < 0 || its_size < 0 || its_size >= capacity) return -1;
-    const int64_t above = row_parent[row];
+    if (node.from[row] < 0 || its_size < 0 || its_size >= capacity) return -1;
+    const int64_t above = parent.from[row];
     const int64_t level = above >= 0 && above < its_size ? depth[b * capacity + above] + 1 : 0;
     return level < depths ? level : -1;
   }
-  // Of the arrays, those from `first` on, one in `step`.
+  // Of each array the elements from `first` on, one in `step`.
   VSTAR_INLINE_MEMBER void copy_entries(int64_t to, int64_t row, int64_t first, int64_t step) const {
-    for (const auto& array : ints) array.copy(to, row, first, step);
-    for (const auto& array : floats) array.copy(to, row, first, step);
-    slot.copy(to, row, first, step);
+    node.copy(to, row, 1, first, step);
+    parent.copy(to, row, 1, first, step);
+    num_children.copy(to, row, 1, first, step);
+    num_leaves.copy(to, row, 1, first, step);
+    child_node.copy(to, row, children, first, step);
+    leaf_node.copy(to, row, leaves, first, step);
+    logp.copy(to, row, 1, first, step);
+    entropy.copy(to, row, 1, first, step);
+    child_logp.copy(to, row, children, first, step);
+    leaf_logp.copy(to, row, leaves, first, step);
+    leaf_score.copy(to, row, leaves, first, step);
+    slot.copy(to, row, 1, first, step);
   }
   // What a node is given beside its entries.
   VSTAR_INLINE_MEMBER void set_up(int64_t b, int64_t to, int64_t row, int64_t level) const {
     float v = row_value[row];
     if (!(v >= -kFloatMax)) v = -kFloatMax;  // NaN too
     if (v > kFloatMax) v = kFloatMax;
-    const float g = tree_priority(v, row_entropy[row], row_logp[row], entropy_weight, logp_weight);
+    const float g = tree_priority(v, entropy.from[row], logp.from[row], entropy_weight, logp_weight);
     value[to] = v;
     priority[to] = g;
     visits[to] = next_child[to] = 0;
@@ -144,7 +151,6 @@ struct VedCandidatesArgs {
   const float *logp, *value, *leaf_logp, *leaf_score;
   int64_t batch, capacity, slots, length, k;
   double logp_weight;
-  bool forced_first;
   int32_t* out_node;
   float *out_logp, *out_score;
   int32_t* out_count;
@@ -163,8 +169,7 @@ struct VedCandidatesArgs {
   }
   VSTAR_INLINE_MEMBER LeafKey completion_key(int64_t s, int64_t slot) const {
     const int64_t at = s * slots + slot;
-    const bool forced = forced_first && num_leaves[s] == 1;
-    return leaf_key(!forced, leaf_score[at], forced ? leaf_node[at] : node[s], leaf_logp[at], leaf_node[at]);
+    return leaf_key(true, leaf_score[at], node[s], leaf_logp[at], leaf_node[at]);
   }
 
   // The leaf at a place of tree b as its i-th candidate; none for a negative place.
