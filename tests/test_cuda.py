@@ -93,7 +93,7 @@ def test_more_children_than_32_bits_number():
     logits = torch.empty(1, 1, 4).expand(1, 2**30, 4)
     node = torch.zeros(1, 1, dtype=torch.int32).expand(1, 2**30)
     case = list(expansion(torch.zeros(1, 1, 4), trie, 3))
-    with pytest.raises(RuntimeError, match=r"logits must have fewer than 2\^32 legal children a request"):
+    with pytest.raises(RuntimeError, match=r"logits must have fewer than 2\^32 legal children per request"):
         run("expand_topk", logits, *case[1:3], node, *case[4:])
 
 
@@ -254,7 +254,7 @@ def test_prefix_tree_reads_the_tokens_once():
 
 
 def test_token_logp_reads_the_logits_once_a_pass():
-    """A launch a pass, a block a row; of everything else a target and a few numbers a row."""
+    """A launch per pass, a block per row; of everything else a target and a few numbers per row."""
     generator, sizes = torch.Generator().manual_seed(10), {"rows": 4, "columns": 8192}
     for name, case in (
         ("token_logp", scored_tokens(generator, **sizes)),
