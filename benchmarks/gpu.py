@@ -418,7 +418,7 @@ class Clock:
         return Sample(captured.replay, calls, "graph")
 
     def compare(self, samples: dict[str, Sample], case: Case, rounds: int) -> dict[str, float]:
-        """Median seconds a call, measured in turns."""
+        """Median seconds per call, measured in turns."""
         seconds: dict[str, list[float]] = {name: [] for name in samples}
         for _ in range(rounds):
             for name, sample in samples.items():
@@ -502,7 +502,7 @@ def measure(
 
 
 def table(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Markdown, a line a row."""
+    """Markdown, a line per row."""
     text = "\n".join(f"- {name}: {value}" for name, value in header.items())
     text += "\n\n| case | backend | time | GB/s | of copy bandwidth | eager torch | torch.compile |\n"
     text += "|---|---|---|---|---|---|---|\n"

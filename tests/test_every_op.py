@@ -61,7 +61,7 @@ def test_meta_tensors(op, label):
         assert (x.device.type, x.shape, x.dtype, x.stride()) == ("meta", y.shape, y.dtype, y.stride())
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("op", "label"), COMPILED)
 def test_compile(op, label, dynamic):
     """``torch.compile(fullgraph=True)`` takes the public function, with its gradient, for several sizes."""

@@ -1,4 +1,4 @@
-"""Packed rows: masks, outputs and gradients against the conventional computation, a row a candidate."""
+"""Packed rows: masks, outputs and gradients against the conventional computation, a row per candidate."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_errors_name_the_argument(change, error, message) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("values", [True, False])
 def test_the_reference_model(dtype: torch.dtype, tolerance: float, values: bool) -> None:
-    """Outputs and gradients with packing are those of a row a candidate, on both sides of padding."""
+    """Outputs and gradients with packing are those of a row per candidate, on both sides of padding."""
     torch.manual_seed(0)
     catalogue = torch.unique(
         torch.stack([torch.randint(4, (30,)) + 4 * level for level in range(3)], 1), dim=0

@@ -486,7 +486,7 @@ def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 def test_packing_changes_no_result(toy: Path, tmp_path: Path) -> None:
-    """A run with packed rows is one with a row a candidate."""
+    """A run with packed rows is one with a row per candidate."""
     options = ["--data", str(toy), *OPTIONS.split(), "--sft-epochs", "1", "--rl-steps", "3"]
     assert main([*options, "--out", str(tmp_path / "packed")]) == 0
     assert main([*options, "--out", str(tmp_path / "whole"), "--no-pack"]) == 0

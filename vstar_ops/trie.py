@@ -43,7 +43,7 @@ class Trie:
         item_ids: int64 ``[num_items]``, item ids in the order of their sequences; items that share a
             sequence (an SID collision) keep the order in which they were given.
         level_offset: tuple of ``L + 2`` ints.
-        length: ``L``, tokens a sequence.
+        length: ``L``, tokens per sequence.
         max_token: the largest token, ``-1`` in an empty trie; logits need more columns than that.
         max_children: the largest number of children of any node.
 
@@ -99,7 +99,7 @@ class Trie:
 
     def __repr__(self) -> str:
         levels = " -> ".join(str(b - a) for a, b in zip(self.level_offset, self.level_offset[1:]))
-        return f"Trie({self.num_items} items, nodes a level {levels}, device={self.device})"
+        return f"Trie({self.num_items} items, nodes per level {levels}, device={self.device})"
 
     @classmethod
     def from_sequences(cls, sequences: Any, item_ids: Any = None) -> Trie:

@@ -101,7 +101,7 @@ def expand_topk(
         trie: the catalogue; its tokens are columns of ``logits``.
         node: int32 or int64 ``[B, W]``, the trie node of each prefix. Whatever is not a node (-1, or out
             of range) is a dead beam: it has no children.
-        k: winners a request, any number >= 1.
+        k: winners per request, any number >= 1.
         cum_logp: float ``[B, W]``, log-probability of each prefix (0). A prefix at -inf or NaN has no
             winners.
         value: float ``[B, W]``, V(w) (0).
@@ -112,7 +112,7 @@ def expand_topk(
         entropy_weight: :math:`\lambda`.
         temperature: :math:`\tau > 0`.
         normalize: ``"legal"`` or ``"vocab"``.
-        gumbel_seed: None, or int64 seeds ``[B]``, one a request, or one int for seeds derived from it and
+        gumbel_seed: None, or int64 seeds ``[B]``, one per request, or one int for seeds derived from it and
             ``b`` (:func:`vstar_ops.derive_seeds`). Adds Gumbel(0, 1) noise to every score, a pure
             function of (seed, node, token): top-k of perturbed log-probabilities is sampling without
             replacement.

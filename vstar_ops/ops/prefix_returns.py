@@ -59,7 +59,7 @@ def prefix_returns(
     Requests never mix. Prefixes are compared exactly, token by token.
 
     Args:
-        tokens: integers ``[B, G, L]`` of any value: ``G`` candidates a request.
+        tokens: integers ``[B, G, L]`` of any value: ``G`` candidates per request.
         embedding: float32, bfloat16 or float16 ``[B, G, E]``, of the candidates' items.
         target: integers ``[B, L]``, the logged item :math:`y^*`.
         target_embedding: float32, bfloat16 or float16 ``[B, E]``, of the target.

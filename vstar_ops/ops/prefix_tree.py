@@ -54,12 +54,12 @@ def prefix_tree(tokens: Tensor, mask: Tensor | None = None) -> PrefixTree:
     are compared exactly, token by token.
 
     Args:
-        tokens: integers ``[B, G, L]`` of any value: ``G`` candidates a request.
+        tokens: integers ``[B, G, L]`` of any value: ``G`` candidates per request.
         mask: bool ``[B, G]``, False for padded candidates, which take no part.
 
     Returns:
         A named tuple of int32 (``token`` as wide as ``tokens``, int32 for narrower ones). There is room for
-        ``N = G * L`` nodes a request, so no size is read on the host:
+        ``N = G * L`` nodes per request, so no size is read on the host:
 
         - ``parent`` ``[B, N]``: the node above, -1 for the root, the empty prefix.
         - ``token`` ``[B, N]``: the prefix' last token.

@@ -65,7 +65,7 @@ def sibling_advantage(
     Requests never mix. Prefixes are compared exactly, token by token.
 
     Args:
-        tokens: integers ``[B, G, L]`` of any value: ``G`` candidates a request.
+        tokens: integers ``[B, G, L]`` of any value: ``G`` candidates per request.
         rewards: float32, bfloat16 or float16 ``[B, G]``.
         mask: bool ``[B, G]``, False for padded candidates, which take no part.
         eps: added to the standard deviation.

@@ -85,7 +85,7 @@ def sibling_grpo_loss(
     depth_weights: Tensor | Sequence[float] | None = None,
     loss_type: str = "grpo",
 ) -> SiblingGRPOLoss:
-    r"""The loss of a policy on ``G`` candidates a request: GRPO, Sibling-GRPO and a KL term.
+    r"""The loss of a policy on ``G`` candidates per request: GRPO, Sibling-GRPO and a KL term.
 
     .. math::
         \text{loss} &= -(w_{global} \, J_{global} + w_{sib} \, J_{sib} - \beta \, KL) \\

@@ -74,7 +74,7 @@ def token_logp(
         \log\pi(v) &= z_v/\tau - \log\textstyle\sum_{u \in D} \exp(z_u/\tau) \\
         H &= -\textstyle\sum_{u \in D} \pi(u) \log\pi(u)
 
-    The forward pass keeps two numbers a row, and the backward pass writes the gradient of the logits once:
+    The forward pass keeps two numbers per row, and the backward pass writes the gradient of the logits once:
     nothing else of the size of the logits is made. Arithmetic is float32 whatever the dtype of the logits.
     With a trie only legal columns are read, and the dense gradient is zero outside of them (on the CPU its
     pages come zeroed from the system, so what is not legal is not written either).
