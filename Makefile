@@ -48,7 +48,7 @@ gpu:
 
 # torch comes first and alone; --no-build-isolation then builds against that very torch, where pip
 # would otherwise fetch another. The last step records which backends are on, for `setup` to print.
-$(READY): setup.py pyproject.toml $(wildcard csrc/*/*)
+$(READY): setup.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	    || { echo "vstar_ops needs Python 3.10 or newer as $(PYTHON): make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
