@@ -1,6 +1,6 @@
 """``python -m benchmarks.study``: what decoder, objective and score are worth, measured.
 
-Four parts, each of the seeds a run of its own, mean and 95 % interval over them:
+Four parts, with mean and 95 % interval over seeds, each of which is a run of its own:
 
 (a) ablations: a policy trained with each decoder, objective and score, then decoded by beam search;
 (b) 64 candidates by beam search, top-k sampling and VED: diversity, best reward;
@@ -160,27 +160,28 @@ class Study:
                     cells[name] = scores
         return result
 
-    def chosen(self, model: SIDTransformer, candidates: int, budget: int) -> tuple[str, Decoder]:
+    def chosen(
+        self, model: SIDTransformer, candidates: int, budget: int | None = None
+    ) -> tuple[str, Decoder]:
         """The search of the highest best reward on the valid split."""
         searches = {name: self.search(name, candidates, budget) for name in SEARCHES}
         best = max(searches, key=lambda name: self.scores(model, searches[name], "valid")["best_reward"])
         return best, searches[best]
 
-    def search(self, name: str, candidates: int, budget: int) -> Decoder:
-        """One of :data:`SEARCHES`."""
+    def search(self, name: str, candidates: int, budget: int | None = None) -> Decoder:
+        """One of :data:`SEARCHES`; without a budget at that of a beam search."""
         ved = self.run.config.ved.for_evaluation().replace(**SEARCHES[name], budget=budget)
         return Decoder("ved", candidates, ved)
 
     def many(self) -> dict[str, Scores]:
         """(b): 64 candidates of V-STAR's policy; the paper's search has the policy trained with it."""
         model, paper = self.trained(REFERENCE), self.trained(PAPERS)
-        budget = 1 + (self.run.trie.length - 1) * 64
-        name, chosen = self.chosen(model, 64, budget)
+        name, chosen = self.chosen(model, 64)
         return {
             "beam search": self.scores(model, Decoder("beam", 64)),
             "top-k sampling": self.scores(model, Decoder("topk", 64)),
-            "VED, the paper's": self.scores(paper, Decoder("ved", 64, VEDConfig.paper(budget=budget))),
-            "VED, V = 0": self.scores(model, self.search(WITHOUT, 64, budget)),
+            "VED, the paper's": self.scores(paper, Decoder("ved", 64, VEDConfig.paper())),
+            "VED, V = 0": self.scores(model, self.search(WITHOUT, 64)),
             f"VED, {name}": self.scores(model, chosen),
         }
 

@@ -74,21 +74,21 @@ class Specialization(NamedTuple):
         kernel: the jit function.
         warps: per program.
         constants: its compile-time arguments.
-        types: of its arguments that are ``ANY``.
+        types: of its arguments that are ``ANY``, and of tuples, element by element.
     """
 
     name: str
     kernel: Any
     warps: int
     constants: Mapping[str, Any]
-    types: Mapping[str, str] = {}
+    types: Mapping[str, Any] = {}
 
     @property
     def options(self) -> dict[str, Any]:
         """What it is launched with."""
         return options(self.warps)
 
-    def signature(self) -> dict[str, str]:
+    def signature(self) -> dict[str, Any]:
         """The type of every argument, in order. A multiple of 16 is ``"i32:16"``; pointers always are."""
         types = {**self.kernel.types, **self.types, **dict.fromkeys(self.constants, "constexpr")}
         return {name: types.get(name, "i32") for name in self.kernel.arg_names}

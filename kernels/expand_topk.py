@@ -88,7 +88,7 @@ def expand_topk(
 
     terms = (
         *strided(cum_logp, 2), *strided(value, 2), *strided(bonus, 2), *strided(child_value, 3),
-        *strided(seed, 1), logp_weight, value_weight, entropy_weight, 1.0 / temperature,
+        *strided(seed, 1), Weights(logp_weight, value_weight, entropy_weight, 1.0 / temperature),
     )  # fmt: skip
     if rows:
         _rows[(rows, splits)](
@@ -120,10 +120,9 @@ def _chunk(total: int, splits: int, block: int) -> int:
     return cdiv(cdiv(total, splits), block) * block
 
 
-# What a score is made of besides the logits: arrays, weights, 1 / temperature.
-Terms = namedtuple(
-    "Terms", "cum_logp value bonus child_value seed logp_weight value_weight entropy_weight inv_temperature"
-)
+# What a score is made of besides the logits: arrays and numbers.
+Terms = namedtuple("Terms", "cum_logp value bonus child_value seed weights")
+Weights = namedtuple("Weights", "logp_weight value_weight entropy_weight inv_temperature")
 # What the scores of a row's children have in common.
 Row = namedtuple("Row", "row_max log_sum cum_logp constant")
 # Legal columns of a row: in a list from `begin`, or `first` and those after it if consecutive.
@@ -159,8 +158,8 @@ def _finish(terms, b, w, inside, row_max, total, moment, vocab_max, vocab_total)
     entropy = tl.where(total > 0, tl.maximum(tl.log(safe) - moment / safe, 0.0), 0.0)
     shift = tl.where(vocab_max == float("-inf"), 0.0, vocab_max)
     log_sum = tl.log(tl.where(vocab_total > 0, vocab_total, 1.0))
-    constant = load_float(terms.value, b, w, 0, inside) * terms.value_weight
-    constant += terms.entropy_weight * entropy
+    constant = load_float(terms.value, b, w, 0, inside) * terms.weights.value_weight
+    constant += terms.weights.entropy_weight * entropy
     constant += load_float(terms.bonus, b, w, 0, inside)
     return Row(shift, log_sum, load_float(terms.cum_logp, b, w, 0, inside), constant), entropy
 
@@ -185,8 +184,9 @@ def _load_row(stats, w, inside):
 @triton.jit
 def _score(z, row, extra_score, terms):
     """Score (-inf: no candidate) and log-probability. Without an extra score it never falls as z rises."""
-    logp = ((z - row.row_max) * terms.inv_temperature - row.log_sum) + row.cum_logp
-    score = (tl.where(terms.logp_weight == 0, 0.0, terms.logp_weight * logp) + row.constant) + extra_score
+    logp = ((z - row.row_max) * terms.weights.inv_temperature - row.log_sum) + row.cum_logp
+    weight = terms.weights.logp_weight
+    score = (tl.where(weight == 0, 0.0, weight * logp) + row.constant) + extra_score
     wins = (z > float("-inf")) & (logp > float("-inf")) & (score > float("-inf"))
     return tl.where(wins, score, float("-inf")), logp
 
@@ -231,7 +231,7 @@ def _extra_score(terms, b, w, node, column, inside):
     extra_score = tl.zeros(column.shape, tl.float32)
     if terms.child_value.dtype >= 0:
         value = load_float(terms.child_value, b, w, column.to(tl.int64), inside)
-        extra_score += terms.value_weight * value
+        extra_score += terms.weights.value_weight * value
     if terms.seed.dtype >= 0:
         seed = load_int(terms.seed, b, 0, 0, True, 0)
         extra_score += _gumbel(seed, node.to(tl.int32), column.to(tl.int32))
@@ -285,8 +285,7 @@ def _vocab_stats(logits, s2, low, high, columns, inv_temperature, BLOCK: tl.cons
 def _rows(
     logits: ANY, s0: ALIGNED, s1: ALIGNED, s2: ALIGNED, cum_logp: ADDRESS, cum_logp_type, a0, a1,
     value: ADDRESS, value_type, v0, v1, bonus: ADDRESS, bonus_type, o0, o1, child_value: ADDRESS,
-    child_value_type, c0, c1, c2, seed: ADDRESS, seed_type, seed_stride, logp_weight: tl.float32,
-    value_weight: tl.float32, entropy_weight: tl.float32, inv_temperature: tl.float32, offset: I32,
+    child_value_type, c0, c1, c2, seed: ADDRESS, seed_type, seed_stride, weights, offset: I32,
     token: I32, node: ADDRESS, node_type, n0, n1, stats: F32, trie: I32, best: F32, part: F32, entropies: F32,
     width, columns, num_nodes, num_edges, max_children, vocab, segments, splits, chunk, column_chunk,
     EXTRA: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
@@ -294,7 +293,7 @@ def _rows(
     terms = Terms(
         Array(cum_logp, cum_logp_type, a0, a1, 0), Array(value, value_type, v0, v1, 0),
         Array(bonus, bonus_type, o0, o1, 0), Array(child_value, child_value_type, c0, c1, c2),
-        Array(seed, seed_type, seed_stride, 0, 0), logp_weight, value_weight, entropy_weight, inv_temperature,
+        Array(seed, seed_type, seed_stride, 0, 0), weights,
     )  # fmt: skip
     r, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, w = r // width, r % width
@@ -315,13 +314,13 @@ def _rows(
     row_max, total, moment = float("-inf"), 0.0, 0.0
     for start in range(stats_low, stats_high, BLOCK):
         _, _, z = _load_children(logits, s2, children, columns, start + step)
-        row_max, total, moment = _add_block(z, row_max, total, moment, inv_temperature)
+        row_max, total, moment = _add_block(z, row_max, total, moment, weights.inv_temperature)
         if not EXTRA:
             _store_segments(best, z, start, segments, BLOCK, SEGMENT)
     vocab_max, vocab_total = row_max, total
     if (vocab != 0) & (count != columns):
         vocab_max, vocab_total = _vocab_stats(
-            logits, s2, column_low, column_high, columns, inv_temperature, BLOCK
+            logits, s2, column_low, column_high, columns, weights.inv_temperature, BLOCK
         )
 
     if split == 0:
@@ -397,11 +396,11 @@ def _join_parts(part, stats, entropies, terms, b, width, parts, KEYS: tl.constex
             max2, total2 = tl.load(at, inside, float("-inf")), tl.load(at + 1, inside, 0.0)
             moment2 = tl.load(at + 2, inside, 0.0)
             row_max, total, moment = _join(
-                row_max, total, moment, max2, total2, moment2, terms.inv_temperature
+                row_max, total, moment, max2, total2, moment2, terms.weights.inv_temperature
             )
             max2, total2 = tl.load(at + 3, inside, float("-inf")), tl.load(at + 4, inside, 0.0)
             vocab_max, vocab_total, unused = _join(
-                vocab_max, vocab_total, unused, max2, total2, unused * 0.0, terms.inv_temperature
+                vocab_max, vocab_total, unused, max2, total2, unused * 0.0, terms.weights.inv_temperature
             )
         row, entropy = _finish(terms, b, w, inside, row_max, total, moment, vocab_max, vocab_total)
         _store_row(stats, entropies, w, row, entropy, inside)
@@ -465,8 +464,7 @@ def _write(
 def _select(
     logits: ADDRESS, logits_type, s0, s1, s2, cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS,
     value_type, v0, v1, bonus: ADDRESS, bonus_type, o0, o1, child_value: ADDRESS, child_value_type, c0, c1,
-    c2, seed: ADDRESS, seed_type, seed_stride, logp_weight: tl.float32, value_weight: tl.float32,
-    entropy_weight: tl.float32, inv_temperature: tl.float32, token: I32, stats: F32, trie: I32, best: F32,
+    c2, seed: ADDRESS, seed_type, seed_stride, weights, token: I32, stats: F32, trie: I32, best: F32,
     part: F32, picked: I64, out_score: F32, out_logp: F32, out_parent: I32, out_token: I32, out_child: I32,
     out_count: I32, entropies: F32, width, columns, max_children, segments, segment, segment_count, parts,
     extra, k, LIST: tl.constexpr, KEYS: tl.constexpr,
@@ -474,7 +472,7 @@ def _select(
     terms = Terms(
         Array(cum_logp, cum_logp_type, a0, a1, 0), Array(value, value_type, v0, v1, 0),
         Array(bonus, bonus_type, o0, o1, 0), Array(child_value, child_value_type, c0, c1, c2),
-        Array(seed, seed_type, seed_stride, 0, 0), logp_weight, value_weight, entropy_weight, inv_temperature,
+        Array(seed, seed_type, seed_stride, 0, 0), weights,
     )  # fmt: skip
     logits = Array(logits, logits_type, s0, s1, s2)
     b = tl.program_id(0).to(tl.int64)
@@ -530,12 +528,14 @@ def _select(
 
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for logits whose last stride is 1 and whose others are multiples of 16."""
+    weights = Weights(*["fp32"] * len(Weights._fields))
     for (dtype, logits), (block, segment, warps), extra in product(FLOATS.items(), _TILES, (False, True)):
         constants = {"EXTRA": extra, "BLOCK": block, "SEGMENT": segment, "s2": 1}
         name = f"expand_topk rows {block}{', extra score' * extra}, {dtype}"
-        yield Specialization(name, _rows, warps, constants, {"logits": logits})
+        yield Specialization(name, _rows, warps, constants, {"logits": logits, "weights": weights})
     for winners, segments in product((1 << i for i in range(4, _MOST_WINNERS.bit_length())), (1, 2**20)):
         size, keys, warps = _selection(winners, segments)
         if size == winners and (size <= 64 or segments == 1):  # each once
             name = f"expand_topk select {size} of {keys}"
-            yield Specialization(name, _select, warps, {"LIST": size, "KEYS": keys})
+            constants = {"LIST": size, "KEYS": keys}
+            yield Specialization(name, _select, warps, constants, {"weights": weights})

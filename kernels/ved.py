@@ -78,7 +78,6 @@ def ved_insert(*arguments: Any) -> None:
 
 def ved_candidates(
     node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, length, k, logp_weight,
-    forced_first,
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.ved_candidates`."""
     (batch, capacity), leaves = node.shape, leaf_node.shape[2]
@@ -89,7 +88,7 @@ def ved_candidates(
         _ved_candidates[(batch,)](
             node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, keys, out_node,
             out_logp, out_score, count, capacity=capacity, leaves=leaves, length=length, k=k,
-            logp_weight=logp_weight, forced_first=int(forced_first), KEYS=_KEYS, **options(4),
+            logp_weight=logp_weight, KEYS=_KEYS, **options(4),
         )  # fmt: skip
     return out_node, out_logp, out_score, count
 
@@ -334,7 +333,7 @@ def _node_keys(
 @triton.jit
 def _leaf_keys(
     node, depth, leaf_node, leaf_logp, leaf_score, num_leaves, first_keys, second_keys, nodes, evaluated,
-    capacity, leaves, length, forced_first, KEYS: tl.constexpr,
+    capacity, leaves, length, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Write the keys of the listed leaves that are not evaluated, and return how many there are."""
     total = 0
@@ -349,10 +348,9 @@ def _leaf_keys(
             other = tl.where(tl.load(depth + t) == length, tl.load(node + t), -1)
             known |= (name == other).to(tl.int32)
         valid &= known == 0
-        forced = (forced_first != 0) & (listed == 1)
-        prefix = tl.where(forced, name, tl.load(node + s, valid, 0))
+        prefix = tl.load(node + s, valid, 0)
         score, log_probability = tl.load(leaf_score + i, valid, 0.0), tl.load(leaf_logp + i, valid, 0.0)
-        first, second = _pair(valid, tl.where(forced, 0, 1), score, prefix, log_probability, name)
+        first, second = _pair(valid, s * 0 + 1, score, prefix, log_probability, name)
         tl.store(first_keys + capacity + i, first, i < capacity * leaves)
         tl.store(second_keys + capacity + i, second, i < capacity * leaves)
         total += tl.sum(valid.to(tl.int32), 0)
@@ -386,7 +384,7 @@ def _best_after(first_keys, second_keys, last_first, last_second, entries, KEYS:
 def _ved_candidates(
     node: I32, logp: F32, value: F32, size: I32, depth: I32, leaf_node: I32, leaf_logp: F32, leaf_score: F32,
     num_leaves: I32, keys: I64, out_node: I32, out_logp: F32, out_score: F32, count: I32, capacity, leaves,
-    length, k, logp_weight: tl.float64, forced_first, KEYS: tl.constexpr,
+    length, k, logp_weight: tl.float64, KEYS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     node += b * capacity
@@ -407,7 +405,7 @@ def _ved_candidates(
     )
     total = evaluated + _leaf_keys(
         node, depth, leaf_node, leaf_logp, leaf_score, num_leaves, first_keys, second_keys, nodes, evaluated,
-        capacity, leaves, length, forced_first, KEYS,
+        capacity, leaves, length, KEYS,
     )  # fmt: skip
     tl.store(count + b, tl.minimum(total, k))
     tl.debug_barrier()  # what other threads have stored is read

@@ -287,7 +287,7 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
         "options": partial(selection, exploration=0.5, traversals=2, max_idle=3),
     },
     "ved_insert": {"plain": insertion, "options": partial(insertion, entropy_weight=0.5, logp_weight=0.3)},
-    "ved_candidates": {"plain": ranking, "options": partial(ranking, logp_weight=0.5, forced_first=True)},
+    "ved_candidates": {"plain": ranking, "options": partial(ranking, logp_weight=0.5)},
 }
 
 # Enough work for several threads: many requests, or a single one that is divided.

@@ -405,6 +405,7 @@ def test_killed_between_two_stages_checkpoints(toy: Path, tmp_path: Path, monkey
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_the_policys_part_of_the_candidates_rises(toy: Path, tmp_path: Path, monkeypatch) -> None:
     seen, search = [], Decoder.__call__
 

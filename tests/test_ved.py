@@ -1,17 +1,21 @@
-"""Value-guided decoding: the batched search against the sequential reference and against the definition."""
+"""Value-guided decoding: its steps by hand, the batched search against the sequential reference.
+
+The tables below teach the steps; read them first.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from cases import random_evaluation
 
 import vstar_ops
-import vstar_ops.ops.ved as ved_ops
 from vstar_ops import (
     NodeEvaluation,
     SearchTrees,
@@ -25,6 +29,192 @@ from vstar_ops.decoding import VEDConfig, ved
 from vstar_ops.reference.ved_search import ved_search
 
 INTERPRETING = vstar_ops._backends.interpreting()  # a search then takes seconds, not milliseconds
+
+
+# ---------------------------------------------------------------- the steps by hand
+
+# The catalogue of the tables: node 0 is the root; its children are 1, 2 and 9; those of 1 are 3 and 4, those
+# of 2 are 5 and 6.
+
+
+class Node(NamedTuple):
+    """An evaluated node of a search tree; its position is its place in the list.
+
+    Attributes:
+        children: in the order in which they will be expanded; those that are in the tree are passed over.
+        leaves: children that may complete a candidate without being evaluated, and their scores.
+    """
+
+    node: int
+    parent: int
+    value: float
+    children: tuple[int, ...] = ()
+    visits: int = 0
+    leaves: tuple[tuple[int, float], ...] = ()
+
+
+def planted(nodes: list[Node], budget: int = 8) -> SearchTrees:
+    """One tree of two levels that holds the nodes, with G = V."""
+    trees = SearchTrees.empty(1, 8, 2, children=3, leaves=2, budget=budget)
+    for x in nodes:
+        children = [*x.children, -1, -1, -1][:3]
+        leaves = [*x.leaves, (-1, 0.0), (-1, 0.0)][:2]
+        insert_one(
+            trees, parent=x.parent, node=x.node, value=x.value, num_children=len(x.children),
+            child_node=children, num_leaves=len(x.leaves), leaf_node=[n for n, _ in leaves],
+            leaf_score=[score for _, score in leaves],
+        )  # fmt: skip
+    trees.visits[0, : len(nodes)] = torch.tensor([x.visits for x in nodes])
+    return trees
+
+
+def insert_one(trees: SearchTrees, options: dict[str, Any] | None = None, **given: Any) -> None:
+    """``ved_insert`` of one row."""
+    row: dict[str, Any] = {
+        "parent": 0, "node": 0, "logp": 0.0, "slot": 0, "value": 0.0, "entropy": 0.0, "num_children": 0,
+        "child_node": [-1] * 3, "child_logp": [0.0] * 3, "leaf_node": [-1] * 2, "leaf_logp": [0.0] * 2,
+        "leaf_score": [0.0] * 2, "num_leaves": 0, **given,
+    }  # fmt: skip
+    arrays = {name: torch.tensor([[x]], dtype=getattr(trees, name).dtype) for name, x in row.items()}
+    rows, evaluation = (
+        kind(**{name: arrays[name] for name in kind._fields}) for kind in (SelectedRows, NodeEvaluation)
+    )
+    ved_insert(trees, rows, evaluation, **(options or {"entropy_weight": 0.0}))
+
+
+class Selection(NamedTuple):
+    """``ved_select``: the rows that are not empty, ``(parent, node)``, and visits after it."""
+
+    lesson: str
+    nodes: list[Node]
+    rows: list[tuple[int, int]]
+    visits: list[int]
+    options: dict[str, Any] | None = None
+    budget: int = 8
+    budget_after: int = 8
+
+
+ROOT = Node(0, -1, 0.0, (1, 2))
+SELECTIONS = [
+    Selection(
+        "A traversal goes down to a node without children in the tree. Each node on its way gives the next of"
+        " its list: the root 2, as 1 is there already, and node 1 gives 4.",
+        [ROOT, Node(1, 0, 0.5, (4, 3))], [(0, 2), (1, 4)], [1, 1],
+    ),
+    Selection(
+        "It goes to the child of the largest G.",
+        [ROOT, Node(1, 0, 0.5, (3, 4)), Node(2, 0, 1.0, (5, 6))], [(2, 5)], [1, 0, 1],
+    ),
+    Selection(
+        "Equal G: the lower token.",
+        [ROOT, Node(1, 0, 1.0, (3, 4)), Node(2, 0, 1.0, (5, 6))], [(1, 3)], [1, 1, 0], {"exploration": 0.0},
+    ),
+    Selection(
+        "exploration: of two children of equal G, the one that was visited less.",
+        [ROOT._replace(visits=10), Node(1, 0, 1.0, (3, 4), 10), Node(2, 0, 1.0, (5, 6))],
+        [(2, 5)], [11, 10, 1],
+    ),
+    Selection(
+        "The gate: a node below the mean G of its depth gives nothing. Where no other node has an unexpanded"
+        " child the search is over, without another traversal.",
+        [ROOT, Node(1, 0, 2.0), Node(2, 0, 1.0, (5, 6))], [], [0, 0, 0],
+    ),
+    Selection(
+        "max_idle: traversals in a row that give nothing. Without exploration all go to node 1, so node 2 is"
+        " never reached; the second ends the search, and the budget says so: it becomes the size.",
+        [Node(0, -1, 0.0, (1, 2, 9)), Node(1, 0, 2.0), Node(2, 0, 1.5, (5, 6)), Node(9, 0, 0.0)],
+        [], [2, 2, 0, 0], {"exploration": 0.0, "max_idle": 1}, budget_after=4,
+    ),
+    Selection(
+        "budget: the number of evaluated nodes. With room for one more, the root comes first.",
+        [ROOT, Node(1, 0, 0.5, (4, 3))], [(0, 2)], [1, 1], budget=3, budget_after=3,
+    ),
+    Selection(
+        "traversals=2: the second sees the visits of the first, and so goes to the other child.",
+        [ROOT, Node(1, 0, 1.0, (3, 4)), Node(2, 0, 1.0, (5, 6))], [(1, 3), (2, 5)], [2, 1, 1],
+        {"traversals": 2},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("example", SELECTIONS, ids=[x.lesson.partition(":")[0][:60] for x in SELECTIONS])
+def test_select_by_hand(backend, example):
+    trees = planted(example.nodes, example.budget)
+    rows = ved_select(trees, **(example.options or {}))
+    found = list(zip(rows.parent[0].tolist(), rows.node[0].tolist()))
+    assert [row for row in found if row != (-1, -1)] == example.rows
+    assert trees.visits[0, : len(example.nodes)].tolist() == example.visits
+    assert trees.budget.tolist() == [example.budget_after]
+
+
+@pytest.mark.parametrize(
+    ("lesson", "row", "options", "priority"),
+    [
+        ("G is the value", {"value": 1.0}, {"entropy_weight": 0.0}, 1.0),
+        ("and lambda H", {"value": 1.0, "entropy": 2.0}, {"entropy_weight": 0.5}, 2.0),
+        ("and w log pi", {"value": 1.0, "logp": -3.0}, {"logp_weight": 0.1}, 0.7),
+        ("a value that is NaN counts as the smallest", {"value": math.nan}, {}, -torch.finfo().max),
+    ],
+)
+def test_insert_by_hand(backend, lesson, row, options, priority):
+    trees = planted([ROOT])
+    insert_one(
+        trees, {"entropy_weight": 0.1, **options}, node=2, num_children=2, child_node=[5, 6, -1], **row
+    )
+    assert trees.size.tolist() == [2]
+    assert trees.priority[0, 1].item() == pytest.approx(priority)
+    assert (trees.node[0, 1], trees.parent[0, 1], trees.depth[0, 1]) == (2, 0, 1)
+    assert trees.depth_count[0].tolist() == [1, 1, 0]
+    assert trees.depth_sum[0, 1].item() == pytest.approx(priority)
+
+
+def test_insert_leaves_out_empty_rows_and_what_does_not_fit(backend):
+    trees = planted([ROOT])
+    insert_one(trees, parent=-1, node=-1, value=9.0)
+    assert trees.size.tolist() == [1] and trees.depth_count[0].tolist() == [1, 0, 0]
+    for node in range(1, 10):  # the capacity is 8
+        insert_one(trees, node=node)
+    assert trees.node.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]] and trees.depth_count[0].tolist() == [1, 7, 0]
+
+
+@pytest.mark.parametrize(
+    ("lesson", "options", "leaves"),
+    [
+        (
+            "evaluated leaves by value, then completions by score",
+            {},
+            [(4, 0.9), (3, 0.2), (6, 2.0), (5, 1.0)],
+        ),
+        ("k=2", {"k": 2}, [(4, 0.9), (3, 0.2)]),
+        ("length=1: leaves are the nodes of that depth", {"length": 1, "k": 2}, [(2, 0.6), (1, 0.5)]),
+    ],
+)
+def test_candidates_by_hand(backend, lesson, options, leaves):
+    trees = planted(
+        [
+            ROOT,
+            Node(1, 0, 0.5, leaves=((3, 7.0), (4, 8.0))),  # both are evaluated, so neither is a completion
+            Node(2, 0, 0.6, leaves=((5, 1.0), (6, 2.0))),
+            Node(3, 1, 0.2),
+            Node(4, 1, 0.9),
+        ]
+    )
+    out = ved_candidates(trees, **{"length": 2, "k": 5, **options})
+    n = int(out.num_valid)
+    assert n == len(leaves)
+    assert out.node[0, :n].tolist() == [node for node, _ in leaves]
+    assert out.score[0, :n].tolist() == pytest.approx([score for _, score in leaves])
+    assert (out.node[0, n:] == -1).all() and (out.score[0, n:] == -math.inf).all()
+
+
+def test_forced_first_by_hand(backend):
+    """A prefix's only child is certain: it is ranked among the evaluated leaves, by its score."""
+    trees = planted([ROOT, Node(2, 0, 0.0, leaves=((5, 0.5),)), Node(1, 0, 0.0), Node(3, 2, 0.2)])
+    for forced_first, want in ((False, [3, 5]), (True, [5, 3])):
+        assert ved_candidates(trees, 2, 2, forced_first=forced_first).node.tolist() == [want]
+
+
+# ---------------------------------------------------------------- the search
 
 
 class TableModel:
@@ -158,28 +348,6 @@ def test_ten_thousand_searches(cpu):
         assert not ((evaluated[:, 1:] == evaluated[:, :-1]) & (evaluated[:, 1:] >= 0)).any()
 
 
-def random_evaluation(rng, trees, rows, fresh):
-    """What a model may say about rows: children nowhere else in the tree, values with ties and NaN."""
-    batch, count = rows.node.shape
-    children, leaves = trees.child_node.shape[2], trees.leaf_node.shape[2]
-
-    def floats(*shape):
-        return torch.from_numpy(rng.standard_normal((batch, count, *shape))).float()
-
-    def ints(high):
-        return torch.from_numpy(rng.integers(0, high + 1, (batch, count))).int()
-
-    value = floats().round()
-    value[torch.from_numpy(rng.random((batch, count)) < 0.1)] = math.nan
-    name = fresh + torch.arange(batch * count * children, dtype=torch.int32).view(batch, count, children)
-    leaf = name[..., :1] + 100_000 * torch.arange(leaves, dtype=torch.int32)
-    slot = torch.arange(batch * count).view(batch, count)
-    return NodeEvaluation(
-        slot, value, floats().abs(), ints(children), name, floats(children), leaf, floats(leaves),
-        floats(leaves).round(), ints(leaves),
-    )  # fmt: skip
-
-
 def test_steps_change_the_same_bits(backend):
     """Each op on its own against the reference, round after round, on trees that no model has made."""
     for case in range(6 if INTERPRETING else 15 if backend == "emulated" else 60):
@@ -203,7 +371,6 @@ def test_steps_change_the_same_bits(backend):
                 "exploration": float(rng.choice([0.0, 1.0, 3.0])), "traversals": traversals,
                 "max_idle": int(rng.choice([0, 3, 50])),
             }  # fmt: skip
-            rank = {"logp_weight": logp_weight, "forced_first": bool(rng.integers(2))}
             length, k = int(rng.integers(1, levels + 1)), int(rng.integers(1, 9))
             results = []
             for name in ("reference", backend):
@@ -211,7 +378,7 @@ def test_steps_change_the_same_bits(backend):
                 with contextlib.nullcontext() if name == backend else vstar_ops.use_backend(name):
                     ved_insert(copy, rows, evaluation, logp_weight=logp_weight)
                     chosen = ved_select(copy, **walk)
-                    results.append((copy, chosen, ved_candidates(copy, length, k, **rank)))
+                    results.append((copy, chosen, ved_candidates(copy, length, k, logp_weight=logp_weight)))
             (want_trees, want_rows, want_leaves), (trees, rows, leaves) = results
             for got, want in zip((*rows, *leaves), (*want_rows, *want_leaves)):
                 torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
@@ -414,34 +581,6 @@ def test_errors_of_the_ops():
     evaluation = NodeEvaluation(*(getattr(trees, name)[:, :1] for name in NodeEvaluation._fields))
     with pytest.raises(ValueError, match="slot must have the shape"):
         ved_insert(trees, rows, evaluation)
-
-
-def searched():
-    model, context, trie = industrial_size(4, 3)
-    return ved(model, context, trie, config=VEDConfig.paper(budget=20, beam_width=2), num_rounds=0).trees
-
-
-def test_opcheck(cpu):
-    ops, trees = torch.ops.vstar_ops, searched()
-    select = [getattr(trees, name).clone() for name in ved_ops._SELECT]
-    torch.library.opcheck(ops.ved_select.default, (*select, 3, 1.0, 2, 100))
-    candidates = [getattr(trees, name) for name in ved_ops._CANDIDATES]
-    torch.library.opcheck(ops.ved_candidates.default, (*candidates, 3, 5, 0.5, True))
-    inputs = [getattr(trees, name).clone() for name in ved_ops._INSERT]
-    rows = [getattr(trees, name)[:, 1:3].clone() for name in ved_ops._ROWS]
-    torch.library.opcheck(ops.ved_insert.default, (*inputs, *rows, 0.0, 0.1))
-
-
-def test_compile(cpu):
-    """A round's ops in one graph."""
-
-    def step(trees: SearchTrees) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = ved_select(trees, exploration=0.5)
-        return rows.node + 0, ved_candidates(trees, 3, 4).score * 2
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(searched()), step(searched())):
-        assert torch.equal(got, want)
 
 
 def test_devices_other_than_the_trees_are_refused():

@@ -121,10 +121,22 @@ def stand_ins(item: Any) -> list[Any]:
     return [item.constants.get(name, _stand_in(kind)) for name, kind in item.signature().items()]
 
 
-def _stand_in(kind: str) -> Any:
+def _stand_in(kind: Any) -> Any:
+    if isinstance(kind, tuple):
+        return type(kind)(*map(_stand_in, kind))
     if kind in _POINTERS:
         return _POINTERS[kind]
     return 1.5 if kind.startswith("fp") else 16 if kind.endswith(":16") else 17
+
+
+def is_aligned(kind: Any) -> bool:
+    """Whether the compiler may count on a multiple of 16."""
+    return isinstance(kind, str) and (kind.startswith("*") or kind.endswith(":16"))
+
+
+def plain(kind: Any) -> Any:
+    """The type alone, as Triton writes it."""
+    return kind.removesuffix(":16") if isinstance(kind, str) else kind
 
 
 class Resources(NamedTuple):
@@ -142,14 +154,11 @@ def resources(item: Any, architecture: int) -> Resources:
     from triton.compiler import ASTSource
 
     signature = item.signature()
-    aligned = [
-        (i,) for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind.endswith(":16")
-    ]
     source = ASTSource(
         item.kernel,
-        {name: kind.removesuffix(":16") for name, kind in signature.items()},
+        {name: plain(kind) for name, kind in signature.items()},
         dict(item.constants),
-        {index: [["tt.divisibility", 16]] for index in aligned},
+        {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if is_aligned(kind)},
     )
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options=item.options)

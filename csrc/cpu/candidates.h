@@ -16,14 +16,16 @@ struct SortedCandidates {
   std::vector<int32_t> candidate;  // [n] their numbers
   std::vector<uint64_t> key;       // [n]
   std::vector<int32_t> order;      // [n] sorted position -> packed position
+  std::vector<int32_t> sorted;     // [n] sorted position -> candidate
   std::vector<int32_t> shared;     // [n] leading tokens shared with the previous one in sorted order
 };
 
 inline int bit_length(uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
 
-// Fill order and shared.
+// Fill order, sorted and shared.
 inline void sort_columns(SortedCandidates& r, int64_t n, int64_t length) {
   r.order.resize(n);
+  r.sorted.resize(n);
   r.shared.resize(n);
   const int index_bits = bit_length(uint64_t(n - 1));
   int width[64], bits = index_bits;
@@ -68,26 +70,37 @@ inline void sort_columns(SortedCandidates& r, int64_t n, int64_t length) {
       while (common < length && r.column[common * n + a] == r.column[common * n + b]) ++common;
     }
     r.shared[i] = common;
+    r.sorted[i] = r.candidate[r.order[i]];
   }
 }
 
 // Sort the candidates of request b; returns how many the mask leaves, and clears the results of the others.
 template <class Args>
 int64_t sort_candidates(const Args& a, int64_t b, SortedCandidates& r) {
-  r.candidate.clear();
+  r.candidate.resize(a.group);
+  int64_t n = 0;
   for (int64_t g = 0; g < a.group; ++g) {
+    r.candidate[n] = int32_t(g);
     if (a.mask.at(b, g)) {
-      r.candidate.push_back(int32_t(g));
+      ++n;
     } else {
       a.clear(b, g);
     }
   }
-  const int64_t n = int64_t(r.candidate.size());
-  r.column.resize(n * a.length);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t d = 0; d < a.length; ++d) r.column[d * n + i] = a.token.at(b, r.candidate[i], d);
+  const int64_t length = a.length, step = a.token.stride[2];
+  r.column.resize(n * length);
+  const auto copy_tokens = [&](const auto* tokens) {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto* const from = tokens + a.token.offset(b, r.candidate[i]);
+      for (int64_t d = 0; d < length; ++d) r.column[d * n + i] = from[d * step];
+    }
+  };
+  if (a.token.wide) {
+    copy_tokens(static_cast<const int64_t*>(a.token.data));
+  } else {
+    copy_tokens(static_cast<const int32_t*>(a.token.data));
   }
-  if (n > 0) sort_columns(r, n, a.length);
+  if (n > 0) sort_columns(r, n, length);
   return n;
 }
 

@@ -84,7 +84,7 @@ class Sweep {
     for (int64_t t = 0; matches && t <= d; ++t) matches = r.column[t * n + r.order[i - 1]] == a.target.at(b, t);
     const float value = bucket_return(matches, a.weight[d], mine.cosine);
     for (int64_t p = mine.start; p < i; ++p) {
-      a.store(a.slot(b, r.candidate[r.order[p]]) + d, value, mine.cosine, mine.id, i - mine.start);
+      a.store(a.slot(b, r.sorted[p]) + d, value, mine.cosine, mine.id, i - mine.start);
     }
     if (d == 0) return;
     Bucket& above = bucket[d - 1];
@@ -105,7 +105,7 @@ class Sweep {
     }
     const Bucket& longest = bucket[a.length - 1];
     double* const sum = longest.sum;
-    const int64_t from = a.embedding.offset(b, r.candidate[r.order[i]]), step = a.embedding.stride[2];
+    const int64_t from = a.embedding.offset(b, r.sorted[i]), step = a.embedding.stride[2];
     if (longest.start == i) {
       a.embedding.each(from, step, a.width, [&](int64_t e, float x) { sum[e] = x; });
     } else {

@@ -11,7 +11,7 @@
 namespace vstar {
 
 void run(const Cpu& device, const PrefixTreeArgs& a) {
-  const int64_t capacity = a.group * a.length;
+  const int64_t length = a.length, capacity = a.group * length;
   device.parallel_for(a.batch, 1024, capacity, [&](int64_t begin, int64_t end) {
     SortedCandidates r;
     std::vector<int32_t> above;  // by sorted position, the node of the level above
@@ -20,21 +20,28 @@ void run(const Cpu& device, const PrefixTreeArgs& a) {
       const int64_t n = sort_candidates(a, b, r);
       above.assign(n, -1);
       int32_t id = 0;
-      for (int64_t d = 0; d < a.length; ++d) {
+      for (int64_t d = 0; d < length; ++d) {
         for (int64_t i = 0; i < n; ++id) {
           const int64_t start = i;
           const int32_t parent = above[start];
-          int32_t first = r.candidate[r.order[start]];
+          int32_t first = r.sorted[start];
           do {
-            const int32_t g = r.candidate[r.order[i]];
+            const int32_t g = r.sorted[i];
             first = std::min(first, g);
-            a.node[base + g * a.length + d] = above[i] = id;
+            a.node[base + g * length + d] = above[i] = id;
           } while (++i < n && r.shared[i] > d);
           a.store(base + id, parent, r.column[d * n + r.order[start]], d + 1, first, i - start);
         }
       }
       a.size[b] = id;
-      for (int64_t at = base + id; at < base + capacity; ++at) a.store_unused(at);
+      const int64_t unused = base + id, count = capacity - id;
+      for (int32_t* array : {a.parent, a.first}) std::fill_n(array + unused, count, -1);
+      for (int32_t* array : {a.depth, a.count}) std::fill_n(array + unused, count, 0);
+      if (a.token.wide) {
+        std::fill_n(static_cast<int64_t*>(a.node_token) + unused, count, -1);
+      } else {
+        std::fill_n(static_cast<int32_t*>(a.node_token) + unused, count, -1);
+      }
     }
   });
 }

@@ -62,7 +62,7 @@ class Sweep {
       const float advantage = sibling_advantage_of(a, scale, child.mean, siblings);
       ++id;
       for (; position < child.end; ++position) {
-        const int64_t at = a.slot(b, r.candidate[r.order[position]]) + depth - 1;
+        const int64_t at = a.slot(b, r.sorted[position]) + depth - 1;
         a.store(at, advantage, siblings >= a.min_siblings, id, child.count);
       }
     }

@@ -39,7 +39,7 @@ void ved_candidates(Call<Device>& call) {
   call.inputs(
       sized(a.node, &a.batch, &a.capacity), a.logp, a.value, a.size, a.depth,
       sized(a.leaf_node, nullptr, nullptr, &a.slots), a.leaf_logp, a.leaf_score, a.num_leaves, a.length, a.k,
-      a.logp_weight, a.forced_first);
+      a.logp_weight);
   call.output(a.out_node, {a.batch, a.k});
   call.output(a.out_logp, {a.batch, a.k});
   call.output(a.out_score, {a.batch, a.k});

@@ -183,7 +183,7 @@ def _select_fake(trie_node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
 
 
 def _candidates_fake(trie_node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
-    k = arguments[-3]
+    k = arguments[-2]
     row = trie_node.new_empty((trie_node.shape[0], k))  # type: ignore[arg-type]
     score = torch.empty_like(row, dtype=torch.float32)
     return row, score, torch.empty_like(score), trie_node.new_empty((trie_node.shape[0],))
@@ -277,15 +277,13 @@ def ved_insert(
     _insert(trees.node.device, *arrays, *(given[name] for name in _ROWS), *weights)
 
 
-def ved_candidates(
-    trees: SearchTrees, length: int, k: int, *, logp_weight: float = 0.0, forced_first: bool = False
-) -> LeafCandidates:
+def ved_candidates(trees: SearchTrees, length: int, k: int, *, logp_weight: float = 0.0) -> LeafCandidates:
     r"""The ``k`` best leaves of every tree: first those that were evaluated, then completions.
 
     Evaluated leaves (nodes of depth ``length``) are ordered by :math:`V + w_p \log\pi` descending, then by
     lower tokens. Completions are the listed leaves below evaluated prefixes that were not evaluated
     themselves, by ``leaf_score`` descending, then prefixes by lower tokens, the more probable leaf, the lower
-    token. ``forced_first`` ranks the only child of a prefix among the evaluated leaves.
+    token.
 
     Returns:
         :class:`LeafCandidates` ``[B, k]``: distinct leaves; ``num_valid`` says how many exist.
@@ -296,5 +294,5 @@ def ved_candidates(
     trees.check()
     length, k = check_int("length", length, 1), check_int("k", k, 1)
     arrays = (getattr(trees, name) for name in _CANDIDATES)
-    options = check_finite("logp_weight", logp_weight), bool(forced_first)
-    return LeafCandidates(*_candidates(trees.node.device, *arrays, length, k, *options))
+    logp_weight = check_finite("logp_weight", logp_weight)
+    return LeafCandidates(*_candidates(trees.node.device, *arrays, length, k, logp_weight))

@@ -180,7 +180,6 @@ def ved_candidates(
     length: int,
     k: int,
     logp_weight: float,
-    forced_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Evaluated leaves by score, then completions of evaluated prefixes."""
     exists = torch.arange(trie_node.shape[1], device=trie_node.device) < size[:, None]
@@ -193,17 +192,14 @@ def ved_candidates(
     flat = leaf_node.flatten(1)
     present = (flat[..., None] == trie_node.masked_fill(~leaf, -2)[:, None]).any(2)
     listed = listed.flatten(1) & ~present
-    forced = (num_leaves == 1)[..., None].expand_as(leaf_node).flatten(1) & forced_first
 
     def join(of_leaves: Tensor, of_completions: Tensor) -> Tensor:
         return torch.cat([of_leaves, of_completions], 1)
 
     there, nodes = join(leaf, listed), join(trie_node, leaf_node.flatten(1))
     logps, scores = join(logp, leaf_logp.flatten(1)), join(own.float(), leaf_score.flatten(1))
-    tier = join(torch.zeros_like(trie_node), 1 - forced.int())
-    prefix = torch.where(
-        tier == 0, nodes, join(trie_node, trie_node[..., None].expand_as(leaf_node).flatten(1))
-    )
+    tier = join(torch.zeros_like(trie_node), torch.ones_like(leaf_node.flatten(1)))
+    prefix = join(trie_node, trie_node[..., None].expand_as(leaf_node).flatten(1))
     order = torch.arange(nodes.shape[1], device=trie_node.device).expand_as(nodes)
     keys = (nodes, -logps.masked_fill(tier == 0, 0), prefix, -scores, tier, (~there).int())
     for key in keys:  # stable sorts, the last key first

@@ -151,7 +151,6 @@ struct VedCandidatesArgs {
   const float *logp, *value, *leaf_logp, *leaf_score;
   int64_t batch, capacity, slots, length, k;
   double logp_weight;
-  bool forced_first;
   int32_t* out_node;
   float *out_logp, *out_score;
   int32_t* out_count;
@@ -170,8 +169,7 @@ struct VedCandidatesArgs {
   }
   VSTAR_INLINE_MEMBER LeafKey completion_key(int64_t s, int64_t slot) const {
     const int64_t at = s * slots + slot;
-    const bool forced = forced_first && num_leaves[s] == 1;
-    return leaf_key(!forced, leaf_score[at], forced ? leaf_node[at] : node[s], leaf_logp[at], leaf_node[at]);
+    return leaf_key(true, leaf_score[at], node[s], leaf_logp[at], leaf_node[at]);
   }
 
   // The leaf at a place of tree b as its i-th candidate; none for a negative place.
