@@ -226,7 +226,7 @@ def grown(batch: int, rounds: int) -> tuple[SearchTrees, SelectedRows, NodeEvalu
     trees = SearchTrees.empty(batch, 40, 3, children=4, leaves=2)
     root = torch.full((batch, 1), -1, dtype=torch.int32)
     rows = SelectedRows(root, torch.zeros_like(root), torch.zeros(batch, 1))
-    with vstar_ops.use_backend("reference"):
+    with vstar_ops.use_backend("cpu" if vstar_ops.backends()["cpu"].available else "reference"):
         for step in range(rounds + 1):
             evaluation = random_evaluation(rng, trees, rows, fresh)
             fresh += evaluation.child_node.numel()

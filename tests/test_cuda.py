@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
+import cases
 import cuda_emulator
 import numpy as np
 import pytest
 import torch
+from helpers import assert_close, assert_same, map_tensors, op_arguments
 
 import vstar_ops
 from vstar_ops import SearchTrees, Trie
-from vstar_ops.ops import OPS as REGISTERED
-from vstar_ops.reference import derive_seeds
+from vstar_ops.ops import OPS
 
 pytestmark = pytest.mark.skipif(not cuda_emulator.COMPILER, reason="no C++ compiler")
-OPS = "expand_topk", "sibling_advantage", "prefix_returns"
-REFERENCE = {name: getattr(vstar_ops.reference, name) for name in OPS}
+REFERENCE = {name: op.overloads["reference"] for name, op in OPS.items()}
 
 
 def run(name, *arguments):
@@ -26,19 +27,11 @@ def run(name, *arguments):
     return getattr(torch.ops.vstar_ops_cuda, name).default(*arguments)
 
 
-def expansion(logits, trie, k, *, node=0, seed=None, vocab=False, value_weight=0.0, child_value=None):
-    """Arguments of the op ``expand_topk``."""
-    nodes = torch.full(logits.shape[:2], node, dtype=torch.int32)
-    weights = (1.0, value_weight, 0.1, 1.0)
-    return (
-        logits, trie.offset, trie.token, nodes, k, None, None, None, child_value, seed, *weights, vocab,
-        trie.max_children,
-    )  # fmt: skip
-
-
-def agree(got, want, tolerance=1e-5):
-    for x, y in zip(got, want):
-        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+def expansion(logits, trie, k, *, seed=None):
+    """Arguments of the op ``expand_topk`` for prefixes at the root."""
+    node = torch.zeros(logits.shape[:2], dtype=torch.int32)
+    options = {"entropy_weight": 0.1, "gumbel_seed": seed}
+    return op_arguments("expand_topk", lambda: vstar_ops.expand_topk(logits, trie, node, k, **options))
 
 
 def flat(columns):
@@ -54,7 +47,7 @@ def test_ties_beyond_the_list(columns, k):
     """Equal logits: whole segments reach the bound, more than the list of candidates takes."""
     for logits in (torch.zeros(2, 4, columns), torch.arange(columns).div(9).floor().expand(2, 4, columns)):
         case = expansion(logits, flat(columns), k)
-        agree(run("expand_topk", *case), REFERENCE["expand_topk"](*case))
+        assert_close(run("expand_topk", *case), REFERENCE["expand_topk"](*case))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -68,7 +61,7 @@ def test_no_bit_depends_on_alignment(dtype):
         for seed in (None, torch.tensor([5])):
             straight, skewed = (run("expand_topk", *expansion(x, trie, 50, seed=seed)) for x in (row, moved))
             assert all(torch.equal(a, b) for a, b in zip(straight, skewed))
-            agree(straight, REFERENCE["expand_topk"](*expansion(row, trie, 50, seed=seed)))
+            assert_close(straight, REFERENCE["expand_topk"](*expansion(row, trie, 50, seed=seed)))
 
 
 def test_strides_beyond_32_bits():
@@ -76,12 +69,14 @@ def test_strides_beyond_32_bits():
     far, trie = 2**31 + 16, flat(64)
     values = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
     logits = torch.empty(far + 3 * 64).as_strided((2, 3, 64), (far, 64, 1)).copy_(values)
-    agree(run("expand_topk", *expansion(logits, trie, 9)), run("expand_topk", *expansion(values, trie, 9)), 0)
+    assert_close(
+        run("expand_topk", *expansion(logits, trie, 9)), run("expand_topk", *expansion(values, trie, 9)), 0
+    )
     tokens = torch.randint(0, 3, (2, 8, 3), generator=torch.Generator().manual_seed(2))
     wide = torch.empty(far + 64, dtype=torch.int64).as_strided((2, 8, 3), (far, 3, 1)).copy_(tokens)
     options = (None, 1e-4, 0, 0.0, 2, "sibling")
     rewards = torch.rand(2, 8)
-    agree(
+    assert_close(
         run("sibling_advantage", wide, rewards, *options),
         run("sibling_advantage", tokens, rewards, *options),
         0,
@@ -105,11 +100,11 @@ def test_groups_beyond_shared_memory():
     mask = torch.rand(1, 2200, generator=generator) > 0.1
     case = (tokens, rewards, mask, 1e-4, 0, 0.0, 2, "sibling")
     want = REFERENCE["sibling_advantage"](*case)
-    agree(run("sibling_advantage", *case), want)
+    assert_close(run("sibling_advantage", *case), want)
     item = torch.randn(1, 2200, 5, generator=generator)
     weights = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64)
     got = run("prefix_returns", tokens, item, tokens[:, 0], item[:, 0], mask, weights)
-    agree(got[2:], want[2:])
+    assert_close(got[2:], want[2:])
     mine = int(mask[0].nonzero()[0])
     bucket = (tokens[0, :, 0] == tokens[0, mine, 0]) & mask[0]
     total = item[0, bucket].double().sum(0)
@@ -120,71 +115,31 @@ def test_groups_beyond_shared_memory():
 # ---------------------------------------------------------------- what no seed may change
 
 
-def cases():
-    generator = torch.Generator().manual_seed(4)
-    tokens = torch.randint(0, 4, (3, 40, 3), generator=generator)
-    rewards = torch.randn(3, 40, generator=generator)
-    rng = np.random.default_rng(4)
-    trie = Trie.from_sequences(rng.integers(0, 30, (200, 2)))
-    logits = torch.randn(3, 5, 30, generator=generator).round(decimals=1)
-    weights = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64)
-    item = torch.randn(3, 40, 7, generator=generator)
-    yield "group_advantage", (rewards, None, 1e-4, 1, 0.0)
-    yield "sibling_advantage", (tokens, rewards, None, 1e-4, 0, 0.0, 2, "sibling")
-    yield "sibling_advantage", (tokens.repeat(1, 4, 1), rewards.repeat(1, 4), None, 1e-4, 0, 0.0, 2, "parent")
-    yield "prefix_returns", (tokens, item, tokens[:, 0], item[:, 0], None, weights)
-    yield "expand_topk", expansion(logits, trie, 20)
-    yield (
-        "expand_topk",
-        expansion(logits, trie, 150, seed=derive_seeds(1, 3, torch.device("cpu")), vocab=True),
-    )
-    yield "expand_topk", expansion(torch.randn(1, 2, 1300, generator=generator).bfloat16(), flat(1300), 9)
-    mask = torch.rand(3, 40, generator=generator) > 0.2
-    yield "prefix_tree", (tokens, mask)
-    yield "token_logp", scored_tokens(generator)
-    yield "token_logp_backward", differentiated_tokens(generator)
-    yield "sibling_grpo_loss", loss_arguments(tokens, rewards, mask, generator)
+SIZES = {
+    "expand_topk": [
+        partial(cases.expansion, k=150, options=True, columns=30, items=200),
+        partial(cases.expansion, columns=1300, root=True, items=4000),
+    ],
+    "sibling_advantage": [partial(cases.siblings, group=40), partial(cases.siblings, group=160)],
+    "prefix_returns": [partial(cases.embedded, group=40)],
+    "prefix_tree": [partial(cases.tree, group=40, masked=True)],
+    "token_logp": [partial(cases.scored, columns=2100, targets=40, dtype=torch.bfloat16)],
+    "token_logp_backward": [partial(cases.differentiated, columns=2100, targets=40, dtype=torch.bfloat16)],
+    "sibling_grpo_loss": [partial(cases.loss, group=40, options=True)],
+}
 
 
-def scored_tokens(generator, rows=3, columns=2100):
-    """Arguments of the op ``token_logp``: whole rows, targets of which some are equal."""
-    logits = torch.randn(1, rows, columns, generator=generator).bfloat16()
-    return logits, torch.randint(-1, 5, (1, rows, 40), generator=generator), None, None, None, 0.7, 0
-
-
-def differentiated_tokens(generator, **sizes):
-    logits, targets, *where, temperature, most = scored_tokens(generator, **sizes)
-    given = (
-        torch.randn(targets.shape, generator=generator),
-        torch.randn(targets.shape[:2], generator=generator),
-    )
-    found = vstar_ops.reference.token_logp(logits, targets, *where, temperature, most)
-    return *given, logits, targets, *where, *found, temperature, most
-
-
-def loss_arguments(tokens, rewards, mask, generator):
-    logp, old, ref = (-torch.rand(tokens.shape, generator=generator) for _ in range(3))
-    siblings, group = (
-        vstar_ops.sibling_advantage(tokens, rewards, mask),
-        vstar_ops.group_advantage(rewards, mask),
-    )
-    there = None if mask is None else mask[:, :, None].expand(tokens.shape)
-    given = siblings.advantage, siblings.valid, siblings.num_candidates, group, there
-    return logp, old, ref, *given, None, 1.0, 1.0, 1e-3, 0.2, 0.2, 2, True, 0
-
-
-@pytest.mark.parametrize(
-    ("name", "case"), [pytest.param(*x, id=f"{i}-{x[0]}") for i, x in enumerate(cases())]
-)
-def test_the_order_of_threads_does_not_show(name, case):
-    results = []
-    for seed in range(5):
-        cuda_emulator.load()
-        cuda_emulator.seed(seed << 32)
-        got = run(name, *case)
-        results.append(got if isinstance(got, tuple) else (got,))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+@pytest.mark.parametrize("name", OPS)
+def test_the_order_of_threads_does_not_show(name):
+    cuda_emulator.load()
+    for make in (*cases.CASES[name].values(), *SIZES.get(name, [])):
+        arguments, results = op_arguments(name, make(3)), []
+        for seed in range(5):
+            cuda_emulator.seed(seed << 32)
+            copies = map_tensors(torch.Tensor.clone, arguments)
+            results.append((run(name, *copies), *copies))  # what it returns, and what it may have changed
+        for other in results[1:]:
+            assert_same(other, results[0])
 
 
 # ---------------------------------------------------------------- counts by design
@@ -253,14 +208,11 @@ def test_prefix_tree_reads_the_tokens_once():
     assert found.bytes == tokens.numel() * 8
 
 
-def test_token_logp_reads_the_logits_once_a_pass():
-    """A launch per pass, a block per row; of everything else a target and a few numbers per row."""
-    generator, sizes = torch.Generator().manual_seed(10), {"rows": 4, "columns": 8192}
-    for name, case in (
-        ("token_logp", scored_tokens(generator, **sizes)),
-        ("token_logp_backward", differentiated_tokens(generator, **sizes)),
-    ):
-        found = counted(name, *case)
+def test_token_logp_reads_the_logits_once_per_pass():
+    """One launch per pass, one block per row; of everything else a target and a few numbers per row."""
+    for name, make in (("token_logp", cases.scored), ("token_logp_backward", cases.differentiated)):
+        call = make(4, columns=8192, targets=40, dtype=torch.bfloat16)
+        found = counted(name, *op_arguments(name, call))
         assert (found.launches, found.blocks, found.atomics) == (1, 4, 0)
         logits = 4 * 8192 * 2
         targets = 4 * 40 * (8 + 4)
@@ -271,13 +223,13 @@ def test_token_logp_reads_the_logits_once_a_pass():
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_loss_reads_everything_once(masked):
     """Two launches, one more to count the tokens of a mask."""
-    generator = torch.Generator().manual_seed(11)
-    tokens, rewards = torch.randint(0, 4, (3, 40, 3), generator=generator), torch.rand(3, 40)
-    mask = torch.rand(3, 40, generator=generator) > 0.2 if masked else None
-    found = counted("sibling_grpo_loss", *loss_arguments(tokens, rewards, mask, generator))
+    case = cases.policies(11, 3, 40, 3)
+    mask = cases.random_mask(12, 3, 40) if masked else None
+    call = cases.Call(vstar_ops.sibling_grpo_loss, {**case, "mask": mask, "clip": (0.2, 0.2)})
+    found = counted("sibling_grpo_loss", *op_arguments("sibling_grpo_loss", call))
     assert (found.launches, found.blocks, found.atomics) == (2 + masked, 3 * (1 + masked) + 1, 0)
     # logp, old, ref, advantage, count, valid, and the group's advantage for every token; the mask twice
-    assert found.bytes <= tokens.numel() * (5 * 4 + 1 + 4 + 2 * masked)
+    assert found.bytes <= case["tokens"].numel() * (5 * 4 + 1 + 4 + 2 * masked)
 
 
 def test_a_round_of_the_search_is_two_launches():
@@ -312,7 +264,7 @@ def test_under_sanitizers():
         "ASAN_OPTIONS": "detect_leaks=0",
         "VSTAR_OPS_SANITIZE": "address,undefined",
     }
-    files = [*sorted({f"tests/test_{op.module}.py" for op in REGISTERED.values()}), "tests/test_every_op.py"]
+    files = [*sorted({f"tests/test_{op.module}.py" for op in OPS.values()}), "tests/test_every_op.py"]
     # Without capture: what a sanitizer prints when it ends the process would be lost.
     command = [
         sys.executable,

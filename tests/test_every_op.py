@@ -61,7 +61,7 @@ def test_meta_tensors(op, label):
         assert (x.device.type, x.shape, x.dtype, x.stride()) == ("meta", y.shape, y.dtype, y.stride())
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("op", "label"), COMPILED)
 def test_compile(op, label, dynamic):
     """``torch.compile(fullgraph=True)`` takes the public function, with its gradient, for several sizes."""
@@ -101,7 +101,8 @@ def test_a_request_alone(backend, op, label):
     for b in range(4) if op not in OVER_THE_BATCH else ():
         assert_same(call.request(b)(), map_tensors(lambda x, b=b: x[b : b + 1], together))
     if backend in ("emulated", "triton"):
-        assert op_calls.launches[backend, op], "no kernel was launched"
+        counted = op.removesuffix("_backward")  # autograd calls the backward op past the counter
+        assert op_calls.launches[backend, counted], "no kernel was launched"
 
 
 @pytest.mark.parametrize(
