@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -25,6 +24,9 @@ from vstar_ops._triton import ARCHITECTURES, modules, resources, specializations
 TABLE = Path(__file__).parent / "results" / "resources.md"
 CUDA = "# Resources of the CUDA C++ kernels\n"
 ROOT = Path(__file__).parent.parent
+
+sys.path.append(str(ROOT / "tools"))
+import recipe  # noqa: E402  # the flags are those of the build
 
 
 def _measure(job: tuple[str, int, int]) -> tuple[int, int, int]:
@@ -61,18 +63,10 @@ def document(body: str) -> str:
     )
 
 
-def nvcc() -> str | None:
-    """CUDA's compiler, found as setup.py finds it."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        return shutil.which("nvcc", path=str(Path(home, "bin")))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
-def _entries(compiler: str, header: Path) -> dict[tuple[str, int], tuple[int, int]]:
+def _entries(header: Path) -> dict[tuple[str, int], tuple[int, int]]:
     """Registers and spilled bytes of a header's kernels, by name and architecture."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    command = [compiler, "-O3", "-std=c++17", "-fmad=false", "-Xptxas=-v", *targets, "-Icsrc", "-x", "cu"]
+    command = [recipe.nvcc(), *recipe.NVCC_FLAGS, "-Xptxas=-v", *targets, "-Icsrc", "-x", "cu"]
     done = subprocess.run(
         [*command, "-c", str(header), "-o", os.devnull], cwd=ROOT, capture_output=True, text=True
     )
@@ -90,11 +84,11 @@ def _entries(compiler: str, header: Path) -> dict[tuple[str, int], tuple[int, in
     return found
 
 
-def cuda_table(compiler: str) -> tuple[str, list[str]]:
+def cuda_table() -> tuple[str, list[str]]:
     """The table of the CUDA C++ kernels as Markdown, and the kernels that spill."""
     headers = sorted(path.with_suffix(".cuh") for path in (ROOT / "csrc/cuda").glob("*.cu"))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        parts = list(pool.map(lambda header: _entries(compiler, header), headers))
+        parts = list(pool.map(_entries, headers))
     found = {key: value for part in parts for key, value in part.items()}
     mangled = sorted({name for name, _ in found})
     filt = subprocess.run(["c++filt", "-p", *mangled], capture_output=True, text=True, check=True)
@@ -110,11 +104,11 @@ def cuda_table(compiler: str) -> tuple[str, list[str]]:
             if spilled:
                 spills.append(f"{name} on sm_{architecture}: {spilled} bytes")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    release = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    number = release.split("release ")[1].split(",")[0]
     text = (
-        f"{CUDA}\nnvcc {number}. Registers per thread; a kernel that spills says so. All shared memory is "
-        "dynamic: what a launch asks for is in the op's header, at most 96 KB.\n\n" + "\n".join(lines) + "\n"
+        f"{CUDA}\nnvcc {recipe.nvcc_version()}. Registers per thread; a kernel that spills says so. All "
+        "shared memory is dynamic: what a launch asks for is in the op's header, at most 96 KB.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
     return text, spills
 
@@ -127,9 +121,11 @@ def main() -> None:
     body, spills = table()
     written = TABLE.read_text().partition(CUDA)
     cuda = written[1] + written[2]
-    compiler = nvcc()
-    if compiler:
-        now, more = cuda_table(compiler)
+    try:
+        now, more = cuda_table()
+    except recipe.CannotBuild:  # without nvcc
+        pass
+    else:
         spills += more
         if not args.check or now.splitlines()[2] == cuda.splitlines()[2]:  # the same nvcc
             cuda = now

@@ -1,6 +1,6 @@
 """The CUDA C++ kernels on the host: ``csrc/cuda`` compiled against ``emulator/emulator.h``.
 
-The launchers are compiled too, so what runs is all of ``csrc/cuda`` but the stream and the ``<<<>>>``. The
+The launch plans are compiled too, so what runs is all of ``csrc/cuda`` but the stream and the ``<<<>>>``. The
 ops are those of ``vstar_ops_cuda``, on CPU tensors.
 """
 

@@ -5,6 +5,11 @@ What an op computes is tested in its own file.
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import op_calls
@@ -26,6 +31,7 @@ COMPILED = [  # token_logp_backward is compiled as the gradient of token_logp; t
 IN_PLACE = {"ved_select": ved_select, "ved_insert": ved_insert}  # what changes its arguments
 OVER_THE_BATCH = ["sibling_grpo_loss"]  # the result is a mean over the requests
 every_op = pytest.mark.parametrize(("op", "label"), NAMES)
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def requires_grad(call: Call) -> Call:
@@ -137,6 +143,31 @@ def test_inputs_are_not_changed(backend, op, label):
     before = call.map(torch.Tensor.clone)
     call()
     assert_same(tuple(call.arguments.values()), tuple(before.arguments.values()))
+
+
+NARROWER = """
+import vstar_ops
+from cases import LARGE
+from helpers import assert_close, tensors
+
+assert {loops!r} in vstar_ops.backends()["cpu"].detail
+for op, found in LARGE.items():
+    for label, make in found.items():
+        with vstar_ops.use_backend("reference"):
+            want = make()()
+        halves = any(x.is_floating_point() and x.itemsize == 2 for x in tensors(want))
+        assert_close(make()(), want, tolerance=1e-2 if halves else 1e-4)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
+@pytest.mark.parametrize(("capability", "loops"), [("default", "SSE2"), ("avx2", "AVX2")])
+def test_narrower_vectors(cpu, capability, loops):
+    """The loops for processors with less than this one has."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", NARROWER.format(loops=loops)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_helpers_find_differences():

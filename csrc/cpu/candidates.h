@@ -45,7 +45,10 @@ inline void sort_columns(SortedCandidates& r, int64_t n, int64_t length) {
     for (int64_t d = 0; d < length; ++d) {
       const int64_t* tokens = r.column.data() + d * n;
       if (width[d] == 0) continue;  // also keeps every shift below 64
-      for (int64_t i = 0; i < n; ++i) r.key[i] = (width[d] < 64 ? r.key[i] << width[d] : 0) | (uint64_t(tokens[i]) - uint64_t(low[d]));
+      for (int64_t i = 0; i < n; ++i) {
+        const uint64_t token = uint64_t(tokens[i]) - uint64_t(low[d]);
+        r.key[i] = (width[d] < 64 ? r.key[i] << width[d] : 0) | token;
+      }
     }
     for (int64_t i = 0; i < n; ++i) r.key[i] = (r.key[i] << index_bits) | uint64_t(i);
     std::sort(r.key.begin(), r.key.begin() + n);

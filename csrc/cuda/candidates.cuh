@@ -1,9 +1,9 @@
 // The candidates of a request in lexicographic order, sorted by a block: every prefix is a run of them, and every
 // sibling group a run of runs.
 //
-// Small groups are ranked by comparing all pairs, one thread per candidate: the reads are the same for a whole warp, and
-// nothing waits. Larger ones go through a bitonic network. The scratch lies in shared memory where it fits, else in
-// a workspace; the code is the same.
+// Small groups are ranked by comparing all pairs, one thread per candidate: the reads are the same for a whole warp,
+// and nothing waits. Larger ones go through a bitonic network. The scratch lies in shared memory where it fits, else
+// in a workspace; the code is the same.
 #pragma once
 
 #include "common/ops/candidates.h"
@@ -127,7 +127,8 @@ VSTAR_DEVICE void sort_candidates(Candidates& c, const WithScratch<Args>& a, int
 
 // One launch, one block per request with so many bytes of scratch.
 template <class Args>
-inline void launch_requests(const Gpu& gpu, void (*kernel)(WithScratch<Args>), const Args& a, int64_t bytes, int threads) {
+inline void launch_requests(
+    const Gpu& gpu, void (*kernel)(WithScratch<Args>), const Args& a, int64_t bytes, int threads) {
   if (a.batch == 0) return;
   const bool fits = bytes <= kMostShared;
   unsigned char* const workspace = gpu.workspace(fits ? 0 : a.batch * bytes);

@@ -119,15 +119,20 @@ inline int64_t next_power_of_2(int64_t x) {
 
 // Where and how kernels are launched.
 struct Launcher {
-#if defined(__CUDACC__)
-  cudaStream_t stream;
-
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared, const Arguments&... arguments) const {
+  void operator()(
+      void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared, const Arguments&... arguments) const {
+#if defined(__CUDACC__)
     if (shared > 48 * 1024) allow_most_shared(reinterpret_cast<const void*>(kernel));
     kernel<<<grid, dim3(unsigned(threads)), size_t(shared), stream>>>(arguments...);
     check(cudaGetLastError());
+#else
+    emulator::launch(kernel, grid, unsigned(threads), size_t(shared), arguments...);
+#endif
   }
+
+#if defined(__CUDACC__)
+  cudaStream_t stream;
 
   static void check(cudaError_t error);
 
@@ -143,11 +148,6 @@ struct Launcher {
     if (done.count({kernel, device})) return;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kMostShared)));
     done.insert({kernel, device});
-  }
-#else
-  template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared, const Arguments&... arguments) const {
-    emulator::launch(kernel, grid, unsigned(threads), size_t(shared), arguments...);
   }
 #endif
 };

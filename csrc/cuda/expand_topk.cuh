@@ -1,12 +1,12 @@
 // expand_topk in two launches: statistics of the rows, then a selection in each request.
 //
 // expand_rows_kernel: a row (prefix) is read by one warp, or by eight where rows are long; each thread takes eight
-// neighboring children at a time, by one or two 16-byte loads where the children's tokens are consecutive, as those of a trie's upper
-// levels are, else through the token list. In one pass over the logits every thread keeps maximum, sum of exponentials
-// and sum of their products with the exponent, which are joined at the end, and every segment (`segment` children in
-// a row) its largest logit. A thread of the eight warps has 32 logits in flight, 48 KB per multiprocessor (halves). Under
-// "vocab" all columns are read too, unless all are legal. With terms of each child's own (noise, child values) a
-// segment keeps its best *score*: the row is read again once its statistics are known.
+// neighboring children at a time, by one or two 16-byte loads where the children's tokens are consecutive, as those of
+// a trie's upper levels are, else through the token list. In one pass over the logits every thread keeps maximum, sum of
+// exponentials and sum of their products with the exponent, which are joined at the end, and every segment (a run of
+// children) its largest logit. A thread of the eight warps has 32 logits in flight, 48 KB per multiprocessor (halves).
+// Under "vocab" all columns are read too, unless all are legal. With extra scores (noise, child values) a segment keeps
+// its best *score*: the row is read again once its statistics are known.
 //
 // expand_select_kernel: one block per request. The k best segments hold the k best children: a child outside of them is
 // beaten by one of each, because the score rises with the logit and ties go to the earlier segment. So the block finds
@@ -177,36 +177,41 @@ VSTAR_DEVICE ExpandChild expand_child(const ExpandLaunch& a, int64_t b, uint32_t
 __global__ void __launch_bounds__(kSelectThreads) expand_select_kernel(ExpandLaunch a) {
   VSTAR_SHARED(memory);
   SelectScratch& s = *reinterpret_cast<SelectScratch*>(memory);
-  uint64_t* const list = a.listed ? a.listed + int64_t(blockIdx.x) * a.plan.list : reinterpret_cast<uint64_t*>(memory + kSelectScratch);
-  uint32_t* const cache = reinterpret_cast<uint32_t*>(memory + kSelectScratch + (a.listed ? 0 : 8 * int64_t(a.plan.list)));
-  int32_t* const picked = a.picked ? a.picked + int64_t(blockIdx.x) * a.plan.winners : reinterpret_cast<int32_t*>(cache + a.plan.cached);
+  const ExpandPlan& p = a.plan;
   const int thread = int(threadIdx.x);
-  const int64_t b = blockIdx.x, all_segments = a.width * a.plan.segments;
+  const int64_t b = blockIdx.x, all_segments = a.width * p.segments;
+  unsigned char* const rest = memory + kSelectScratch;
+  uint64_t* const list = a.listed ? a.listed + b * p.list : reinterpret_cast<uint64_t*>(rest);
+  uint32_t* const cache = reinterpret_cast<uint32_t*>(rest + (a.listed ? 0 : 8 * int64_t(p.list)));
+  int32_t* const picked = a.picked ? a.picked + b * p.winners : reinterpret_cast<int32_t*>(cache + p.cached);
   const float* const best = a.best + b * all_segments;
 
   const auto segment_key = [&](int64_t i) -> uint32_t {
     float score = __ldg(best + i);
     if (!a.extra_terms && score > -kInf) {
-      const float4 head = __ldg(reinterpret_cast<const float4*>(a.row + b * a.width + uint32_t(i) / uint32_t(a.plan.segments)));
-      ExpandRow row{head.x, head.y, head.z, head.w, 0, 0, 0};
+      const ExpandRow* const from = a.row + b * a.width + uint32_t(i) / uint32_t(p.segments);
+      const float4 head = __ldg(reinterpret_cast<const float4*>(from));
+      const ExpandRow row{head.x, head.y, head.z, head.w, 0, 0, 0};
       score = scored(a, row, score, 0.0f).score;
     }
     return score > -kInf ? ordered_bits(score) : 0;
   };
-  const bool in_cache = all_segments <= a.plan.cached;
+  const bool in_cache = all_segments <= p.cached;
   if (in_cache) {
     for (int64_t i = thread; i < all_segments; i += kSelectThreads) cache[i] = segment_key(i);
     __syncthreads();
   }
   const auto key_of_segment = [&](int64_t i) { return in_cache ? cache[i] : segment_key(i); };
-  Cut cut = find_cut(key_of_segment, all_segments, uint32_t(a.plan.winners), s);
-  const int segments = take_winners(key_of_segment, all_segments, cut, s, [&](int slot, int64_t i) { picked[slot] = int32_t(i); });
+  Cut cut = find_cut(key_of_segment, all_segments, uint32_t(p.winners), s);
+  const auto pick = [&](int slot, int64_t i) { picked[slot] = int32_t(i); };
+  const int segments = take_winners(key_of_segment, all_segments, cut, s, pick);
 
   // Where k segments were found, a child that cannot win is one below the worst of their best.
-  const uint32_t bound = segments == a.plan.winners && cut.key > 1 ? cut.key : 1;
-  const int64_t children = int64_t(segments) << a.plan.segment_bits;
+  const uint32_t bound = segments == p.winners && cut.key > 1 ? cut.key : 1;
+  const int64_t children = int64_t(segments) << p.segment_bits;
   const auto number = [&](int64_t i) {
-    return (uint32_t(picked[i >> a.plan.segment_bits]) << a.plan.segment_bits) + uint32_t(i & ((1 << a.plan.segment_bits) - 1));
+    const uint32_t within = uint32_t(i & ((1 << p.segment_bits) - 1));
+    return (uint32_t(picked[i >> p.segment_bits]) << p.segment_bits) + within;
   };
   if (thread == 0) s.found = 0;
   __syncthreads();
@@ -214,20 +219,20 @@ __global__ void __launch_bounds__(kSelectThreads) expand_select_kernel(ExpandLau
     const uint32_t at = number(i), key = expand_child(a, b, at).key;
     if (key < bound) continue;
     const int slot = atomicAdd(&s.found, 1);
-    if (slot < a.plan.list) list[slot] = (uint64_t(key) << 32) | uint32_t(~at);
+    if (slot < p.list) list[slot] = (uint64_t(key) << 32) | uint32_t(~at);
   }
   __syncthreads();
   int found = s.found;
   __syncthreads();
-  if (found > a.plan.list) {
+  if (found > p.list) {
     // Too many reach the bound. In enumeration order they can be cut; the list has room to sort the segments.
     for (int i = thread; i < segments; i += kSelectThreads) list[i] = uint32_t(~picked[i]);
     __syncthreads();
-    sort_descending(list, segments, a.plan.list);
+    sort_descending(list, segments, p.list);
     for (int i = thread; i < segments; i += kSelectThreads) picked[i] = int32_t(~uint32_t(list[i]));
     __syncthreads();
     const auto key = [&](int64_t i) { return expand_child(a, b, number(i)).key; };
-    cut = find_cut(key, children, uint32_t(a.plan.winners), s);
+    cut = find_cut(key, children, uint32_t(p.winners), s);
     found = take_winners(key, children, cut, s, [&](int slot, int64_t i) {
       const uint32_t at = number(i);
       list[slot] = (uint64_t(key(i)) << 32) | uint32_t(~at);
@@ -237,7 +242,7 @@ __global__ void __launch_bounds__(kSelectThreads) expand_select_kernel(ExpandLau
   while (room < found) room *= 2;
   sort_descending(list, found, room);
 
-  const int64_t count = found < a.plan.winners ? found : a.plan.winners;
+  const int64_t count = found < p.winners ? found : p.winners;
   for (int64_t i = thread; i < a.k; i += kSelectThreads) {
     if (i < count) {
       const ExpandChild child = expand_child(a, b, key_sequence(list[i]));

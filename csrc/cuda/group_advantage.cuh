@@ -1,5 +1,5 @@
-// group_advantage: one block per request, one warp for the usual groups and eight for large ones. Threads stride over the
-// group three times: sum and extremes, squares, result. The rewards come from the caches after the first time. At
+// group_advantage: one block per request, one warp for the usual groups and eight for large ones. Threads stride over
+// the group three times: sum and extremes, squares, result. The rewards come from the caches after the first time. At
 // 1,024 requests of 64 rewards the launch itself is most of the time, so nothing is kept in registers.
 #pragma once
 

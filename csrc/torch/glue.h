@@ -225,6 +225,7 @@ class Call {
     return torch::stable::detail::to<T>(stack_[inputs_++]);
   }
   const Tensor& next_tensor(bool is_optional) {
+    STD_TORCH_CHECK(tensors_ < kMaxTensors, "more than ", kMaxTensors, " tensors");
     Tensor& tensor = tensor_[tensors_++];
     const AtenTensorHandle handle =
         is_optional ? next<std::optional<AtenTensorHandle>>().value_or(nullptr) : next<AtenTensorHandle>();
@@ -268,6 +269,7 @@ class Call {
   }
 
   void* add(Tensor tensor) {
+    STD_TORCH_CHECK(outputs_ < num_outputs_ && outputs_ < kMaxOutputs, "the schema has only ", num_outputs_, " results");
     void* const data = tensor.data();
     output_[outputs_++] = std::move(tensor);
     return data;

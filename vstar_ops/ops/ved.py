@@ -270,9 +270,8 @@ def ved_insert(
     for name in _ROWS:
         like = getattr(trees, name)
         shape = (*rows.node.shape, *like.shape[2:])
-        given[name] = check(
-            name, given[name], shape, str(list(shape)), (like.dtype,), trees.node.device
-        ).contiguous()
+        axes = _AXES[_LAYOUT[name][1]].replace("T", "P")
+        given[name] = check(name, given[name], shape, axes, (like.dtype,), trees.node.device).contiguous()
     arrays = (getattr(trees, name) for name in _INSERT)
     _insert(trees.node.device, *arrays, *(given[name] for name in _ROWS), *weights)
 

@@ -16,7 +16,8 @@ struct SiblingAdvantageArgs : CandidateArgs {
   bool* valid;
   int32_t *node, *count;
 
-  VSTAR_INLINE_MEMBER void store(int64_t at, float its_advantage, bool is_valid, int64_t its_node, int64_t its_count) const {
+  VSTAR_INLINE_MEMBER void store(
+      int64_t at, float its_advantage, bool is_valid, int64_t its_node, int64_t its_count) const {
     advantage[at] = its_advantage;
     valid[at] = is_valid;
     node[at] = int32_t(its_node);
