@@ -207,7 +207,7 @@ def test_oracle(
 
 @pytest.mark.parametrize("baseline", ["sibling", "parent", "leave_one_out"])
 @pytest.mark.parametrize("tokens", [2, 8, "huge"])
-@pytest.mark.parametrize("group", [33, 65, 200])
+@pytest.mark.parametrize("group", [33, 65, 130])
 def test_oracle_wide(backend, group, tokens, baseline):
     """Groups too large for hypothesis to draw often."""
     case = (group, 2, group, 3, tokens, torch.int64, "many", torch.float32, True, False)
@@ -256,7 +256,7 @@ def test_tokens_that_collide_in_32_bits(backend):
     assert out.node[0, :, 0].tolist() == [2, 3, 1, 4, 0]
 
 
-@pytest.mark.parametrize("group", [13, 200])
+@pytest.mark.parametrize("group", [13, 130])
 def test_order_permutes_the_result(backend, group):
     generator = torch.Generator().manual_seed(group)
     tokens = torch.randint(0, 4, (3, group, 3), generator=generator)
