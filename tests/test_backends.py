@@ -100,6 +100,7 @@ def test_cpu_refuses_other_devices(cpu):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [None, "auto", "reference"])
 def test_environment(value):
     done = run(

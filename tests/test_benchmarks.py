@@ -22,6 +22,7 @@ def test_gpu_program_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.strip() == found.with_suffix(".md").read_text().strip()
 
 
+@pytest.mark.slow
 def test_gpu_program_fails_where_a_result_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

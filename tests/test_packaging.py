@@ -125,6 +125,7 @@ def test_native_wheel_runs(native: Path, tmp_path: Path) -> None:
     assert str(site) in run("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
 
 
+@pytest.mark.slow
 def test_without_a_compiler(pure: Path, tmp_path: Path) -> None:
     site = pure.parent / "site"
     assert pure.name.endswith("-py3-none-any.whl")

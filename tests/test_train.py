@@ -378,6 +378,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
         assert (run / "curves.png").stat().st_size > 1000 and "SFT" in (run / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_killed_between_two_stages_checkpoints(toy: Path, tmp_path: Path, monkeypatch) -> None:
     """Also before a stage's first step, and when the checkpoint is some steps behind."""
     options = ["--data", str(toy), *OPTIONS.split(), "--sft-epochs", "1", "--rl-steps", "3"]
@@ -423,6 +424,7 @@ def test_the_policys_part_of_the_candidates_rises(toy: Path, tmp_path: Path, mon
     assert seen == [0] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", [True, False])
 def test_ved_at_test(toy: Path, tmp_path: Path, monkeypatch, prior: bool) -> None:
     """It stops early by the decoder of the test, and beam search is one more row."""

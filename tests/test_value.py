@@ -106,6 +106,7 @@ def test_the_value_loss_moves_the_head_alone(model: SIDTransformer, trie: Trie) 
     assert any(p.grad is not None and p.grad.any() for p in head)
 
 
+@pytest.mark.slow
 def test_the_value_head_learns(model: SIDTransformer, trie: Trie) -> None:
     """V of every prefix becomes the discounted mean reward below it."""
     optimizer = optimizer_of(model, 0.0, 0.0, 3e-3)
