@@ -26,7 +26,7 @@ BACKENDS = [
 
 
 def _selections():
-    """A call of each op without a gradient, on inputs that require one."""
+    """A call of each op without a gradient, of one vector."""
     trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
     node = torch.zeros(1, 1, dtype=torch.int32)
     tokens = torch.tensor([[[0, 3], [0, 4], [2, 3]]])
@@ -49,14 +49,6 @@ SELECTIONS = dict(_selections())
 
 def outputs(result):
     return [result] if isinstance(result, torch.Tensor) else list(result)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SELECTIONS)
-def test_no_gradient_flows_out_of_selections(name, backend):
-    with vstar_ops.use_backend(backend):
-        out = SELECTIONS[name](torch.arange(5.0, requires_grad=True))
-    assert not any(x.requires_grad for x in outputs(out))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
