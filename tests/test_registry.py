@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from torch.func import jvp, vmap
+from torch.func import grad, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vstar_ops
@@ -136,7 +136,7 @@ def test_a_backward_pass_stays_on_its_backend(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", ["token_logp", "sibling_grpo_loss"])
-def test_forward_mode_is_refused(op, backend):
+def test_transforms_that_give_no_gradient_are_refused(op, backend):
     tokens, rewards = torch.tensor([[[0, 3], [0, 4]]]), torch.tensor([[1.0, 0.0]])
     calls = {
         "token_logp": lambda x: vstar_ops.token_logp(x, torch.tensor([1])).logp,
@@ -148,6 +148,9 @@ def test_forward_mode_is_refused(op, backend):
             jvp(calls[op], (x,), (torch.ones_like(x),))
         with torch.autograd.forward_ad.dual_level():
             calls[op](x)  # without a tangent there is nothing to refuse
+        for transform, given in ((grad, x), (jacrev, x), (lambda f: vmap(grad(f)), x[None])):
+            with pytest.raises(NotImplementedError, match=f"{op} is differentiated by backward"):
+                transform(lambda z: calls[op](z).sum())(given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
