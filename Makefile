@@ -72,7 +72,7 @@ $(READY): setup.py tools/recipe.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*
 	    || { echo "$(PYTHON) lacks the venv module: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==$(TORCH)
-	$(PIP) install -q 'setuptools>=78'
+	$(PIP) install -q 'setuptools>=78' ninja
 	$(PIP) install -q --no-build-isolation -e '.[dev]'
 	@$(PY) -m vstar_ops.collect_env --backends > $@.new
 	@mv $@.new $@

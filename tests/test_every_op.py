@@ -67,6 +67,7 @@ def test_meta_tensors(op, label):
 @pytest.mark.parametrize(("op", "label"), COMPILED)
 def test_compile(op, label, dynamic):
     """``torch.compile(fullgraph=True)`` takes the public function, with its gradient, for several sizes."""
+    torch.compiler.reset()  # what was compiled for other cases counts toward the limit of recompilations
     function = IN_PLACE.get(op, case(op, label).function)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     differentiable = DIFFERENTIABLE.get(op, [])
@@ -152,7 +153,9 @@ for op, found in LARGE.items():
         with vstar_ops.use_backend("reference"):
             want = make()()
         halves = any(x.is_floating_point() and x.itemsize == 2 for x in tensors(want))
-        assert_close(make()(), want, tolerance=1e-2 if halves else 1e-4)
+        # A ratio next to its bound is clipped or not, which the loss counts.
+        loose = halves or op == "sibling_grpo_loss"
+        assert_close(make()(), want, tolerance=1e-2 if loose else 1e-4)
 """
 
 

@@ -294,9 +294,14 @@ def test_only_what_changed_is_compiled(recipe: Any, monkeypatch: pytest.MonkeyPa
     assert compiled() == set()
     assert compiled(torch_version="2.12.0") == {"a", "b"}
     assert compiled(compiler._replace(command=["c++", "-O1"]), "2.12.0") == {"a", "b"}
+    with monkeypatch.context() as without:
+        without.setattr(recipe, "ninja", lambda: None)
+        assert compiled() == {"a", "b"} == compiled()
     sources[1].write_text("no C++\n")
-    with pytest.raises(recipe.CannotBuild, match=r"c\+\+ failed on csrc/b.cpp \(.*error"):
-        compiled()
+    for ninja in (recipe.ninja, lambda: None):
+        monkeypatch.setattr(recipe, "ninja", ninja)
+        with pytest.raises(recipe.CannotBuild, match=r"c\+\+ failed on csrc/b.cpp \(.*error"):
+            compiled()
 
 
 @pytest.mark.slow

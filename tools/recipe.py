@@ -155,31 +155,36 @@ def check_torch(backend: str, required: bool) -> None:
 
 
 def compile_sources(with_: Compiler, include: Path, objects: Path, torch_version: str) -> list[str]:
-    """Compile what is out of date, MAX_JOBS files at a time; return the objects."""
+    """Compile what is out of date (without ninja, all), MAX_JOBS files at a time; return the objects."""
     objects.mkdir(parents=True, exist_ok=True)
+    targets = {objects / f"{source.stem}.o": source for source in with_.sources}
+    command = [*with_.command, "-Icsrc", "-isystem", str(include), "-MMD", "-c"]
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if ninja() is None:
 
-    def compiled(source: Path) -> str:
-        target, used = objects / f"{source.stem}.o", objects / f"{source.stem}.command"
-        command = [
-            *with_.command,
-            "-Icsrc",
-            "-isystem",
-            str(include),
-            "-MMD",
-            "-c",
-            str(source),
-            "-o",
-            str(target),
-        ]
-        state = f"{with_.version}, torch {torch_version}: {shlex.join(command)}"
-        if not _up_to_date(target, used, state):
-            used.unlink(missing_ok=True)
-            _run(command, f"on {source}")
-            used.write_text(state)
-        return str(target)
+        def compiled(target: Path) -> None:
+            _run([*command, str(targets[target]), "-o", str(target)], f"on {targets[target]}")
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(pool.map(compiled, with_.sources))
+        with ThreadPoolExecutor(int(jobs)) as pool:
+            list(pool.map(compiled, targets))
+    else:
+        # The compiler's version and torch's are part of the command: where they change, all is compiled anew.
+        words = f"{shlex.join(command)} $in -o $out  # {with_.version}, torch {torch_version}"
+        rule = f"rule compile\n  command = {words}\n  depfile = $stem.d\n  deps = gcc"
+        builds = [f"build {t}: compile {s}\n  stem = {t.with_suffix('')}" for t, s in targets.items()]
+        file = objects / "build.ninja"
+        file.write_text("\n".join([f"builddir = {objects}", rule, *builds, ""]))
+        _run([str(ninja()), "--quiet", "-f", str(file), "-j", jobs], "", with_)
+    return list(map(str, targets))
+
+
+def ninja() -> str | None:
+    """Where ninja is; one that pip installed need not be on the PATH of the build."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=BIN_DIR)
 
 
 def link(backend: str, with_: Compiler, objects: Iterable[str], torch_folder: Path, library: Path) -> None:
@@ -197,27 +202,26 @@ def link(backend: str, with_: Compiler, objects: Iterable[str], torch_folder: Pa
     _run([*with_.command, "-shared", "-o", str(library), *objects, *flags], f"at linking {library.name}")
 
 
-def _up_to_date(target: Path, used: Path, state: str) -> bool:
-    """Whether an object was made by this command from sources and headers that have not changed since."""
-    try:
-        made = target.stat().st_mtime
-        inputs = target.with_suffix(".d").read_text().partition(": ")[2].replace("\\\n", " ").split()
-        return used.read_text() == state and all(Path(path).stat().st_mtime <= made for path in inputs)
-    except OSError:
-        return False
-
-
-def _run(command: list[str], doing: str) -> None:
+def _run(command: list[str], doing: str, by_ninja: Compiler | None = None) -> None:
     """Run a compiler, and repeat what it says; its first error is part of the reason for a missing module."""
     try:
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
     except OSError as error:
         raise CannotBuild(f"{command[0]} does not run: {error}") from error
-    sys.stderr.write(done.stderr)
+    sys.stderr.write(done.stdout)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        program, said = command[0], done.stdout
+        if by_ninja:
+            program = by_ninja.command[0]
+            stem, _, said = said.partition("FAILED: ")[2].partition(".o")
+            sources = {source.stem: source for source in by_ninja.sources}
+            doing = f"on {sources.get(stem.rpartition('/')[2], 'some file')}"
+            said = said.partition("\n")[2].partition("\n")[2]  # without the command
+        errors = [line for line in said.splitlines() if "error" in line]
         cause = errors[0] if errors else f"exit status {done.returncode}"
-        raise CannotBuild(f"{command[0]} failed {doing} ({cause})")
+        raise CannotBuild(f"{program} failed {doing} ({cause})")
 
 
 def _output(*command: str) -> str:

@@ -82,16 +82,27 @@ class Op:
         self.overloads["cpu"] = self.overloads[None]
 
     def __call__(self, device: torch.device, *arguments: Any) -> Any:
-        if self.differentiable and forward_ad._current_level >= 0:
-            self._refuse_tangents(arguments)
+        if self.differentiable:
+            self._refuse_transforms(arguments)
         return self.overloads[active_backend(device)](*arguments)
 
-    def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
-        """Forward-mode differentiation would go on with a tangent of 0."""
+    def _refuse_transforms(self, arguments: tuple[Any, ...]) -> None:
+        """Raise where a derivative is asked for that would be 0, or fail without naming the op."""
+        transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        if not transforms and forward_ad._current_level < 0:
+            return
         for x in arguments:
-            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            if not isinstance(x, Tensor):
+                continue
+            if forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError(
-                    f"{self.name} has no forward-mode derivative (jvp): use reverse mode (backward, vjp)"
+                    f"{self.name} has no forward-mode derivative (jvp, jacfwd): use backward or autograd.grad"
+                )
+            while transforms and torch._C._functorch.is_batchedtensor(x):
+                x = torch._C._functorch.get_unwrapped(x)
+            if transforms and torch._C._functorch.is_gradtrackingtensor(x) and x.requires_grad:
+                raise NotImplementedError(
+                    f"{self.name} is differentiated by backward and autograd.grad, not by torch.func"
                 )
 
 
