@@ -52,7 +52,7 @@ def options(warps: int) -> dict[str, Any]:
 def block_for(count: int) -> tuple[int, int]:
     """The block that reads ``count`` items, at once or in turns, and its warps."""
     block = next((block for block in BLOCKS if count <= block), BLOCKS[-1])
-    return block, max(1, block // 256)
+    return block, max(1, block // 128)
 
 
 def workspace(device: torch.device, *parts: tuple[int, torch.dtype]) -> list[Tensor]:

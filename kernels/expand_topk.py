@@ -44,7 +44,8 @@ from ._kernel import ADDRESS, ALIGNED, ANY, F32, FLOATS, I32, I64, Specializatio
 from ._trie import edges
 
 _TILES = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children per block and per segment; warps
-_FEW, _MANY, _MORE = (256, 2), (512, 8), (1024, 8)  # keys per block of the selection, warps
+# Keys per block of the selection, warps. Other warps spill registers on one architecture or another.
+_FEW, _MANY, _MORE = (256, 2), (512, 8), (1024, 8)
 _MOST_WINNERS = 2048
 _PROGRAMS = 512  # rows are shared until there are about as many; fixed, so that no result depends on the GPU
 
@@ -113,7 +114,7 @@ def _selection(winners: int, segments: int) -> tuple[int, int, int]:
     if size <= 64 and segments <= 4 * _FEW[0]:
         return size, *_FEW
     keys, warps = _MANY if size < _MANY[0] else _MORE
-    return max(64, size), max(size, keys), warps
+    return max(64, size), max(size, keys), 16 if size == 256 else warps
 
 
 def _chunk(total: int, splits: int, block: int) -> int:

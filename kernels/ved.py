@@ -8,7 +8,7 @@ says, and then takes the best of those after the last, k times. One launch each.
 capacity, rounded up   warps
 =====================  =====
 64                     1
-256                    8
+256                    2
 1,024                  16
 2,048                  16
 =====================  =====
@@ -30,8 +30,8 @@ from .._triton import Unsupported
 from ._floats import FLOAT32_MAX, LOWEST, ordered
 from ._kernel import F32, F64, I32, I64, Specialization, kernel, options, workspace
 
-_NODES = ((64, 1), (256, 8), (1024, 16), (2048, 16))  # most nodes, warps
-_COPY, _KEYS = 64, 1024  # entries of a row copied together; keys looked at together
+_NODES = ((64, 1), (256, 2), (1024, 16), (2048, 16))  # most nodes, warps
+_COPY, _KEYS, _KEY_WARPS = 64, 1024, 8  # entries of a row copied together; keys looked at together
 _INT32_MAX, _INT64_MAX = tl.constexpr(2**31 - 1), tl.constexpr(2**63 - 1)
 
 
@@ -88,7 +88,7 @@ def ved_candidates(
         _ved_candidates[(batch,)](
             node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, keys, out_node,
             out_logp, out_score, count, capacity=capacity, leaves=leaves, length=length, k=k,
-            logp_weight=logp_weight, KEYS=_KEYS, **options(4),
+            logp_weight=logp_weight, KEYS=_KEYS, **options(_KEY_WARPS),
         )  # fmt: skip
     return out_node, out_logp, out_score, count
 
@@ -435,4 +435,4 @@ def specializations() -> Iterator[Specialization]:
         constants = {"NODES": nodes, "CHUNK": _chunk(nodes)}
         yield Specialization(f"ved_select {nodes} nodes", _ved_select, warps, constants)
     yield Specialization("ved_insert", _ved_insert, 1, {"COPY": _COPY})
-    yield Specialization("ved_candidates", _ved_candidates, 4, {"KEYS": _KEYS})
+    yield Specialization("ved_candidates", _ved_candidates, _KEY_WARPS, {"KEYS": _KEYS})
