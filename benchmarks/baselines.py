@@ -9,45 +9,54 @@ from vstar_ops import SiblingAdvantage, Trie
 
 
 def child_tables(trie: Trie, depth: int) -> tuple[Tensor, Tensor]:
-    """``token, child [nodes, C]`` of the nodes of one depth, -1 past the last child; made once."""
+    """``token, child [nodes + 1, C]`` of the nodes of one depth, -1 past the last child; made once.
+
+    The last row is what a missing beam, -1, reads: one child, which its log-probability of -inf excludes.
+    """
     first, end = trie.level_offset[depth], trie.level_offset[depth + 1]
-    children = trie.children(torch.arange(first, end))
-    token = torch.full((trie.num_nodes, children.token.shape[1]), -1)
+    children = trie.children(torch.arange(first, end, device=trie.token.device))
+    token = torch.full((trie.num_nodes + 1, children.token.shape[1]), -1, device=trie.token.device)
     child = token.clone()
     token[first:end], child[first:end] = children.token.long(), children.node.long()
+    token[-1, 0] = 0
     return token, child
 
 
 def expand_legal(
-    logits: Tensor, tables: tuple[Tensor, Tensor], node: Tensor, cum_logp: Tensor, value: Tensor, k: int
-) -> tuple[Tensor, ...]:
-    """Gather the legal logits, log_softmax, entropy, score, top-k."""
+    logits: Tensor,
+    tables: tuple[Tensor, Tensor],
+    node: Tensor,
+    cum_logp: Tensor,
+    value: Tensor,
+    k: int,
+    vocab: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gather the legal logits, log_softmax, entropy, score, top-k.
+
+    ``vocab``: log-probabilities by a log_softmax over all columns, as the usual decoder has them.
+    """
     tokens, children = tables[0][node], tables[1]
-    illegal = tokens < 0
-    z = logits.gather(2, tokens.clamp(min=0)).masked_fill_(illegal, float("-inf"))
+    illegal, columns = tokens < 0, tokens.clamp(min=0)
+    z = logits.gather(2, columns).float().masked_fill_(illegal, float("-inf"))
     logp = torch.log_softmax(z, -1)
     entropy = -(logp.exp() * logp.masked_fill(illegal, 0)).sum(-1)
+    if vocab:
+        logp = torch.log_softmax(logits.float(), -1).gather(2, columns)
+        logp = logp.masked_fill_(illegal, float("-inf"))
     logp += cum_logp.unsqueeze(2)
     score = (logp + (value + 0.1 * entropy).unsqueeze(2)).flatten(1)
     top, index = score.topk(k)
     parent = index // tokens.shape[2]
     token = tokens.flatten(1).gather(1, index)
     child = children[node.gather(1, parent), index % tokens.shape[2]]
-    return top, logp.flatten(1).gather(1, index), parent, token, child, entropy
+    return top, logp.flatten(1).gather(1, index), parent, token, child, None, entropy
 
 
-def expand_vocab(
-    logits: Tensor, tables: tuple[Tensor, Tensor], node: Tensor, cum_logp: Tensor, value: Tensor, k: int
-) -> tuple[Tensor, ...]:
-    """The usual decoder: log_softmax over all columns first, then the same."""
-    return expand_legal(torch.log_softmax(logits, -1), tables, node, cum_logp, value, k)
-
-
-def expand_dense(logits: Tensor, cum_logp: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def expand_dense(logits: Tensor, cum_logp: Tensor, k: int) -> tuple[Tensor, ...]:
     """log_softmax over all columns, all of them legal, top-k."""
-    score = torch.log_softmax(logits, -1).add_(cum_logp.unsqueeze(2)).flatten(1)
+    score = torch.log_softmax(logits.float(), -1).add_(cum_logp.unsqueeze(2)).flatten(1)
     top, index = score.topk(k)
-    return top, index // logits.shape[2], index % logits.shape[2]
+    return top, top, index // logits.shape[2], index % logits.shape[2]
 
 
 def sibling_advantage(tokens: Tensor, rewards: Tensor, packed: bool = False) -> tuple[Tensor, Tensor]:
@@ -115,10 +124,8 @@ def prefix_tree(tokens: Tensor) -> tuple[Tensor, ...]:
     batch, group, length = tokens.shape
     columns = int(tokens.max()) + 1
     owner = torch.arange(batch, device=tokens.device)
-    prefix, candidate = (
-        owner.repeat_interleave(group),
-        torch.arange(group, device=tokens.device).repeat(batch),
-    )
+    prefix = owner.repeat_interleave(group)
+    candidate = torch.arange(group, device=tokens.device).repeat(batch)
     above, used = torch.full_like(owner, -1), torch.zeros_like(owner)
     parent, token, first = (tokens.new_full((batch, group * length), -1) for _ in range(3))
     depth, count, nodes = torch.zeros_like(parent), torch.zeros_like(parent), []
@@ -128,9 +135,8 @@ def prefix_tree(tokens: Tensor) -> tuple[Tensor, ...]:
         up = unique // columns
         owner = owner[up]
         size = torch.bincount(owner, minlength=batch)
-        own = (
-            torch.arange(len(unique), device=tokens.device) - (size.cumsum(0) - size - used)[owner]
-        )  # numbered on in the request
+        # numbered on in the request
+        own = torch.arange(len(unique), device=tokens.device) - (size.cumsum(0) - size - used)[owner]
         least = torch.full_like(unique, group).scatter_reduce_(0, prefix, candidate, "amin")
         at = (owner, own)
         fields = ((parent, above[up]), (token, unique % columns), (first, least), (count, number))
@@ -147,9 +153,16 @@ def token_logp(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logp.detach(), torch.autograd.grad(logp.sum(), logits)[0]
 
 
+def token_logp_legal(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather the legal logits, ``tokens [rows, C]`` padded by -1, of which the first is the target's."""
+    z = logits.gather(1, tokens.clamp(min=0)).float().masked_fill(tokens < 0, float("-inf"))
+    logp = z.log_softmax(1)[:, 0]
+    return logp.detach(), torch.autograd.grad(logp.sum(), logits)[0]
+
+
 def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The same by torch's own fused loss."""
-    logp = -torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    logp = -torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
     return logp.detach(), torch.autograd.grad(logp.sum(), logits)[0]
 
 
