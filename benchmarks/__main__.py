@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vstar_ops import Trie
 from vstar_ops._files import replacing
 
 from . import harness
-from .cases import FP32, Case, Setting, cases, expand_legal
+from .cases import Case, cases
 
 # How many times as fast as another variant ours should be; the names of cases begin like this.
 TARGETS = (
@@ -28,9 +29,8 @@ TARGETS = (
 )
 
 
-def two_threads(setting: Setting) -> Case:
-    """The first case on two threads and on one."""
-    case = expand_legal(setting, 64, 16, 16, 1, FP32)
+def two_threads(case: Case) -> Case:
+    """A case on two threads and on one."""
 
     def on(threads: int) -> Callable[..., Any]:
         def call(*inputs: Any) -> Any:
@@ -46,13 +46,13 @@ def two_threads(setting: Setting) -> Case:
 def measure(case: Case, clock: harness.Clock, rounds: int, report: harness.Report) -> None:
     """Check a case, time it, print its rows."""
     case.check()
-    samples = {name: clock.sample(call, calls=case.calls) for name, call in case.timed().items()}
-    several = min(rounds, 7) if case.name.startswith("token_logp") else rounds  # of a second each
+    variants = {**case.variants, **case.others}
+    samples = {name: clock.sample(partial(case.run, f), calls=case.calls) for name, f in variants.items()}
+    several = min(rounds, 7) if case.name.startswith("token_logp") else rounds  # a call takes a second
     targets = {name: target for start, name, target in TARGETS if case.name.startswith(start)}
     report.add(case.name, clock.interleave(samples, several, case.reset), targets)
     if case.name.startswith("token_logp fp32"):
-        size = case.read / 2
-        peak = harness.peak_memory(case.timed()["ours"])
+        peak, size = harness.peak_memory(lambda: case.run(case.variants["ours"])), case.inputs[0][0].nbytes
         if peak is not None:
             extra = 100 * (peak - size) / size
             print(f"its memory beyond logits and gradient: {extra:.1f} % of the logits (target at most 5 %)")
@@ -65,12 +65,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
 
-    _, sequences, header = harness.start(args)
+    header, _, sequences, _ = harness.start(args)
     report, clock = harness.Report(), harness.Clock(slice_s=0.0 if args.alternate else 0.01)
-    setting = Setting("cpu", sequences)
-    for make in cases("cpu", setting):
+    for make in cases("cpu", sequences):
         measure(make(), clock, args.rounds, report)
-    measure(two_threads(setting), clock, args.rounds, report)
+    measure(two_threads(next(cases("cpu", sequences))()), clock, args.rounds, report)
     torch.set_num_threads(1)
     rows = torch.randint(0, 2048, (1_000_000, 4))
     seconds = clock.once(lambda: Trie.from_sequences(rows))

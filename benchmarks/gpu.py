@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,9 @@ from typing import Any
 import torch
 
 import vstar_ops
-from vstar_ops import Trie
 from vstar_ops._files import replacing
 
-from .cases import Case, Setting, cases
+from .cases import FP32, Case, cases, expand_dense
 from .catalogue import industrial_like
 from .harness import Clock, Sample
 
@@ -40,24 +38,17 @@ def copy_bandwidth(clock: Clock, device: str, size: int) -> float:
     """Bytes per second, read and written, of a copy that no cache holds."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    seconds = statistics.median(clock.once(lambda: target.copy_(source)) for _ in range(20))
-    return 2 * size / seconds
+    copy = Sample(lambda: target.copy_(source), 1)
+    return 2 * size / clock.interleave({"copy": copy}, 20).seconds("copy")
 
 
 def call_overhead(device: str) -> float:
     """Seconds of host time of one small ``expand_topk``, queued and not waited for."""
-    trie = Trie.from_sequences(torch.arange(32)[:, None]).to(device)
-    logits = torch.randn(1, 1, 32, device=device)
-    node = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    samples = []
-    for _ in range(30):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(20):
-            vstar_ops.expand_topk(logits, trie, node, 4)
-        samples.append((time.perf_counter() - start) / 20)
-    return statistics.median(samples)
+    with torch.device(device):
+        case = expand_dense(torch.zeros(0), 1, 1, 32, 4, FP32)
+    clock, queue_is_empty = Clock(), torch.cuda.synchronize if device == "cuda" else lambda: None
+    sample = clock.sample(partial(case.run, case.variants["ours"]), calls=20)
+    return clock.interleave({"ours": sample}, 30, queue_is_empty).seconds("ours")
 
 
 def on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +65,7 @@ def measure(
     clock: Clock, backends: list[str], case: Case, bandwidth: float, rounds: int
 ) -> list[dict[str, Any]]:
     """A row per backend."""
-    calls, samples, failed = case.timed(), dict[str, Sample](), dict[str, str]()
+    samples, failed, ours = dict[str, Sample](), dict[str, str](), case.variants["ours"]
 
     def attempt(name: str, check: Callable[[], None], call: Callable[[int], Any], graph: bool) -> None:
         try:
@@ -84,13 +75,13 @@ def measure(
             failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
     for backend in backends:
-        attempt(backend, on(backend, case.check), on(backend, calls["ours"]), True)
-    eager = list(case.variants)[-1]
-    if eager != "ours":
-        attempt("eager", lambda: None, calls[eager], False)
+        attempt(backend, on(backend, case.check), on(backend, partial(case.run, ours)), True)
+    eager = list(case.variants.values())[-1]
+    if eager is not ours:
+        attempt("eager", lambda: None, partial(case.run, eager), False)
         if case.compiled and clock.gpu:
-            compiled = torch.compile(case.variants[eager], dynamic=False)
-            attempt("compile", lambda: case.check(compiled=compiled), case.on_set(compiled), False)
+            compiled = torch.compile(eager, dynamic=False)
+            attempt("compile", lambda: case.check(compiled=compiled), partial(case.run, compiled), False)
     timing = clock.interleave(samples, rounds, case.reset)
     torch._dynamo.reset()
     others = {name: timing.seconds(name) for name in samples if name not in backends}
@@ -100,10 +91,9 @@ def measure(
         if backend in failed:
             rows.append(row | {"error": failed[backend]})
             continue
-        own, moved = timing.seconds(backend), case.bytes()
-        row |= {"bytes": moved, "seconds": own, "how": samples[backend].how}
-        row |= {"other_seconds": others, "failed": failed}
-        row |= {"bytes_per_second": moved / own, "bandwidth_share": moved / own / bandwidth}
+        own, moved = timing.seconds(backend), on(backend, case.bytes)()
+        row |= {"seconds": own, "how": samples[backend].how, "other_seconds": others, "failed": failed}
+        row |= {"bytes": moved, "bytes_per_second": moved / own, "bandwidth_share": moved / own / bandwidth}
         rows.append(row | {"ratio": {name: timing.ratio(name, backend) for name in others}})
     return rows
 
@@ -125,9 +115,8 @@ def table(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def _header(device: str, bandwidth: float, overhead: dict[str, float]) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS, capture_output=True, text=True
-    ).stdout.strip()
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=RESULTS, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     return {
         "device": name,
@@ -162,8 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     bandwidth = copy_bandwidth(clock, args.device, 2**24 if args.small else 2**31)
     overhead = {name: on(name, call_overhead)(args.device) for name in available}
     rows: list[dict[str, Any]] = []
-    setting = Setting(args.device, industrial_like(), rotate=True)
-    for make in cases("small" if args.small else "cuda", setting):
+    for make in cases("small" if args.small else "cuda", industrial_like().to(args.device)):
         case = make()
         if args.only in case.name:
             print(case.name, "…", file=sys.stderr, flush=True)

@@ -6,10 +6,9 @@ Every round times each variant once, so drift of the machine hits all alike.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import vstar_ops
 from vstar_ops import Trie
+from vstar_ops.collect_env import _cpu_model
 
 from . import catalogue
 
@@ -36,19 +36,21 @@ def parser(module: str, text: str | None, rounds: int) -> argparse.ArgumentParse
     return options
 
 
-def start(args: argparse.Namespace) -> tuple[Trie, Tensor, str]:
-    """One thread, seed 0; the catalogue's trie and sequences, and a line on what is measured, printed."""
+def start(args: argparse.Namespace) -> tuple[str, Trie, Tensor, Tensor | None]:
+    """One thread, seed 0. Returns a line on what is measured, which is printed, the trie, items and prompts."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    name, sequences = catalogue.load(args.data, args.category)
+    name, sequences, prompts = catalogue.load(args.data, args.category)
     trie = Trie.from_sequences(sequences)
-    header = f"{machine()}; catalogue: {name}, {trie}"
+    cpu = f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    module = vstar_ops.backends()["cpu"].detail
+    header = f"{cpu}, torch {torch.__version__}, {module}; catalogue: {name}, {trie}"
     print(header)
-    return trie, sequences, header
+    return header, trie, sequences, prompts
 
 
 class Sample(NamedTuple):
-    """What is timed at once: ``run`` makes ``calls`` calls; ``how``: by ``clock``, ``events`` or ``graph``."""
+    """What is timed at once: ``run`` makes ``calls`` calls; by ``clock``, ``events`` or ``graph``."""
 
     run: Callable[[], Any]
     calls: int
@@ -72,8 +74,8 @@ class Timing(NamedTuple):
 class Clock:
     """Times repeated calls on a device.
 
-    On the CPU a sample repeats its call for about ``slice_s`` seconds: short calls find their caches warm, as in
-    a decode loop. On a GPU a sample takes some milliseconds by events, or is the replay of a graph.
+    On the CPU a sample repeats its call for about ``slice_s`` seconds: short calls find their caches warm,
+    as in a decode loop. On a GPU a sample takes some milliseconds by events, or is the replay of a graph.
     """
 
     def __init__(self, device: str = "cpu", slice_s: float = 0.01) -> None:
@@ -129,14 +131,16 @@ class Clock:
         return Timing(seconds)
 
 
-def compare(variants: dict[str, Callable[[], Any]], rounds: int, warm: bool = False) -> Timing:
-    """Time plain calls on the CPU; ``warm``: all have been called before, and each is long enough for the clock."""
-    clock = Clock()
-    samples = {
-        name: Sample(call, 1) if warm else clock.sample(lambda _, call=call: call())
-        for name, call in variants.items()
-    }
+def compare(variants: Mapping[str, Callable[[], Any]], rounds: int, warm: bool = False) -> Timing:
+    """Time calls on the CPU; ``warm``: each has been called before, and is long enough for the clock."""
+    clock, samples = Clock(), {}
+    for name, call in variants.items():
+        samples[name] = Sample(call, 1) if warm else clock.sample(partial(_ignoring, call))
     return clock.interleave(samples, rounds)
+
+
+def _ignoring(call: Callable[[], Any], _: int) -> Any:
+    return call()
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
@@ -153,18 +157,6 @@ def peak_memory(call: Callable[[], object]) -> int | None:
     before = status("VmRSS")
     call()
     return status("VmHWM") - before
-
-
-def machine() -> str:
-    """One line that says what was measured on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = torch.get_num_threads()
-    return f"{cpu}, {cores} threads, torch {torch.__version__}, {vstar_ops.backends()['cpu'].detail}"
 
 
 class Report:
