@@ -37,7 +37,7 @@ def parser(module: str, text: str | None, rounds: int) -> argparse.ArgumentParse
 
 
 def start(args: argparse.Namespace) -> tuple[str, Trie, Tensor, Tensor | None]:
-    """One thread, seed 0. Returns a line on what is measured, which is printed, the trie, items and prompts."""
+    """One thread, seed 0. Returns a line on what is measured, printed, the trie, items and prompts."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     name, sequences, prompts = catalogue.load(args.data, args.category)
