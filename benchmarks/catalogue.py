@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vstar_ops import Trie
+from vstar_ops import Trie, expand_topk
 
 
 def industrial_like(seed: int = 0) -> Tensor:
@@ -40,33 +40,26 @@ def industrial_like(seed: int = 0) -> Tensor:
     return torch.tensor(rows)
 
 
-def load(data: str | None, category: str) -> tuple[str, Tensor]:
-    """The name and sequences of the catalogue: a real one where ``data`` is given, else the made one."""
+def load(data: str | None, category: str) -> tuple[str, Tensor, Tensor | None]:
+    """Name, sequences, and prompts ``[1024, T]`` of random test requests.
+
+    Of real data where ``data`` is given, else of the made catalogue, which has no users.
+    """
     if data is None:
-        return "made, Industrial's level sizes", industrial_like()
+        return "made, Industrial's level sizes", industrial_like(), None
     from vstar_ops.train.data import load_minionerec
 
-    return category, torch.as_tensor(load_minionerec(data, category).sequences)
-
-
-def histories(data: str | None, category: str, most: int) -> Tensor | None:
-    """Prompts ``[<= most, T]`` of random test requests; None for the made catalogue, which has no users."""
-    if data is None:
-        return None
-    from vstar_ops.train.data import load_minionerec
-
-    return load_minionerec(data, category).test.part(most).context
+    real = load_minionerec(data, category)
+    return category, torch.as_tensor(real.sequences), real.test.part(1024).context
 
 
 def frontiers(trie: Trie, batch: int, width: int, columns: int) -> list[tuple[Tensor, Tensor]]:
     """``(node, cum_logp)`` of the beams that random logits leave at depths 0, 1, 2 …"""
-    import vstar_ops
-
     node, cum_logp = torch.zeros(batch, 1, dtype=torch.int32), torch.zeros(batch, 1)
     found = [(node, cum_logp)]
     for _ in range(1, trie.length):
         logits = torch.randn(batch, node.shape[1], columns)
-        out = vstar_ops.expand_topk(logits, trie, node, width, cum_logp=cum_logp)
+        out = expand_topk(logits, trie, node, width, cum_logp=cum_logp)
         node, cum_logp = out.node, out.logp
         found.append((node, cum_logp))
     return found

@@ -5,7 +5,6 @@ With the reference model, 64 requests, budget 33, one thread.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from vstar_ops.reference.ved_search import ved_search
 from vstar_ops.train.model import SIDTransformer
 from vstar_ops.train.value import ItemEmbeddings
 
-from . import catalogue, harness
+from . import harness
 
 
 class Stopwatch:
@@ -42,16 +41,12 @@ class Stopwatch:
         return timed
 
 
-def share_of_search(
-    model: SIDTransformer, context: Tensor, trie: Trie, rounds: int, config: VEDConfig
-) -> float:
-    """Median over rounds of the part of a decode that is not the model's."""
+def share_of_search(run: Callable[[Any], Any], model: SIDTransformer, rounds: int) -> float:
+    """Median over rounds of the part of ``run(model)`` that is not the model's."""
     shares = []
     for _ in range(rounds):
         watch = Stopwatch(model)
-        start = time.perf_counter()
-        ved(watch, context, trie, config=config)  # type: ignore[arg-type]
-        total = time.perf_counter() - start
+        total = harness.Clock().once(partial(run, watch))
         shares.append(1 - watch.seconds / total)
     return statistics.median(shares)
 
@@ -84,16 +79,17 @@ def against_beam_search(model: SIDTransformer, context: Tensor, trie: Trie, roun
     beams = "beam search of 33 tokens"
     print()
     for name, config in (("the paper's", VEDConfig.paper()), ("the defaults", VEDConfig())):
-        share = share_of_search(model, context, trie, rounds, config)
+        decode = partial(ved, context=context, trie=trie, config=config)
+        share = share_of_search(decode, model, rounds)
         print(f"search, {name}, as a share of the VED decode: {100 * share:.1f} % (target at most 15 %)")
         variants: dict[str, Callable[[], Any]] = {
-            "ved": partial(ved, model, context, trie, config=config),
+            "ved": partial(decode, model),
             beams: lambda: beam_search(model, context, trie, 16, skip_forced=False),
         }
         spent = [int(call().forward_tokens.sum()) / len(context) for call in variants.values()]
         timing = harness.compare(variants, rounds)
         report.add(f"VED, {name}, {spent[0]:.1f} tokens per request, against {spent[1]:.1f}", timing)
-        times = 1 / timing.ratio[beams]
+        times = timing.ratio("ved", beams)
         print(f"VED takes {times:.2f} times the wall time of that beam search (target at most 1.5)")
 
 
@@ -111,7 +107,7 @@ def against_the_sequential_search(model: SIDTransformer, context: Tensor, trie: 
         "ved": lambda: ved(model, context, trie, config=config),
         "sequential, one request": lambda: ved_search(model, context[:1], trie, 16, config),
     }
-    ratio = len(context) * harness.compare(variants, rounds, slice_s=0).ratio["sequential, one request"]
+    ratio = len(context) * harness.compare(variants, rounds).ratio("sequential, one request", "ved")
     print(f"VED of {len(context)} requests, the sequential search of as many: {ratio:.1f}x (target 10x)")
 
 
@@ -137,24 +133,17 @@ def forced_tokens(model: SIDTransformer, requests: Tensor, trie: Trie) -> None:
 
 def main() -> None:
     """Parse the options, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__)
-    parser.add_argument("--data", help="folder in MiniOneRec's layout (default: a made catalogue)")
-    parser.add_argument("--category", default="Industrial_and_Scientific", help="default: %(default)s")
+    parser = harness.parser("benchmarks.decoding", __doc__, rounds=15)
     parser.add_argument("--weights", help="state dict of a trained policy (default: random weights)")
-    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    name, sequences = catalogue.load(args.data, args.category)
-    trie = Trie.from_sequences(sequences)
-    print(f"{harness.machine()}; catalogue: {name}, {trie}")
+    _, trie, sequences, prompts = harness.start(args)
     model = SIDTransformer(trie.max_token + 1, 33)
     if args.weights:
         state = torch.load(args.weights, map_location="cpu", weights_only=True)
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith("value_head")})
     items = ItemEmbeddings(trie, sequences, torch.randn(len(sequences), 64))
-    model.add_value_head(action_values=True, items=items)
+    model.add_value_head(child_values=True, items=items)
     for parameter in model.value_head.parameters():  # type: ignore[union-attr]
         parameter.data += 0.1 * torch.randn_like(parameter)  # values that differ, as trained ones do
     model.eval()
@@ -162,8 +151,7 @@ def main() -> None:
 
     against_beam_search(model, context, trie, args.rounds)
     against_the_sequential_search(model, context, trie, args.rounds)
-    requests = catalogue.histories(args.data, args.category, 1024)
-    forced_tokens(model, context if requests is None else requests, trie)
+    forced_tokens(model, context if prompts is None else prompts, trie)
 
 
 if __name__ == "__main__":

@@ -1,60 +1,146 @@
-"""Interleaved timing: every round times each variant once, so drift of the machine hits all alike."""
+"""What the programs share: options, interleaved timing, and the table of ratios.
+
+Every round times each variant once, so drift of the machine hits all alike.
+"""
 
 from __future__ import annotations
 
-import platform
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import vstar_ops
+from vstar_ops import Trie
+from vstar_ops.collect_env import _cpu_model
+
+from . import catalogue
+
+GRAPH_BELOW = 100e-6  # seconds; shorter calls are timed without the gaps between launches
+
+
+def parser(module: str, text: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options of all programs that measure on the CPU."""
+    options = argparse.ArgumentParser(prog=f"python -m {module}", description=text)
+    options.add_argument("--data", help="folder in MiniOneRec's layout (default: a made catalogue)")
+    options.add_argument("--category", default="Industrial_and_Scientific", help="default: %(default)s")
+    options.add_argument(
+        "--rounds", type=int, default=rounds, help="interleaved rounds (default: %(default)s)"
+    )
+    return options
+
+
+def start(args: argparse.Namespace) -> tuple[str, Trie, Tensor, Tensor | None]:
+    """One thread, seed 0. Returns a line on what is measured, printed, the trie, items and prompts."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    name, sequences, prompts = catalogue.load(args.data, args.category)
+    trie = Trie.from_sequences(sequences)
+    cpu = f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    module = vstar_ops.backends()["cpu"].detail
+    header = f"{cpu}, torch {torch.__version__}, {module}; catalogue: {name}, {trie}"
+    print(header)
+    return header, trie, sequences, prompts
+
+
+class Sample(NamedTuple):
+    """What is timed at once: ``run`` makes ``calls`` calls; by ``clock``, ``events`` or ``graph``."""
+
+    run: Callable[[], Any]
+    calls: int
+    how: str = "clock"
 
 
 class Timing(NamedTuple):
-    """Seconds a call of each variant (median over rounds) and the ratios of the others to the first."""
+    """Seconds per call of each variant in each round."""
 
-    seconds: dict[str, float]
-    ratio: dict[str, float]
+    rounds: dict[str, list[float]]
+
+    def seconds(self, name: str) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.rounds[name])
+
+    def ratio(self, name: str, to: str) -> float:
+        """The median of the ratios within a round."""
+        return statistics.median(x / y for x, y in zip(self.rounds[name], self.rounds[to], strict=True))
 
 
-def compare(
-    variants: dict[str, Callable[[], object]], rounds: int = 15, slice_s: float = 0.01, warm: bool = False
-) -> Timing:
-    """Time variants in turn, ``rounds`` times; each turn repeats its call for about ``slice_s`` seconds.
+class Clock:
+    """Times repeated calls on a device.
 
-    The ratio of a variant to the first is the median of the ratios within a round. Short calls repeat
-    within a turn, so all variants find their caches warm, as in a decode loop. ``warm`` says that all have
-    been called before, and that one call is a slice or more.
+    On the CPU a sample repeats its call for about ``slice_s`` seconds: short calls find their caches warm,
+    as in a decode loop. On a GPU a sample takes some milliseconds by events, or is the replay of a graph.
     """
-    repeats = {}
-    for name, call in variants.items():
-        repeats[name] = 1
-        if warm:
-            continue
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(slice_s / max(time.perf_counter() - start, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, call in variants.items():
+
+    def __init__(self, device: str = "cpu", slice_s: float = 0.01) -> None:
+        self.gpu, self.slice_s = device == "cuda", slice_s
+
+    def once(self, run: Callable[[], Any]) -> float:
+        """Seconds of a run; on the GPU after everything queued before has ended."""
+        if not self.gpu:
             start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeats[name])
-    first = next(iter(samples))
-    return Timing(
-        {name: statistics.median(times) for name, times in samples.items()},
-        {
-            name: statistics.median(t / own for t, own in zip(times, samples[first]))
-            for name, times in samples.items()
-            if name != first
-        },
-    )
+            run()
+            return time.perf_counter() - start
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def sample(
+        self, call: Callable[[int], Any], sets: int = 1, calls: int = 0, graph: bool = False
+    ) -> Sample:
+        """A sample of ``calls`` calls, 0 for as many as are good for the clock, over ``sets`` input sets."""
+
+        def sweep(calls: int) -> None:
+            for i in range(calls):
+                call(i % sets)
+
+        sweep(max(3, sets) if self.gpu else 1)  # compiles, fills the allocator
+        attempts = 3 if self.gpu else 1
+        estimate = min(self.once(partial(sweep, sets)) / sets for _ in range(attempts))
+        if not self.gpu:
+            calls = calls or max(1, round(self.slice_s / max(estimate, 1e-7)))
+            return Sample(partial(sweep, calls), calls)
+        if not graph or estimate > 2 * GRAPH_BELOW:
+            calls = calls or max(sets, min(200, round(2e-3 / max(estimate, 1e-6))))
+            return Sample(partial(sweep, calls), calls, "events")
+        captured, calls = torch.cuda.CUDAGraph(), calls or max(sets, 20)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(captured):
+            sweep(calls)
+        return Sample(captured.replay, calls, "graph")
+
+    def interleave(
+        self, samples: dict[str, Sample], rounds: int, reset: Callable[[], None] = lambda: None
+    ) -> Timing:
+        """Every sample once per round, after a ``reset``."""
+        seconds: dict[str, list[float]] = {name: [] for name in samples}
+        for _ in range(rounds):
+            for name, sample in samples.items():
+                reset()
+                seconds[name].append(self.once(sample.run) / sample.calls)
+        return Timing(seconds)
+
+
+def compare(variants: Mapping[str, Callable[[], Any]], rounds: int, warm: bool = False) -> Timing:
+    """Time calls on the CPU; ``warm``: each has been called before, and is long enough for the clock."""
+    clock, samples = Clock(), {}
+    for name, call in variants.items():
+        samples[name] = Sample(call, 1) if warm else clock.sample(partial(_ignoring, call))
+    return clock.interleave(samples, rounds)
+
+
+def _ignoring(call: Callable[[], Any], _: int) -> Any:
+    return call()
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
@@ -73,39 +159,28 @@ def peak_memory(call: Callable[[], object]) -> int | None:
     return status("VmHWM") - before
 
 
-def machine() -> str:
-    """One line that says what was measured on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = torch.get_num_threads()
-    return f"{cpu}, {cores} threads, torch {torch.__version__}, {vstar_ops.backends()['cpu'].detail}"
-
-
 class Report:
     """Rows of a table, printed as they come."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, object]] = []
-        print(f"\n{'case':<44} {'against':<34} {'ours':>8} {'other':>8} {'ratio':>7} {'target':>7}")
+        print(f"\n{'case':<62} {'against':<34} {'ours':>8} {'other':>8} {'ratio':>7} {'target':>7}")
 
-    def add(self, case: str, timing: Timing, **targets: float) -> None:
-        """A line for each variant that ours, the first, is compared with; targets by name, _ for a space."""
-        own, *others = timing.seconds
+    def add(self, case: str, timing: Timing, targets: dict[str, float] | None = None) -> None:
+        """A line for each variant that the first is compared with, or one for the first alone."""
+        own, *others = timing.rounds
+        ours = timing.seconds(own)
+        if not others:
+            self.rows.append({"case": case, "ours_s": ours})
+            print(f"{case:<62} {'':<34} {_seconds(ours):>8}", flush=True)
         for name in others:
-            target = targets.get(name.replace(" ", "_"))
-            ours, other, ratio = timing.seconds[own], timing.seconds[name], timing.ratio[name]
+            other, ratio = timing.seconds(name), timing.ratio(name, own)
             self.rows.append(
                 {"case": case, "against": name, "ours_s": ours, "other_s": other, "ratio": ratio}
             )
-            goal = "" if target is None else f"{target:g}x"
-            print(
-                f"{case:<44} {name:<34} {_seconds(ours):>8} {_seconds(other):>8} {ratio:>6.1f}x {goal:>7}",
-                flush=True,
-            )
+            target = f"{targets[name]:g}x" if targets and name in targets else ""
+            figures = f"{_seconds(ours):>8} {_seconds(other):>8} {ratio:>6.1f}x {target:>7}"
+            print(f"{case:<62} {name:<34} {figures}", flush=True)
 
 
 def _seconds(value: float) -> str:

@@ -6,7 +6,6 @@ thread. Candidates are items drawn at random, which share fewer prefixes than th
 
 from __future__ import annotations
 
-import argparse
 import copy
 
 import torch
@@ -17,7 +16,7 @@ from vstar_ops.train.model import SIDTransformer
 from vstar_ops.train.scoring import candidate_scores
 from vstar_ops.train.trainer import optimizer_of
 
-from . import catalogue, harness
+from . import harness
 
 REQUESTS, CANDIDATES = 64, 16
 
@@ -60,28 +59,21 @@ def measure(
     for got, want in zip(packed.gradients(), whole.gradients(), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
     variants = {"packed": packed, "one row per candidate": whole}
-    timing = harness.compare(variants, rounds, slice_s=0, warm=True)
-    target = {10: {"one_row_per_candidate": 4.0}, 100: {"one_row_per_candidate": 8.0}}.get(items, {})
-    report.add(f"RL update, prompt of {tokens} tokens", timing, **target)
+    timing = harness.compare(variants, rounds, warm=True)
+    targets = {10: {"one row per candidate": 4.0}, 100: {"one row per candidate": 8.0}}
+    report.add(f"RL update, prompt of {tokens} tokens", timing, targets.get(items))
 
 
 def main() -> None:
     """Parse the options, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("--data", help="folder in MiniOneRec's layout (default: a made catalogue)")
-    parser.add_argument("--category", default="Industrial_and_Scientific", help="default: %(default)s")
+    parser = harness.parser("benchmarks.training", __doc__, rounds=5)
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[30, 300], help="of a prompt (default: 30 300)"
     )
-    parser.add_argument("--part", type=int, default=8, help="requests a forward (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--part", type=int, default=8, help="requests per forward (default: %(default)s)")
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    name, sequences = catalogue.load(args.data, args.category)
-    trie = Trie.from_sequences(sequences)
-    print(f"{harness.machine()}; catalogue: {name}, {trie}")
+    _, trie, sequences, _ = harness.start(args)
     report = harness.Report()
     for tokens in args.tokens:
         measure(report, trie, sequences, tokens, args.part, args.rounds)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmarks.gpu
+from benchmarks import cases
+from benchmarks.catalogue import industrial_like
+from vstar_ops.ops import OPS
+
+ITEMS = industrial_like()
 
 
 @pytest.mark.slow
@@ -26,12 +35,51 @@ def test_gpu_program_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_gpu_program_fails_where_a_result_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    case = benchmarks.gpu.group("cpu", 2, 8)
-
-    def differs() -> None:
-        raise AssertionError("output 0 differs")
-
-    monkeypatch.setattr(benchmarks.gpu, "cases", lambda *_: [lambda: case._replace(check=differs)])
+    case = cases.group_advantage(ITEMS, 2, 8)
+    wrong = {**case.variants, "wrong": lambda x: case.variants["ours"](x) + 1e-3}
+    differs = dataclasses.replace(case, variants=wrong)
+    monkeypatch.setattr(benchmarks.gpu, "cases", lambda *_: [lambda: differs])
     status = benchmarks.gpu.main(["--device", "cpu", "--small", "--rounds", "1", "--out", str(tmp_path)])
     assert status != 0
-    assert "AssertionError: output 0 differs" in capsys.readouterr().out
+    assert (
+        "AssertionError: group_advantage B=2 G=8: result 0 of 'ours' and 'wrong'" in capsys.readouterr().out
+    )
+
+
+class Called(TorchDispatchMode):
+    """The names of this library's ops that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace.startswith("vstar_ops"):
+            self.names.add(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_op_has_a_case() -> None:
+    """And every case has a shape for each device."""
+    with Called() as called:
+        for make in cases.cases("small", ITEMS):
+            case = make()
+            case.run(case.variants["ours"])
+    assert called.names == set(OPS)
+    assert len({frozenset(make for make, *_ in sizes) for sizes in cases.SIZES.values()}) == 1
+
+
+@pytest.mark.parametrize("of_result", [0, 1, 2])
+def test_a_check_compares_every_variant_with_every_other(of_result: int) -> None:
+    """The first result is a score, the others belong to it: only near ties may swap them."""
+    right = torch.tensor([[3.0, 2.0, 2.0, 1.0, 0.0]]), torch.arange(5)[None], torch.arange(5)[None] / 2
+    wrong = tuple(x.clone() for x in right)
+    wrong[of_result][0, 0] += 1
+    variants = {name: lambda: right for name in ("ours", "second", "third")}
+    case = cases.Case("case", variants, [()], ranked=True)
+    case.check()
+    for name in variants:
+        with pytest.raises(AssertionError, match=f"result {of_result} of .*{name}"):
+            dataclasses.replace(case, variants=variants | {name: lambda: wrong}).check()
+    swapped = right[0], right[1][:, [0, 2, 1, 3, 4]], right[2][:, [0, 2, 1, 3, 4]]
+    dataclasses.replace(case, variants=variants | {"third": lambda: swapped}).check()

@@ -1,0 +1,409 @@
+"""The cases that ``python -m benchmarks``, ``python -m benchmarks.gpu`` and ``bench_ops.py`` time.
+
+A case is one op on one shape and the torch compositions that compute the same. :data:`SIZES` lists the shapes
+for a CPU, for a GPU, and small ones that check the programs themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vstar_ops
+from vstar_ops import NodeEvaluation, SearchTrees, SelectedRows, Trie, ved_candidates, ved_insert, ved_select
+
+from . import baselines, catalogue
+
+CACHE = 150e6  # bytes: three times the L2 cache of an H100
+PIECE = 2**18  # elements compared at a time: the temporaries stay in the cache
+BF16, FP32 = torch.bfloat16, torch.float32
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape.
+
+    Attributes:
+        name: op and shape.
+        variants: functions of an input set that compute the same: ``ours``, then compositions in torch, the
+            last of which is for GPUs. Results stand in the op's order, None for what is not computed.
+        inputs: the input sets; several where one would fit into the cache of a GPU.
+        read: bytes that any implementation must read, each once; None for all of an input set.
+        others: timed beside the variants, but compute something else.
+        ranked: whether results are sorted by result 0, so that those of nearly the same score may swap.
+        few: how many requests the reference computes; None for all.
+        rtol, atol: of the check.
+        reset: brings back what calls change, before every sample.
+        calls: in a sample; 0 for as many as are good for the clock.
+        compiled: whether to time ``torch.compile`` of the last variant on a GPU, which takes long.
+    """
+
+    name: str
+    variants: Mapping[str, Function]
+    inputs: Sequence[tuple[Any, ...]]
+    read: int | None = None
+    others: Mapping[str, Function] = field(default_factory=dict)
+    ranked: bool = False
+    few: int | None = None
+    rtol: float = 1e-4
+    atol: float = 1e-4
+    reset: Callable[[], None] = lambda: None
+    calls: int = 0
+    compiled: bool = False
+
+    def run(self, function: Function, i: int = 0) -> Any:
+        """What is timed: a variant on an input set, with the gradient where the first input asks for it."""
+        return _with_gradient(function, self.inputs[i])
+
+    def bytes(self) -> int:
+        """That any implementation must read and write, each once."""
+        read = nbytes(self.inputs[0]) if self.read is None else self.read
+        return read + nbytes(self._results(self.variants["ours"], self.inputs[0]))
+
+    def check(self, **more: Function) -> None:
+        """Compare all variants, ``more`` and the reference with one another; raise where two differ."""
+        variants, inputs = {**self.variants, **more}, self.inputs[0]
+        found = {name: self._results(function, inputs) for name, function in variants.items()}
+        with vstar_ops.use_backend("reference"):
+            found["reference"] = self._results(self.variants["ours"], [self._exact(x) for x in inputs])
+        self.reset()
+        for (first, got), (second, want) in itertools.combinations(found.items(), 2):
+            rows = self.few if second == "reference" else None
+            may_swap = near_ties(want[0]) if self.ranked else torch.zeros(0)
+            for i, (x, y) in enumerate(zip(got, want)):
+                if x is None or y is None:
+                    continue
+                what, x = f"{self.name}: result {i} of {first!r} and {second!r}", x[:rows] if rows else x
+                if i and x.shape == may_swap.shape:
+                    if {first, second} == {"ours", "reference"} and not x.is_floating_point():
+                        share = (x != y).float().mean().item()  # both break exact ties by index
+                        assert share <= 1e-3, f"{what}: {share:.2%} differ"
+                    x, y = x[~may_swap], y[~may_swap]
+                self._compare(x, y, what)
+
+    def _exact(self, x: Any) -> Any:
+        """An input of the reference: few requests, and no gradient that is rounded to bfloat16."""
+        x = x[: self.few] if self.few else x
+        return x.detach().float().requires_grad_() if isinstance(x, Tensor) and x.requires_grad else x
+
+    def _results(self, function: Function, inputs: Sequence[Any]) -> list[Tensor | None]:
+        self.reset()
+        found = _with_gradient(function, inputs)
+        found = [found] if isinstance(found, Tensor) else found
+        return [x.clone() if self.calls else x for x in found]  # later calls change what has a reset
+
+    def _compare(self, x: Tensor, y: Tensor, what: str) -> None:
+        if not x.is_floating_point():
+            assert torch.equal(x.long(), y.long()), f"{what} differ"
+            return
+        rtol = max(self.rtol, sum(2**-8 for t in (x, y) if t.dtype == BF16))
+        for a, b in zip(x.flatten().split(PIECE), y.flatten().split(PIECE), strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=rtol, atol=self.atol, check_dtype=False, msg=lambda text: f"{what}: {text}"
+            )
+
+
+def _with_gradient(function: Function, inputs: Sequence[Any]) -> Any:
+    out = function(*inputs)
+    if not isinstance(out, Tensor) or not out.requires_grad:
+        return out
+    return out.detach(), torch.autograd.grad(out, inputs[0], torch.ones_like(out))[0]
+
+
+def near_ties(score: Any) -> Tensor:
+    """Where another order is right too: beside nearly the same score, and at the end, beside what was cut."""
+    swaps, near = torch.zeros_like(score, dtype=torch.bool), score.diff(dim=1).abs() < 1e-5
+    swaps[:, 1:] |= near
+    swaps[:, :-1] |= near
+    swaps[:, -1] = True
+    return swaps
+
+
+def nbytes(tensors: Sequence[Any]) -> int:
+    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+
+def random_logits(*shape: int, dtype: torch.dtype) -> list[Tensor]:
+    """Of each input set: several where a GPU's cache would hold one."""
+    logits = [torch.randn(shape).to(dtype)]
+    if logits[0].is_cuda and logits[0].nbytes > 1e6:
+        logits += [torch.randn(shape).to(dtype) for _ in range(min(15, round(CACHE / logits[0].nbytes) - 1))]
+    return logits
+
+
+def random_items(items: Tensor, batch: int, group: int, length: int = 0) -> Tensor:
+    """``[B, G, L]``: of the catalogue, or of ``length`` tokens of 8 codes."""
+    return (
+        torch.randint(8, (batch, group, length))
+        if length
+        else items[torch.randint(len(items), (batch, group))]
+    )
+
+
+def beams(items: Tensor, batch: int, width: int, depth: int) -> tuple[Trie, int, Tensor, Tensor]:
+    """The trie, its columns, and ``node, cum_logp`` that beam search of random logits has at ``depth``."""
+    trie = Trie.from_sequences(items.cpu())
+    columns = max(trie.max_token + 1, 768)
+    with torch.device("cpu"), vstar_ops.use_backend("auto"):
+        node, cum_logp = catalogue.frontiers(trie, batch, width, columns)[depth]
+    return trie.to(items.device), columns, node.to(items.device), cum_logp.to(items.device)
+
+
+def short(dtype: torch.dtype) -> str:
+    return {FP32: "fp32", BF16: "bf16"}[dtype]
+
+
+def expand_dense(
+    items: Tensor, batch: int, width: int, columns: int, k: int, dtype: torch.dtype, normalize: str = "legal"
+) -> Case:
+    """Every column legal, as at the first level of a catalogue."""
+    trie = Trie.from_sequences(torch.arange(columns, device="cpu")[:, None]).to(items.device)
+    cum_logp, node = torch.randn(batch, width), torch.zeros(batch, width, dtype=torch.int32)
+
+    def ours(logits: Tensor, node: Tensor, cum_logp: Tensor) -> Any:
+        return vstar_ops.expand_topk(logits, trie, node, k, cum_logp=cum_logp, normalize=normalize)
+
+    kind = "dense" if normalize == "legal" else normalize
+    return Case(
+        f"expand_topk {kind} {short(dtype)} B={batch} W={width} V={columns} K={k}",
+        {"ours": ours, "log_softmax, top-k": partial(baselines.expand_dense, k=k)},
+        [(z, node, cum_logp) for z in random_logits(batch, width, columns, dtype=dtype)],
+        ranked=True,
+        compiled=dtype == BF16,
+    )
+
+
+def expand_legal(
+    items: Tensor,
+    batch: int,
+    width: int,
+    k: int,
+    depth: int,
+    dtype: torch.dtype,
+    columns: int = 0,
+    normalize: str = "legal",
+) -> Case:
+    """Below the beams that random logits leave, with value and entropy; 0 columns for the catalogue's own."""
+    trie, own, node, cum_logp = beams(items, batch, width, depth)
+    columns, vocab, edges = columns or own, normalize == "vocab", int(trie.num_children(node).sum())
+    tables, index, value = baselines.child_tables(trie, depth), node.long(), torch.randn(node.shape)
+    scoring: dict[str, Any] = {"cum_logp": cum_logp, "value": value, "value_weight": 1.0}
+    scoring |= {"entropy_weight": 0.1, "normalize": normalize}
+    logits = random_logits(*node.shape, columns, dtype=dtype)
+    return Case(
+        f"expand_topk {normalize} depth {depth} {short(dtype)} B={batch} W={width} V={columns} K={k}",
+        {
+            "ours": lambda z: vstar_ops.expand_topk(z, trie, node, k, **scoring),
+            "log_softmax, gather, top-k" if vocab else "gather, log_softmax, top-k": lambda z: (
+                baselines.expand_legal(z, tables, index, cum_logp, value, k, vocab)
+            ),
+        },
+        [(z,) for z in logits],
+        (logits[0].nbytes if vocab else dtype.itemsize * edges) + 4 * edges + nbytes((node, cum_logp, value)),
+        ranked=True,
+        compiled=batch == 16 and depth == 1,
+    )
+
+
+def sibling_advantage(items: Tensor, batch: int, group: int, length: int = 0) -> Case:
+    """Of candidates drawn at random."""
+    tokens = random_items(items, batch, group, length)
+    variants: dict[str, Function] = {
+        "ours": vstar_ops.sibling_advantage,
+        "unique, index_add": baselines.sibling_advantage,
+        "unique of packed keys, index_add": partial(baselines.sibling_advantage, packed=True),
+    }
+    name = f"sibling_advantage B={batch} G={group} L={tokens.shape[2]}"
+    return Case(name, variants, [(tokens, torch.rand(batch, group))])
+
+
+def group_advantage(items: Tensor, batch: int, group: int) -> Case:
+    """GRPO's advantage."""
+    variants = {"ours": vstar_ops.group_advantage, "mean, std": baselines.group_advantage}
+    return Case(
+        f"group_advantage B={batch} G={group}", variants, [(torch.rand(batch, group),)], compiled=True
+    )
+
+
+def prefix_returns(items: Tensor, batch: int, group: int, width: int) -> Case:
+    """Dense returns of prefix buckets, from embeddings of ``width`` numbers."""
+    tokens = random_items(items, batch, group)
+    inputs = tokens, torch.randn(batch, group, width), tokens[:, 0].clone(), torch.randn(batch, width)
+    torch_way = partial(baselines.prefix_returns, weights=(0.3, 0.5, 1.0))
+    variants: dict[str, Function] = {
+        "ours": vstar_ops.prefix_returns,
+        "unique of packed keys, index_add": torch_way,
+    }
+    return Case(f"prefix_returns B={batch} G={group} L={tokens.shape[2]} E={width}", variants, [inputs])
+
+
+def prefix_tree(items: Tensor, batch: int, group: int) -> Case:
+    """The distinct prefixes of candidates drawn at random."""
+    tokens = random_items(items, batch, group)
+    variants = {"ours": vstar_ops.prefix_tree, "unique of packed keys, scatter": baselines.prefix_tree}
+    return Case(f"prefix_tree B={batch} G={group} L={tokens.shape[2]}", variants, [(tokens,)])
+
+
+def all_columns(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
+    return vstar_ops.token_logp(logits, target).logp
+
+
+def token_logp(items: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Case:
+    """Over the whole vocabulary, forward and backward, beside the memory's own pace."""
+    logits = torch.randn(rows, columns).to(dtype).requires_grad_()
+    variants = {
+        "ours": all_columns,
+        "cross_entropy": baselines.cross_entropy,
+        "log_softmax, gather": baselines.token_logp,
+    }
+    return Case(
+        f"token_logp {short(dtype)} [{rows}, {columns}] forward, backward",
+        variants,
+        [(logits, torch.randint(columns, (rows,)))],
+        2 * logits.nbytes,
+        {"reading twice, writing once": baselines.memory_pace},
+        few=16,
+        atol=1e-6,
+    )
+
+
+def token_logp_legal(items: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Case:
+    """Over the legal children at depth 1, forward and backward, beside the same over all columns."""
+    trie, _, node, _ = beams(items, -(-rows // 16), 16, 1)
+    node = node.flatten()[:rows]
+    tokens = trie.children(node).token.long()
+    logits = torch.randn(rows, columns).to(dtype).requires_grad_()
+    return Case(
+        f"token_logp legal depth 1 {short(dtype)} [{rows}, {columns}] forward, backward",
+        {
+            "ours": lambda z, target, node, _: vstar_ops.token_logp(z, target, trie, node).logp,
+            "gather, log_softmax": baselines.token_logp_legal,
+        },
+        [(logits, tokens[:, 0].clone(), node, tokens)],
+        int((tokens >= 0).sum()) * (2 * dtype.itemsize + 8),
+        {"ours, all columns": all_columns},
+        few=16,
+        atol=1e-6,
+    )
+
+
+def sibling_grpo_loss(items: Tensor, batch: int, group: int, length: int = 0) -> Case:
+    """With clipping and KL, forward and backward; the advantages are given."""
+    tokens, rewards = random_items(items, batch, group, length), torch.rand(batch, group)
+    siblings, over_group = vstar_ops.sibling_advantage(tokens, rewards), vstar_ops.group_advantage(rewards)
+    given: dict[str, Any] = {"sibling_advantage": siblings, "group_advantage": over_group, "clip": (0.2, 0.2)}
+    old, ref, logp = (-torch.rand(tokens.shape) for _ in range(3))
+
+    def ours(logp: Tensor, old: Tensor, ref: Tensor, *_: Tensor) -> Tensor:
+        return vstar_ops.sibling_grpo_loss(logp, old_logp=old, ref_logp=ref, **given).loss
+
+    read = siblings.advantage, siblings.valid, siblings.num_candidates, over_group
+    return Case(
+        f"sibling_grpo_loss B={batch} G={group} L={tokens.shape[2]} forward, backward",
+        {"ours": ours, "torch, autograd": baselines.sibling_grpo_loss},
+        [(logp.requires_grad_(), old, ref, *read)],
+        atol=1e-6,
+    )
+
+
+def ved_round(items: Tensor, batch: int, budget: int) -> Case:
+    """A round of tree search without the model: select, insert what a made-up model says, rank.
+
+    Half of the budget is spent first, and every sample starts there again. A node has 32 children.
+    """
+
+    def evaluation(node: Tensor) -> NodeEvaluation:
+        child = 32 * node.clamp(min=0)[..., None] + torch.arange(1, 33, dtype=torch.int32)
+        children, zero = torch.where(node < 1 + 32 + 32**2, 32, 0).int(), torch.zeros_like(node)
+        expected, value = torch.rand(2, *node.shape)
+        logp, leaf_logp, child_value = torch.rand(3, *child.shape)
+        lists = children, child, -logp, child, -leaf_logp, child_value
+        return NodeEvaluation(zero.long(), expected, value, *lists, zero)
+
+    trees = SearchTrees.empty(batch, budget, 3, children=32, leaves=32, device=items.device)
+    root = torch.zeros(batch, 1, dtype=torch.int32)
+    rows = SelectedRows(root - 1, root, torch.zeros(batch, 1))
+    ved_insert(trees, rows, evaluation(rows.node))
+    for _ in range(budget // 6):
+        rows = ved_select(trees)
+        ved_insert(trees, rows, evaluation(rows.node))
+    said = evaluation(rows.node)
+    planted = {name: value.clone() for name, value in vars(trees).items()}
+
+    def ours() -> tuple[Tensor, ...]:
+        chosen = ved_select(trees)
+        ved_insert(trees, chosen, said)
+        return (*chosen, *ved_candidates(trees, 3, 16), trees.visits, trees.size)
+
+    def reset() -> None:
+        for name, value in planted.items():
+            getattr(trees, name).copy_(value)
+
+    fields = trees.node, trees.parent, trees.priority, trees.next_child, trees.num_children, trees.depth
+    name = f"ved round B={batch} budget={budget}, without the model"
+    return Case(name, {"ours": ours}, [()], nbytes(fields), rtol=1.3e-6, atol=1e-5, reset=reset, calls=10)
+
+
+SIZES: dict[str, list[tuple[Any, ...]]] = {
+    "cpu": [
+        (expand_legal, 64, 16, 16, 1, FP32),
+        (expand_legal, 64, 16, 16, 2, FP32),
+        (expand_legal, 64, 16, 16, 1, FP32, 152_064),
+        (expand_dense, 16, 128, 8192, 128, FP32, "vocab"),
+        *((sibling_advantage, *size) for size in ((64, 16), (256, 64))),
+        (group_advantage, 256, 64),
+        *((prefix_returns, *size, 64) for size in ((64, 16), (256, 64))),
+        *((prefix_tree, *size) for size in ((64, 16), (256, 64))),
+        *((sibling_grpo_loss, *size) for size in ((64, 16), (256, 64))),
+        (ved_round, 64, 129),
+        (token_logp, 1024, 152_064, FP32),
+        (token_logp_legal, 1024, 152_064, FP32),
+    ],
+    "cuda": [
+        *((expand_dense, batch, 128, 8192, 128, BF16) for batch in (16, 256)),
+        (expand_dense, 16, 128, 8192, 128, FP32),
+        (expand_dense, 1, 1, 151_936, 128, BF16),
+        *((expand_legal, *size, depth, BF16) for depth in (1, 2) for size in ((16, 128, 128), (64, 16, 16))),
+        *((expand_legal, 16, 16, 16, 1, BF16, 151_936, domain) for domain in ("legal", "vocab")),
+        *((sibling_advantage, *size) for size in ((64, 16), (1024, 64), (64, 512, 8))),
+        (group_advantage, 1024, 64),
+        (prefix_returns, 256, 64, 64),
+        (prefix_tree, 256, 64),
+        (token_logp, 4096, 151_936, BF16),
+        (token_logp_legal, 4096, 151_936, BF16),
+        *((sibling_grpo_loss, *size) for size in ((64, 16), (1024, 64), (64, 512, 8))),
+        (ved_round, 1024, 129),
+    ],
+    "small": [
+        (expand_dense, 2, 4, 64, 8, BF16),
+        (expand_legal, 2, 4, 8, 1, BF16),
+        (expand_legal, 2, 4, 4, 2, BF16, 0, "vocab"),
+        *((make, 2, 8) for make in (sibling_advantage, group_advantage, prefix_tree, sibling_grpo_loss)),
+        (prefix_returns, 2, 8, 16),
+        *((make, 4, 5000, BF16) for make in (token_logp, token_logp_legal)),
+        (ved_round, 2, 13),
+    ],
+}
+
+
+def cases(size: str, items: Tensor) -> Iterator[Callable[[], Case]]:
+    """Makers of the cases of ``"cpu"``, ``"cuda"`` or ``"small"`` on the device of the catalogue's ``items``.
+
+    One is made at a time, for its memory. Its ``__name__`` tells op and shape before that.
+    """
+
+    def made(make: Callable[..., Case], *arguments: Any) -> Case:
+        with torch.device(items.device):
+            return make(items, *arguments)
+
+    for make, *arguments in SIZES[size]:
+        case = partial(made, make, *arguments)
+        case.__name__ = " ".join([make.__name__, *map(str, arguments)])  # type: ignore[attr-defined]
+        yield case
