@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import recipe
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def compiled(name: str, sources: list[Path], *, sanitizers: str = SANITIZERS, pr
     torch_folder = Path(torch.__file__).parent
     command = [
         COMPILER, "-O2", "-g1", "-std=c++17", "-fPIC", "-ffp-contract=off",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}", f"-I{FOLDER}",
+        recipe.TORCH_TARGET, f"-I{ROOT / 'csrc'}", f"-I{FOLDER}",
         "-isystem", str(torch_folder / "include"), "-include", str(FOLDER / "emulator.h"),
     ]  # fmt: skip
     if sanitizers:
