@@ -69,7 +69,7 @@ def main() -> None:
     report, clock = harness.Report(), harness.Clock(slice_s=0.0 if args.alternate else 0.01)
     for make in cases("cpu", sequences):
         measure(make(), clock, args.rounds, report)
-    measure(two_threads(next(cases("cpu", sequences))()), clock, args.rounds, report)
+    measure(two_threads(cases("cpu", sequences)[0]()), clock, args.rounds, report)
     torch.set_num_threads(1)
     rows = torch.randint(0, 2048, (1_000_000, 4))
     seconds = clock.once(lambda: Trie.from_sequences(rows))

@@ -7,7 +7,7 @@ for a CPU, for a GPU, and small ones that check the programs themselves.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -358,10 +358,9 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (expand_legal, 64, 16, 16, 1, FP32, 152_064),
         (expand_dense, 16, 128, 8192, 128, FP32, "vocab"),
         *((sibling_advantage, *size) for size in ((64, 16), (256, 64))),
-        (group_advantage, 256, 64),
         *((prefix_returns, *size, 64) for size in ((64, 16), (256, 64))),
-        *((prefix_tree, *size) for size in ((64, 16), (256, 64))),
-        *((sibling_grpo_loss, *size) for size in ((64, 16), (256, 64))),
+        *((make, *size) for make in (prefix_tree, sibling_grpo_loss) for size in ((64, 16), (256, 64))),
+        (group_advantage, 256, 64),
         (ved_round, 64, 129),
         (token_logp, 1024, 152_064, FP32),
         (token_logp_legal, 1024, 152_064, FP32),
@@ -393,7 +392,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
-def cases(size: str, items: Tensor) -> Iterator[Callable[[], Case]]:
+def cases(size: str, items: Tensor) -> list[Callable[[], Case]]:
     """Makers of the cases of ``"cpu"``, ``"cuda"`` or ``"small"`` on the device of the catalogue's ``items``.
 
     One is made at a time, for its memory. Its ``__name__`` tells op and shape before that.
@@ -403,7 +402,7 @@ def cases(size: str, items: Tensor) -> Iterator[Callable[[], Case]]:
         with torch.device(items.device):
             return make(items, *arguments)
 
-    for make, *arguments in SIZES[size]:
-        case = partial(made, make, *arguments)
-        case.__name__ = " ".join([make.__name__, *map(str, arguments)])  # type: ignore[attr-defined]
-        yield case
+    makers = [partial(made, *row) for row in SIZES[size]]
+    for maker, (make, *arguments) in zip(makers, SIZES[size], strict=True):
+        maker.__name__ = " ".join([make.__name__, *map(str, arguments)])  # type: ignore[attr-defined]
+    return list(makers)

@@ -59,7 +59,7 @@ def measure(
     for got, want in zip(packed.gradients(), whole.gradients(), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
     variants = {"packed": packed, "one row per candidate": whole}
-    timing = harness.compare(variants, rounds, warm=True)
+    timing = harness.compare(variants, rounds)
     targets = {10: {"one row per candidate": 4.0}, 100: {"one row per candidate": 8.0}}
     report.add(f"RL update, prompt of {tokens} tokens", timing, targets.get(items))
 
