@@ -159,6 +159,7 @@ for op, found in LARGE.items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
 @pytest.mark.parametrize(("capability", "loops"), [("default", "SSE2"), ("avx2", "AVX2")])
 def test_narrower_vectors(cpu, capability, loops):
