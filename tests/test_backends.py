@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vstar_ops
-from vstar_ops import Trie
+from vstar_ops import Trie, decoding
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,3 +193,26 @@ def test_an_old_and_a_new_name_are_one_too_many():
     tokens, rewards = torch.ones(1, 2, 1, dtype=torch.int32), torch.rand(1, 2)
     with pytest.raises(TypeError, match="kl_weight must not be given together with its old name beta"):
         vstar_ops.sibling_grpo_loss(torch.zeros(1, 2, 1), tokens, rewards, beta=1.0, kl_weight=1.0)
+
+
+def test_old_names_of_decoders():
+    """They reach the checks of the new ones."""
+    trie = Trie.from_sequences([[0]])
+    calls = [
+        (lambda: decoding.beam_search(None, None, None, width=0), "width", "beam_width"),
+        (lambda: decoding.topk_sampling(None, None, None, candidates=0), "candidates", "num_candidates"),
+        (lambda: decoding.topk_sampling(None, None, None, top=0), "top", "top_k"),
+        (
+            lambda: decoding.ved(None, None, trie, candidates=0),
+            "candidates",
+            "num_candidates",
+        ),
+    ]
+    for call, old, new in calls:
+        wrong = pytest.raises(ValueError, match=f"^{new} must be at least 1, got 0")
+        with pytest.warns(FutureWarning, match=f"^{old} is now called {new}"), wrong:
+            call()
+    for result in (decoding.BeamResult, decoding.SampleResult, decoding.VEDResult, vstar_ops.LeafCandidates):
+        numbers = result(*range(len(result._fields)))
+        with pytest.warns(FutureWarning, match="count is now called num_valid"):
+            assert numbers.count == numbers.num_valid

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._deprecated import renamed_arguments, renamed_field
 from ..ops import ExpandTopK, expand_topk
 from ..ops._checks import check_int
 from ..trie import Trie
@@ -24,6 +25,10 @@ class BeamResult(NamedTuple):
     forward_tokens: Tensor
 
 
+BeamResult.count = renamed_field("num_valid")  # type: ignore[method-assign]
+
+
+@renamed_arguments(width="beam_width")
 @torch.no_grad()
 def beam_search(
     model: PrefixModel,

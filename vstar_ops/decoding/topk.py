@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._deprecated import renamed_arguments, renamed_field
 from ..noise import gumbel
 from ..ops import expand_topk
 from ..ops._checks import check_int, check_seeds
@@ -24,6 +25,10 @@ class SampleResult(NamedTuple):
     forward_tokens: Tensor
 
 
+SampleResult.count = renamed_field("num_valid")  # type: ignore[method-assign]
+
+
+@renamed_arguments(candidates="num_candidates", top="top_k")
 @torch.no_grad()
 def topk_sampling(
     model: PrefixModel,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._deprecated import renamed_arguments, renamed_field
 from ..ops import (
     ExpandTopK,
     LeafCandidates,
@@ -37,6 +38,10 @@ class VEDResult(NamedTuple):
     trees: SearchTrees
 
 
+VEDResult.count = renamed_field("num_valid")  # type: ignore[method-assign]
+
+
+@renamed_arguments(candidates="num_candidates", rounds="num_rounds")
 @torch.no_grad()
 def ved(
     model: PrefixModel,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._deprecated import renamed_field
 from ._checks import check, check_finite, check_int
 from ._registry import define
 
@@ -162,6 +163,9 @@ class LeafCandidates(NamedTuple):
     logp: Tensor
     score: Tensor
     num_valid: Tensor
+
+
+LeafCandidates.count = renamed_field("num_valid")  # type: ignore[method-assign]
 
 
 def _arrays(reference_op: Callable[..., Any], prefix: str = "") -> tuple[str, ...]:
