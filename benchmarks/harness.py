@@ -18,7 +18,7 @@ from torch import Tensor
 
 import vstar_ops
 from vstar_ops import Trie
-from vstar_ops.collect_env import _cpu_model
+from vstar_ops.collect_env import cpu_model
 
 from . import catalogue
 
@@ -42,7 +42,7 @@ def start(args: argparse.Namespace) -> tuple[str, Trie, Tensor, Tensor | None]:
     torch.set_num_threads(1)
     name, sequences, prompts = catalogue.load(args.data, args.category)
     trie = Trie.from_sequences(sequences)
-    cpu = f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    cpu = f"{cpu_model()}, {torch.get_num_threads()} threads"
     module = vstar_ops.backends()["cpu"].detail
     header = f"{cpu}, torch {torch.__version__}, {module}; catalogue: {name}, {trie}"
     print(header)

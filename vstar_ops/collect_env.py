@@ -28,7 +28,7 @@ def collect() -> dict[str, dict[str, str]]:
             "os": platform.platform(),
         },
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "cores": f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}",
             "simd": torch.backends.cpu.get_cpu_capability(),
         },
@@ -60,7 +60,7 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

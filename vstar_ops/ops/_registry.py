@@ -189,7 +189,7 @@ def _warn_of_missing_backend(device: str) -> None:
     reasons = [f"{name}: {backends()[name].detail}" for name in wanted if not backends()[name].available]
     if reasons:
         warnings.warn(
-            f"vstar_ops runs on the pure-torch reference on {device}, many times slower,: "
+            f"vstar_ops runs on the pure-torch reference on {device}, many times slower: "
             f"{'; '.join(reasons)}",
             stacklevel=5,
         )
