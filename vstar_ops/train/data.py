@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import io
 import json
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+SPLITS = ("train", "valid", "test")
 
 TrueReward = Callable[[Tensor, Tensor], Tensor]  # (user[B], candidates[B, G, L]) -> reward[B, G]
 
@@ -59,15 +65,17 @@ class Split:
 class Dataset:
     """A catalogue, three splits, and the true reward where it is known.
 
-    Tokens are the logits' columns: code ``c`` of level ``l`` is ``sum(level_sizes[:l]) + c``. Item ids
-    only label items; they carry time order in public data, so nothing is ever learned or sorted by them.
+    Tokens are the logits' columns: those of level ``l`` begin at ``sum(level_sizes[:l])``. Item ids only
+    label items; they carry time order in public data, so nothing is ever learned or sorted by them.
 
     Attributes:
         name: for tables and folders.
         sequences: int64 ``[N, L]``, the catalogue.
         item_ids: int64 ``[N]``.
-        level_sizes: codes of each level.
+        level_sizes: columns of each level.
         reward: true reward in ``[0, 1]`` of candidates, or None.
+        codes: int64 ``[vocab]``, the code that each column stands for; None where column ``c`` of a level is
+            code ``c``. A SID is mapped back to its text by it.
     """
 
     name: str
@@ -78,10 +86,34 @@ class Dataset:
     valid: Split
     test: Split
     reward: TrueReward | None = None
+    codes: Tensor | None = None
 
     @property
     def vocab(self) -> int:
         return sum(self.level_sizes)
+
+    def fingerprint(self) -> dict[str, str]:
+        """A hash of the content of the catalogue and of each split, whatever the files are called.
+
+        The splits are hashed as codes, so that they stay equal when another catalogue moves the columns.
+        """
+        codes = self.codes
+        if codes is None:
+            codes = torch.cat([torch.arange(size) for size in self.level_sizes])
+        codes = torch.cat([codes, codes.new_tensor([-1])])  # padding stays -1
+
+        def digest(*tensors: Tensor) -> str:
+            found = hashlib.sha256()
+            for tensor in tensors:
+                found.update(f"{list(tensor.shape)}".encode())
+                found.update(tensor.contiguous().numpy().tobytes())
+            return found.hexdigest()
+
+        parts = {"catalogue": digest(codes[self.sequences], self.item_ids, torch.tensor(self.level_sizes))}
+        for name in SPLITS:
+            split: Split = getattr(self, name)
+            parts[name] = digest(codes[split.history], codes[split.target], split.user)
+        return parts
 
     @property
     def max_tokens(self) -> int:
@@ -93,16 +125,20 @@ def user_sequences(split: Split) -> list[Tensor]:
     """The sequences ``[n, L]`` that a split's rows are windows of.
 
     Next-item rows of one user repeat each other: each continues the one before by its target. Once merged,
-    every step is learned once per epoch, and all steps of a user in one pass.
+    every step is learned once per epoch, and all steps of a user in one pass. A history continues a sequence
+    if it is all of it, or its end and as long as the longest of the split, where histories are cut. An empty
+    history continues nothing.
     """
     merged: list[Tensor] = []
     open_row: dict[int, int] = {}  # user -> the sequence that the user's next row may continue
+    longest = int(split.items.max()) if len(split) else 0
     for row, (items, user) in enumerate(zip(split.items.tolist(), split.user.tolist())):
         history, target = split.history[row, :items], split.target[row, None]
-        i = open_row.setdefault(user, len(merged))
-        recent = merged[i][max(0, len(merged[i]) - items) :] if i < len(merged) else None
-        if recent is not None and torch.equal(recent, history):
-            merged[i] = torch.cat([merged[i], target])
+        i = open_row.get(user)
+        so_far = merged[i] if i is not None else target[:0]
+        whole = len(so_far) == items or items == longest
+        if i is not None and items and whole and torch.equal(so_far[-items:], history):
+            merged[i] = torch.cat([so_far, target])
         else:
             open_row[user] = len(merged)
             merged.append(torch.cat([history, target]))
@@ -147,46 +183,75 @@ def _drop_items(items: Tensor, rate: float) -> Tensor:
 
 # ------------------------------------------------------------------ MiniOneRec's folder layout
 
-_SID = re.compile(r"(?:<[a-z]+_\d+>)+")
-_TOKEN = re.compile(r"<([a-z]+)_(\d+)>")
+_SID = re.compile(r"(?:<(?:s_)?[a-z]+_[0-9]+>)+")
+_TOKEN = re.compile(r"<(?:s_)?([a-z]+)_([0-9]+)>")  # the letters before the code name the level
+_AS_IT_IS = 4096  # a level whose codes are all smaller is not renumbered
 
 
-def load_minionerec(folder: str | Path, category: str, *, max_history: int = 10) -> Dataset:
+def load_minionerec(
+    folder: str | Path, category: str, *, max_history: int = 10, validate: bool = True
+) -> Dataset:
     """Read ``{train,valid,test}/<category>*.csv`` and ``index/<category>.index.json`` below ``folder``.
 
-    Of the CSV files the columns ``user_id``, ``history_item_sid`` and ``item_sid`` are read, by name.
+    Of the CSV files the columns ``user_id``, ``history_item_sid`` and ``item_sid`` are read, by name. Tokens
+    look like ``<a_12>`` or ``<s_a_12>``. In a level with codes of 4096 and more, column ``c`` is the ``c``-th
+    smallest code that occurs; elsewhere it is code ``c``. ``Dataset.codes`` tells which code a column is.
+
+    Args:
+        max_history: items of a history, its last ones.
+        validate: False leaves the valid split empty and does not read its file.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is malformed; the message names file, row (as an editor counts lines) and column.
+        ValueError: a file is malformed, or a split has no rows; the message names file, row (as an editor
+            counts lines) and column.
     """
     folder = Path(folder)
-    catalogue, level_sizes = _read_index(folder / "index" / f"{category}.index.json")
-    tokens = {sid: torch.tensor(row) for sid, row in catalogue.values()}
-    paths = [_find_csv(folder / split, category) for split in ("train", "valid", "test")]
-    train, valid, test = (_read_split(path, tokens, max_history) for path in paths)
-    sequences = torch.tensor([row for _, row in catalogue.values()])
-    item_ids = torch.tensor(list(catalogue))
-    return Dataset(category, sequences, item_ids, level_sizes, train, valid, test)
+    index = _read_index(folder / "index" / f"{category}.index.json")
+    tokens = dict(zip(index.names, index.sequences))
+    names = SPLITS if validate else ("train", "test")
+    paths = {name: _find_csv(folder / name, category) for name in names}
+    with _long_fields():
+        splits = {name: _read_split(path, tokens, max_history) for name, path in paths.items()}
+    splits.setdefault("valid", splits["train"][:0])
+    return Dataset(category, index.sequences, index.item_ids, index.level_sizes, **splits, codes=index.codes)
 
 
-def _read_index(path: Path) -> tuple[dict[int, tuple[str, list[int]]], tuple[int, ...]]:
-    """item id -> (SID as text, tokens as columns), and the level sizes."""
+class _Index(NamedTuple):
+    """A catalogue: SIDs as text, and the fields of :class:`Dataset`."""
+
+    names: list[str]
+    sequences: Tensor
+    item_ids: Tensor
+    level_sizes: tuple[int, ...]
+    codes: Tensor
+
+
+class _Pairs(list[tuple[str, object]]):
+    """A JSON object with all its keys, also those that occur twice."""
+
+
+def _read_index(path: Path) -> _Index:
     text = _read_text(path)
 
-    def fail(key: str | None, problem: str) -> ValueError:
-        row = text[: max(text.find(json.dumps(key)), 0)].count("\n") + 1
+    def fail(key: str | None, problem: str, occurrence: int = 0) -> ValueError:
+        at = [m.start() for m in re.finditer(rf"{re.escape(json.dumps(key))}\s*:", text)] or [0]
+        row = text[: at[min(occurrence, len(at) - 1)]].count("\n") + 1
         return ValueError(f"{path}, row {row}, column {'-' if key is None else json.dumps(key)}: {problem}")
 
     try:
-        index = json.loads(text)
+        index = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, row {error.lineno}, column {error.colno}: {error.msg}") from error
-    if not isinstance(index, dict) or not index:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(index, _Pairs) or not index:
         raise fail(None, "expected an object of item id -> list of tokens")
-    codes: dict[str, list[int]] = {}
+    rows: list[list[int]] = []
+    items: dict[int, str] = {}
+    spelled: dict[tuple[int, int], str] = {}  # (level, code) -> token
     letters: list[str] = []
-    for key, value in index.items():
+    for key, value in index:
         found = [_TOKEN.fullmatch(t) for t in value if isinstance(t, str)] if isinstance(value, list) else []
         if not found or not all(found) or len(found) != len(value):
             raise fail(key, f'expected a list of tokens like "<a_12>", got {value!r}')
@@ -194,13 +259,41 @@ def _read_index(path: Path) -> tuple[dict[int, tuple[str, list[int]]], tuple[int
         letters = letters or levels
         if levels != letters:
             raise fail(key, f"expected the levels {letters} of the first item, got {levels}")
-        if not key.isdecimal():
-            raise fail(key, "expected a whole number as the item id")
-        codes[key] = [int(match[2]) for match in found if match]
-    sizes = tuple(max(level) + 1 for level in zip(*codes.values()))
-    start = [sum(sizes[:level]) for level in range(len(sizes))]
-    rows = {int(k): ("".join(index[k]), [s + c for s, c in zip(start, row)]) for k, row in codes.items()}
-    return rows, sizes
+        item = _whole_number(key)
+        if item is None:
+            raise fail(key, "expected a whole number below 2^63 as the item id")
+        if (other := items.setdefault(item, key)) != key or len(items) == len(rows):
+            raise fail(key, f"item {item} occurs twice, before as {json.dumps(other)}", int(other == key))
+        codes = [_whole_number(match[2]) for match in found if match]
+        for level, (code, token) in enumerate(zip(codes, value)):
+            if code is None:
+                raise fail(key, f"expected a code below 2^63, got {token}")
+            if (same := spelled.setdefault((level, code), token)) != token:
+                raise fail(key, f"{token} is the code of {same} in other spelling")
+        rows.append([code for code in codes if code is not None])
+    sequences, sizes, columns = _columns(torch.tensor(rows))
+    names = ["".join(value) for _, value in index if isinstance(value, list)]
+    return _Index(names, sequences, torch.tensor(list(items)), sizes, columns)
+
+
+def _whole_number(text: str) -> int | None:
+    """The int64 that the digits ``text`` stand for, None for other texts."""
+    if not (text.isascii() and text.isdecimal()) or len(text.lstrip("0")) > 19:
+        return None
+    number = int(text.lstrip("0") or "0")
+    return number if number < 2**63 else None
+
+
+def _columns(codes: Tensor) -> tuple[Tensor, tuple[int, ...], Tensor]:
+    """Columns for ``codes[N, L]``, the number of columns of each level, and the code of every column."""
+    columns, names = [], []
+    for level in codes.unbind(1):
+        known, column = level.unique(return_inverse=True)
+        if int(known[-1]) < _AS_IT_IS:
+            known, column = torch.arange(int(known[-1]) + 1), level
+        columns.append(column + sum(map(len, names)))
+        names.append(known)
+    return torch.stack(columns, 1), tuple(map(len, names)), torch.cat(names)
 
 
 def _find_csv(folder: Path, category: str) -> Path:
@@ -210,6 +303,20 @@ def _find_csv(folder: Path, category: str) -> Path:
     if len(found) > 1:
         raise ValueError(f"{folder}: {category}*.csv is ambiguous: {', '.join(p.name for p in found)}")
     return found[0]
+
+
+_FIELD_LIMIT = threading.Lock()
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let ``csv`` read fields of any length. Its limit belongs to the whole process, so it is put back."""
+    with _FIELD_LIMIT:
+        before = csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
 
 
 def _read_split(path: Path, tokens: dict[str, Tensor], max_history: int) -> Split:
@@ -244,13 +351,15 @@ def _read_split(path: Path, tokens: dict[str, Tensor], max_history: int) -> Spli
     except csv.Error as error:
         raise ValueError(f"{path}, row {reader.line_num}, column -: {error}") from error
 
+    if not targets:
+        left_out = "; --no-validate trains without a valid split" if path.parent.name == "valid" else ""
+        raise ValueError(f"{path}: the {path.parent.name} split has no rows{left_out}")
     length = len(next(iter(tokens.values())))
     padded = torch.full((len(targets), max_history, length), -1)
     for out, history in zip(padded, histories):
         if history:
             out[: len(history)] = torch.stack(history)
-    target = torch.stack(targets) if targets else torch.empty(0, length, dtype=torch.int64)
-    return Split(padded, target, torch.tensor(users, dtype=torch.int64))
+    return Split(padded, torch.stack(targets), torch.tensor(users, dtype=torch.int64))
 
 
 def _parse_list(text: str, path: Path, line: int) -> list[object]:
