@@ -339,13 +339,16 @@ def run(dataset: Dataset, config: Config, folder: Path, parts: str, rows: dict[s
     """All parts for all seeds, then the report."""
     trie = Trie.from_sequences(dataset.sequences)
     seeds: dict[int, dict[str, Any]] = {}
-    for seed in config.seeds:
-        study = Study(Run(config, dataset, trie, folder / f"seed-{seed}", seed), rows)
+    runs = [Run(config, dataset, trie, folder / f"seed-{seed}", seed) for seed in config.seeds]
+    for one in runs:
+        one.check()
+    for one in runs:
+        study = Study(one, rows)
         study.run.folder.mkdir(parents=True, exist_ok=True)
         measures = {"b": study.many, "c": study.budgets, "d": study.correlations}
         cells: dict[str, Any] = {"a": study.ablations()} if "a" in parts else {}
         cells |= {name: study.cell(name, one) for name, one in measures.items() if name in parts}
-        seeds[seed] = cells
+        seeds[one.seed] = cells
     return write(folder, f"{dataset.name}: decoders, objectives, scores", seeds)
 
 
@@ -382,7 +385,11 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"{folder} holds a study of other settings: choose another --out")
     checkpoint.save_text(known, text)
     torch.set_num_threads(args.threads)
-    print(run(dataset, config, folder, args.parts, rows))
+    try:
+        text = run(dataset, config, folder, args.parts, rows)
+    except (checkpoint.Mismatch, FloatingPointError) as error:
+        p.exit(1, f"{p.prog}: error: {error}\n")
+    print(text)
     print(f"in {folder}: study.md, study.json, study.png")
     return 0
 

@@ -42,19 +42,21 @@ def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -
             f"{len(dataset.train)} training, {len(dataset.valid)} valid, {len(dataset.test)} test requests"
         )
     results: dict[int, dict[str, Scores]] = {}
-    for seed in config.seeds:
-        one = Run(config, dataset, trie, folder / f"seed-{seed}", seed, world)
+    runs = [Run(config, dataset, trie, folder / f"seed-{seed}", seed, world) for seed in config.seeds]
+    for one in runs:
+        one.check()
+    for one in runs:
         path = one.folder / "results.json"
         if not world.broadcast(path.exists()):
             rows = run_seed(one)
             if world.is_main:
-                checkpoint.save_text(path, json.dumps(rows, indent=1))
+                checkpoint.save_text(path, json.dumps(rows, indent=1, allow_nan=False))
         if world.is_main:
-            results[seed] = json.loads(path.read_text())
+            results[one.seed] = json.loads(path.read_text())
     if not world.is_main:
         return ""
     title = f"{dataset.name}, test split, {config.candidates} candidates per request"
-    return report.write(folder, title, results, config.variants)
+    return report.write(folder, title, results, config)
 
 
 def run_seed(run: Run) -> dict[str, Scores]:
@@ -71,17 +73,22 @@ def run_seed(run: Run) -> dict[str, Scores]:
         return evaluate(model, run.dataset, run.trie, decoder.for_model(model), split, rows)
 
     on_valid = functools.partial(scores, split="valid", decoder=tested, rows=c.valid_rows)
-    sft, seconds = supervised(run, on_valid)
-    stages = [("sft", "SFT", sft, seconds)]
+    sft, figures = supervised(run, on_valid)
+    stages = [("sft", "SFT", sft, figures)]
     for variant in c.variants:
         stages.append((str(variant), variant.row_name, *reinforce(run, variant, sft, on_valid)))
     results: dict[str, Scores] = {}
-    for stage, row, model, seconds in stages if run.world.is_main else ():
+    for stage, row, model, figures in stages if run.world.is_main else ():
         checkpoint.save(run.folder / f"{stage}.weights.pt", model.state_dict())
-        known = {"seconds": seconds, "valid_NDCG@10": scores(model, "valid", tested)["NDCG@10"]}
-        results[row] = scores(model, "test", tested) | known
+        decoders = {row: tested}
         if tested.for_model(model).name != "beam":
-            results[f"{row}, beam search at test"] = scores(model, "test", beam) | known
+            decoders[f"{row}, beam search at test"] = beam
+        if c.validate:
+            valid = {name: scores(model, "valid", one)["NDCG@10"] for name, one in decoders.items()}
+        for name, one in decoders.items():
+            results[name] = scores(model, "test", one) | figures
+            if c.validate:
+                results[name]["valid_NDCG@10"] = valid[name]
     return results
 
 
@@ -142,10 +149,13 @@ def main(argv: list[str] | None = None) -> int:
             checkpoint.save_text(folder / "config.json", config.to_json())
         if config.threads:
             torch.set_num_threads(config.threads)
-        text = run(config, dataset, folder, world)
+        try:
+            text = run(config, dataset, folder, world)
+        except (checkpoint.Mismatch, FloatingPointError) as error:
+            p.exit(1, f"{p.prog}: error: {error}\n" if world.is_main else None)
         if world.is_main:
             print(text)
-            print(f"in {folder}: results.md, results.json, curves.png, and a folder per seed")
+            print(f"in {folder}: results.md with all columns, results.json, curves.png, a folder per seed")
         return 0
 
 
@@ -165,7 +175,9 @@ def _prepare(given: dict[str, Any], world: parallel.World) -> tuple[Path, Config
         folder = world.broadcast(out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if world.broadcast((folder / "config.json").exists()):
             raise ValueError(f"{folder} already holds a run: choose another --out, or give --resume {folder}")
-    dataset = load_minionerec(config.data, config.category) if config.data else synthetic()
+    dataset = synthetic()
+    if config.data:
+        dataset = load_minionerec(config.data, config.category, validate=config.validate)
     if config.item_embeddings:
         load_embeddings(config.item_embeddings, len(dataset.sequences))  # fail now, not after a stage
     if config.reward == "true" and dataset.reward is None:

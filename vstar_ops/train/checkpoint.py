@@ -3,13 +3,78 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._files import replacing
+
+
+class Mismatch(ValueError):
+    """A checkpoint belongs to other data or settings than those it was to be used with."""
+
+
+def require(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compare the fingerprint in what was ``saved`` at ``path`` with that of the run that reads it.
+
+    A fingerprint has a hash or a value per part, or a dict of them. Checkpoints of versions that stored none
+    are refused, since nothing tells what they were trained on.
+
+    Raises:
+        Mismatch: the fingerprint is missing, or parts differ; the message names them.
+    """
+    found = saved.get("fingerprint")
+    if found is None:
+        raise Mismatch(
+            f"{path} does not say which data it was trained on (an older version wrote it), so it cannot be "
+            "continued: start a new run in another folder"
+        )
+    parts = []
+    for part, value in wanted.items():
+        if isinstance(value, dict):
+            known = found.get(part, {})
+            changed = [k for k, x in value.items() if k in known and known[k] != x]
+            if changed:
+                parts.append(f"{part} ({', '.join(f'{k} {known[k]!r}, not {value[k]!r}' for k in changed)})")
+        elif found.get(part) != value:
+            parts.append(part)
+    if parts:
+        raise Mismatch(
+            f"{path} was made with another {', another '.join(parts)}: it cannot be continued here"
+        )
+
+
+_ROWS = "; rows"
+
+
+def moved_rows(state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with only those rows of matrices that differ from ``initial``, and their numbers beside them.
+
+    Most rows of a hashed table belong to no prefix of the catalogue and never move.
+    """
+    result: dict[str, Tensor] = {}
+    for name, x in state.items():
+        result[name] = x
+        if x.ndim == 2:
+            moved = (x.view(torch.uint8) != initial[name].view(torch.uint8)).any(1).nonzero()[:, 0]
+            if 2 * len(moved) < len(x):
+                result |= {name: x[moved], name + _ROWS: moved}
+    return result
+
+
+def whole(saved: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`moved_rows` was given, out of its result."""
+    result: dict[str, Tensor] = {}
+    for name, x in saved.items():
+        if not name.endswith(_ROWS):
+            rows = saved.get(name + _ROWS)
+            result[name] = x if rows is None else initial[name].index_copy(0, rows, x)
+    return result
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -39,6 +104,9 @@ class MetricsFile:
         self.file.seek(position)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a record; numbers that are not finite, which JSON does not know, become null."""
+        bad = [k for k, x in record.items() if isinstance(x, float) and not math.isfinite(x)]
+        record = record | dict.fromkeys(bad)
         self.file.write(json.dumps(record).encode() + b"\n")
         self.file.flush()
 

@@ -51,6 +51,11 @@ class Variant:
         return f"{prefix}{OBJECTIVES[self.objective]} with {DECODERS[self.decoder]}"
 
 
+# What may change between two lives of a run. Data and embeddings are known by their content, not their path.
+_SETTINGS_OF_NO_WEIGHT = {"data", "category", "item_embeddings", "variants", "seeds", "threads", "ved"}
+_SETTINGS_OF_NO_WEIGHT |= {"checkpoint_every", "max_skipped"}
+
+
 def option(default: Any, help: str, **argparse: Any) -> Any:
     """A field that is an option of the command line, with further keywords of ``add_argument``."""
     return dataclasses.field(default=default, metadata={"help": help, **argparse})
@@ -94,7 +99,11 @@ class Config:
     rl_evals: int = option(10, "number of evaluations on the valid split")
     patience: int = option(4, "number of evaluations without a new best that end a stage")
     valid_rows: int = option(2000, "rows of the valid split to evaluate on while training")
+    validate: bool = option(True, "do without a valid split: no early stopping, the last weights are kept")
     checkpoint_every: int = option(50, "steps between checkpoints")
+    max_skipped: int = option(
+        5, "steps in a row, skipped as loss or gradient is not finite, that end the run"
+    )
 
     @classmethod
     def synthetic(cls) -> Config:
@@ -106,6 +115,11 @@ class Config:
     def replace(self, **changes: Any) -> Config:
         """This config with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a stage's weights beside the data; by this a checkpoint knows its run."""
+        values = {name: value for name, value in vars(self).items() if name not in _SETTINGS_OF_NO_WEIGHT}
+        return values | {f"ved.{name}": value for name, value in dataclasses.asdict(self.ved).items()}
 
     def to_json(self) -> str:
         """Text for :meth:`from_json`."""

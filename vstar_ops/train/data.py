@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,7 @@ class Dataset:
     def vocab(self) -> int:
         return sum(self.level_sizes)
 
+    @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """A hash of the content of the catalogue and of each split, whatever the files are called.
 
@@ -209,12 +211,11 @@ def load_minionerec(
     folder = Path(folder)
     index = _read_index(folder / "index" / f"{category}.index.json")
     tokens = dict(zip(index.names, index.sequences))
-    names = SPLITS if validate else ("train", "test")
-    paths = {name: _find_csv(folder / name, category) for name in names}
+    paths = [_find_csv(folder / name, category) for name in SPLITS if validate or name != "valid"]
     with _long_fields():
-        splits = {name: _read_split(path, tokens, max_history) for name, path in paths.items()}
-    splits.setdefault("valid", splits["train"][:0])
-    return Dataset(category, index.sequences, index.item_ids, index.level_sizes, **splits, codes=index.codes)
+        train, *valid, test = (_read_split(path, tokens, max_history) for path in paths)
+    splits = train, valid[0] if valid else train[:0], test
+    return Dataset(category, index.sequences, index.item_ids, index.level_sizes, *splits, codes=index.codes)
 
 
 class _Index(NamedTuple):
@@ -227,7 +228,7 @@ class _Index(NamedTuple):
     codes: Tensor
 
 
-class _Pairs(list[tuple[str, object]]):
+class _Pairs(list[tuple[str, Any]]):
     """A JSON object with all its keys, also those that occur twice."""
 
 
@@ -272,7 +273,7 @@ def _read_index(path: Path) -> _Index:
                 raise fail(key, f"{token} is the code of {same} in other spelling")
         rows.append([code for code in codes if code is not None])
     sequences, sizes, columns = _columns(torch.tensor(rows))
-    names = ["".join(value) for _, value in index if isinstance(value, list)]
+    names = ["".join(value) for _, value in index]
     return _Index(names, sequences, torch.tensor(list(items)), sizes, columns)
 
 
@@ -286,14 +287,15 @@ def _whole_number(text: str) -> int | None:
 
 def _columns(codes: Tensor) -> tuple[Tensor, tuple[int, ...], Tensor]:
     """Columns for ``codes[N, L]``, the number of columns of each level, and the code of every column."""
-    columns, names = [], []
+    columns: list[Tensor] = []
+    names: list[Tensor] = []
     for level in codes.unbind(1):
         known, column = level.unique(return_inverse=True)
         if int(known[-1]) < _AS_IT_IS:
             known, column = torch.arange(int(known[-1]) + 1), level
-        columns.append(column + sum(map(len, names)))
+        columns.append(column + sum(len(n) for n in names))
         names.append(known)
-    return torch.stack(columns, 1), tuple(map(len, names)), torch.cat(names)
+    return torch.stack(columns, 1), tuple(len(n) for n in names), torch.cat(names)
 
 
 def _find_csv(folder: Path, category: str) -> Path:

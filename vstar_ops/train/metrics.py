@@ -32,7 +32,13 @@ def target_rank(candidates: Tensor, target: Tensor) -> Tensor:
 
 
 def accuracy(rank: Tensor) -> Scores:
-    """``HR@k`` and ``NDCG@k`` over ``rank[R]``; one relevant item, so NDCG is ``1 / log2(rank + 2)``."""
+    """``HR@k`` and ``NDCG@k`` over ``rank[R]``; one relevant item, so NDCG is ``1 / log2(rank + 2)``.
+
+    Raises:
+        ValueError: there are no ranks.
+    """
+    if not len(rank):
+        raise ValueError("rank must be that of at least one request, got [0]")
     gain = 1 / torch.log2(rank.double() + 2)
     scores = {f"HR@{k}": (rank < k).double().mean().item() for k in CUTOFFS}
     return scores | {f"NDCG@{k}": (gain * (rank < k)).mean().item() for k in CUTOFFS}
@@ -60,8 +66,13 @@ def evaluate(
 
     With ``rows`` only for so many requests, a fixed random choice; see :meth:`Split.part`.
     The reward is the true one where it is known (this adds ``true_reward@10``), otherwise 1 for the target.
+
+    Raises:
+        ValueError: the split is empty.
     """
     split, true_reward, training = getattr(data, name).part(rows), data.reward, model.training
+    if not len(split):
+        raise ValueError(f"{data.name}: the {name} split is empty, so there is nothing to evaluate on")
     model.eval()
     parts: dict[str, list[Tensor]] = {}
     seeds = derive_seeds(0, len(split), split.target.device)

@@ -25,15 +25,15 @@ from .value import DenseReturn, RewardReturn, item_embeddings, squared_error, td
 
 def reinforce(
     run: Run, variant: Variant, sft: SIDTransformer, evaluate: Evaluate
-) -> tuple[SIDTransformer, float]:
-    """The policy trained from ``sft`` as the variant says, and the seconds spent on it.
+) -> tuple[SIDTransformer, dict[str, float]]:
+    """The policy trained from ``sft`` as the variant says, and the figures of :func:`fit`.
 
     Early stopping looks at what the reward is about: the mean true reward of the top 10 for ``true``,
     otherwise NDCG@10.
     """
     c, train = run.config, run.dataset.train
     model = new_policy(run, variant, sft)
-    seconds = fit(
+    figures = fit(
         run,
         str(variant),
         model,
@@ -44,7 +44,7 @@ def reinforce(
         schedule=Schedule(steps=c.rl_steps, evals=c.rl_evals, warmup=10),
         metric="true_reward@10" if reward_name(c.reward, run.dataset) == "true" else "NDCG@10",
     )
-    return model, seconds
+    return model, figures
 
 
 def new_policy(run: Run, variant: Variant, sft: SIDTransformer) -> SIDTransformer:
@@ -116,7 +116,8 @@ class PolicyGradient:
             kl_weight=per_candidate * c.kl_weight,
         )
         value_loss = self.value_loss(scores, requests, tokens, mask)
-        (policy.loss + per_candidate * value_loss).backward()
+        loss = policy.loss + per_candidate * value_loss  # of this shard, and already weighted
+        loss.backward()
         best = reward.max(1).values
         spread = best > reward.masked_fill(~mask, torch.inf).min(1).values
         by_request = {
@@ -126,7 +127,8 @@ class PolicyGradient:
         }
         by_candidate = {"reward": reward[mask].mean(), "kl": policy.kl, "value_loss": value_loss}
         weights = dict.fromkeys(by_request, per_request) | dict.fromkeys(by_candidate, per_candidate)
-        return shard.averages(by_request | by_candidate, weights)
+        means = {"loss": loss.detach()} | by_request | by_candidate
+        return shard.averages(means, {"loss": 1.0} | weights)
 
     def search(self, rows: Tensor, requests: Split, progress: float) -> Decoded:
         """Candidates of this process' ``requests``, whose seeds are drawn for the whole batch ``rows``."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import read_metrics, save_text
-from .config import Variant
+from .config import Config, Variant
 from .metrics import CUTOFFS, Scores
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
@@ -24,8 +25,16 @@ COLUMNS = {
     "diversity": "diversity",
     "best_reward": "best reward",
     "forward_tokens": "forward tokens",
-    "seconds": "seconds",
+    "best_step": "best step",
+    "steps": "steps",
+    "skipped": "skipped steps",
+    "seconds": "median seconds",
 }
+# Of the training, not of the policy: no mean, no interval, no gain.
+_COUNTS = ("best_step", "steps", "skipped", "seconds")
+# In a terminal, the first of these that fit; all are in results.md.
+_WIDTH = 100
+_FIRST = ("true_reward@10", "NDCG@10")
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -45,11 +54,22 @@ def interval_text(values: Sequence[float], digits: int = 4, *, signed: bool = Fa
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
-def table(results: Results, *, columns: Iterable[str] = COLUMNS, against: str | None = None) -> str:
+def table(
+    results: Results,
+    *,
+    columns: Iterable[str] = COLUMNS,
+    against: str | None = None,
+    width: int | None = None,
+) -> str:
     """A Markdown table of those ``columns`` that the results have, over the seeds; ``against`` a row name, of
-    the paired differences to that row."""
+    the paired differences to that row.
+
+    Steps are the smallest and the largest of a seed, seconds their median; no differences are made of them.
+    ``width`` leaves the last columns out that do not fit.
+    """
     first = next(iter(results.values()))
     columns = [c for c in columns if c in next(iter(first.values()))]
+    columns = [c for c in columns if against is None or c not in _COUNTS]
     rows = [["test" if against is None else f"gain over {against}", *(COLUMNS.get(c, c) for c in columns)]]
     for name in first:
         if name == against:
@@ -57,27 +77,47 @@ def table(results: Results, *, columns: Iterable[str] = COLUMNS, against: str | 
         cells = [name]
         for column in columns:
             values = [r[name][column] - (r[against][column] if against else 0) for r in results.values()]
-            digits = 1 if column in ("seconds", "forward_tokens") else 4
-            cells.append(interval_text(values, digits, signed=against is not None))
+            if column == "seconds":
+                cells.append(f"{statistics.median(values):.0f}")
+            elif column in _COUNTS:
+                cells.append("-".join(f"{x:.0f}" for x in sorted({min(values), max(values)})))
+            else:
+                digits = 1 if column == "forward_tokens" else 4
+                cells.append(interval_text(values, digits, signed=against is not None))
         rows.append(cells)
-    return _markdown(rows)
+    return _markdown(rows, width)
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def _markdown(rows: list[list[str]], width: int | None = None) -> str:
+    """A table, without the last columns where it would be wider than ``width``."""
     widths = [max(map(len, column)) for column in zip(*rows)]
+    while width and len(widths) > 2 and sum(widths) + 3 * len(widths) + 1 > width:
+        widths.pop()
+    rows = [row[: len(widths)] for row in rows]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def gains_by_step(folder: Path, seeds: Iterable[int], variants: Sequence[Variant]) -> str:
+def _evaluations(folder: Path, variant: Variant, seed: int) -> dict[int, Scores]:
+    """Step -> scores on the valid split."""
+    records = read_metrics(folder / f"seed-{seed}" / f"{variant}.jsonl")
+    return {r["step"]: r["valid"] for r in records if "valid" in r}
+
+
+def early_end(folder: Path, seeds: Iterable[int], variants: Sequence[Variant], steps: int) -> str:
+    """A sentence on where and why :func:`gains_by_step` ends before ``steps``, empty if it does not."""
+    last = {(v, seed): max(_evaluations(folder, v, seed)) for seed in seeds for v in variants}
+    end = min(last.values())
+    ended = ", ".join(f"{v} of seed {seed}" for (v, seed), step in last.items() if step == end)
+    return f"The gains end at step {end} of {steps}: early stopping ended {ended} there." * (end < steps)
+
+
+def gains_by_step(
+    folder: Path, seeds: Iterable[int], variants: Sequence[Variant], width: int | None = None
+) -> str:
     """A Markdown table of the valid split: the first variant, and the paired gains of the others over it at
-    equal steps, at those evaluations that every seed has had."""
-
-    def evaluations(variant: Variant, seed: int) -> dict[int, Scores]:
-        records = read_metrics(folder / f"seed-{seed}" / f"{variant}.jsonl")
-        return {r["step"]: r["valid"] for r in records if "valid" in r}
-
-    found = {v: [evaluations(v, seed) for seed in seeds] for v in variants}
+    equal steps, at those evaluations that every seed has had. ``width`` is as for :func:`table`."""
+    found = {v: [_evaluations(folder, v, seed) for seed in seeds] for v in variants}
     steps = sorted(set.intersection(*(set(one) for per_seed in found.values() for one in per_seed)))
     first = found[variants[0]]
     columns = ["true_reward@10" if "true_reward@10" in first[0][steps[0]] else "NDCG@10", "best_reward"]
@@ -91,23 +131,38 @@ def gains_by_step(folder: Path, seeds: Iterable[int], variants: Sequence[Variant
                 gain = [scores[step][column] - b for scores, b in zip(found[other], base)]
                 cells.append(interval_text(gain, signed=True))
         rows.append(cells)
-    return _markdown(rows)
+    return _markdown(rows, width)
 
 
-def write(folder: Path, title: str, results: Results, variants: Sequence[Variant]) -> str:
-    """Save ``results.json``, ``results.md`` and ``curves.png`` in the run's folder; returns the text."""
-    text = f"{title}\n\n{table(results)}\n"
-    names = list(next(iter(results.values())))
+def write(folder: Path, title: str, results: Results, config: Config) -> str:
+    """Save ``results.json``, ``results.md`` and ``curves.png`` in the run's folder; returns the text for a
+    terminal, whose tables have fewer columns."""
+    save_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    save_text(folder / "results.md", _text(folder, title, results, config))
+    _curves(folder)
+    return _text(folder, title, results, config, _WIDTH)
+
+
+def _text(folder: Path, title: str, results: Results, config: Config, width: int | None = None) -> str:
+    rows, variants = next(iter(results.values())), config.variants
+    columns: Iterable[str] = COLUMNS
+    if width:
+        metric = next(c for c in _FIRST if c in next(iter(rows.values())))
+        columns = dict.fromkeys([metric, "best_step", "steps", *_FIRST, "best_reward", "HR@10", *COLUMNS])
+    text = f"{title}\n\n{table(results, columns=columns, width=width)}\n"
     # Over the supervised policy, and over the first variant if there are more.
-    for against in names[: min(len(variants), 2)]:
-        text += f"\n{table(results, against=against)}\n"
-    if len(variants) > 1:
-        text += f"\n{gains_by_step(folder, results, variants)}\n"
+    for against in list(rows)[: min(len(variants), 2)]:
+        text += f"\n{table(results, columns=columns, against=against, width=width)}\n"
+    if len(variants) > 1 and config.validate:
+        text += f"\n{gains_by_step(folder, results, variants, width)}\n"
+        if note := early_end(folder, results, variants, config.rl_steps):
+            text += f"\n{note}\n"
+    if not config.validate:
+        text += "\nTrained without validation: the weights are those of the last step.\n"
+    if skipped := [f"{name} of seed {s}" for s, r in results.items() for name in r if r[name]["skipped"]]:
+        text += f"\nSteps were skipped, their loss or gradient not being finite: {', '.join(skipped)}.\n"
     if len(results) > 1:
         text += f"\nMean and 95 % interval over {len(results)} seeds; gains are paired by seed.\n"
-    save_text(folder / "results.json", json.dumps(results, indent=1))
-    save_text(folder / "results.md", text)
-    _curves(folder)
     return text
 
 
@@ -133,6 +188,8 @@ def _curves(folder: Path) -> None:
     with panels(folder / "curves.png", (15, 4)) as axes:
         for path in sorted(folder.glob("seed-*/*.jsonl")):
             valid = [record for record in read_metrics(path) if "valid" in record]
+            if not valid:  # trained without validation
+                continue
             reward = "true_reward@10" if "true_reward@10" in valid[0]["valid"] else "best_reward"
             supervised = path.stem == "sft"
             for axis, column in zip(axes[:1] if supervised else axes[1:], ("NDCG@10", reward)):

@@ -13,8 +13,8 @@ from .scoring import legal_logp
 from .trainer import Batches, Evaluate, Run, Schedule, fit, optimizer_of
 
 
-def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, float]:
-    """The supervised policy and the seconds spent on it.
+def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, dict[str, float]]:
+    """The supervised policy and the figures of :func:`fit`.
 
     The likelihood is over the legal children of every prefix. All steps of a user are learned in one pass.
     Early stopping looks at NDCG@10.
@@ -40,7 +40,7 @@ def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, float]:
         (weight * loss).backward()
         return shard.averages({"loss": loss.detach()}, {"loss": weight})
 
-    seconds = fit(
+    figures = fit(
         run,
         "sft",
         model,
@@ -56,4 +56,4 @@ def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, float]:
         ),
         metric="NDCG@10",
     )
-    return model, seconds
+    return model, figures

@@ -7,9 +7,11 @@ order of the data. So a killed run continues bit for bit on one thread, where to
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from ..trie import Trie
 from . import checkpoint
 from .config import Config
-from .data import Dataset
+from .data import SPLITS, Dataset
 from .model import SIDTransformer
 from .parallel import World
 
@@ -31,7 +33,11 @@ Evaluate = Callable[[SIDTransformer], dict[str, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages of one seed share."""
+    """What the stages of one seed share.
+
+    Raises:
+        ValueError: a split is empty that the config asks for.
+    """
 
     config: Config
     dataset: Dataset
@@ -39,6 +45,25 @@ class Run:
     folder: Path
     seed: int
     world: World = field(default_factory=World)
+
+    def __post_init__(self) -> None:
+        for name in SPLITS:
+            if not len(getattr(self.dataset, name)) and (name != "valid" or self.config.validate):
+                raise ValueError(f"{self.dataset.name}: the {name} split is empty")
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must have been trained on for this run to use it."""
+        path = self.config.item_embeddings
+        vectors = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+        found: dict[str, Any] = {**self.dataset.fingerprint, "item embeddings": vectors}
+        return found | {"configuration": self.config.settings()}
+
+    def check(self) -> None:
+        """Refuse a folder whose supervised policy is another run's, see :func:`checkpoint.require`."""
+        path = self.folder / "sft.pt"
+        if path.exists():
+            checkpoint.require(path, checkpoint.load(path), self.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -117,8 +142,11 @@ def fit(
     *,
     schedule: Schedule,
     metric: str,
-) -> float:
+) -> dict[str, float]:
     """Run a stage to its end, from its checkpoint if there is one; leave the best weights in ``model``.
+
+    A step whose loss or gradient is not finite moves nothing, in no process: they all see the same averages.
+    Without ``config.validate`` nothing is evaluated, and the last weights are left in ``model``.
 
     Args:
         stage: its name in files.
@@ -129,21 +157,44 @@ def fit(
             end the stage.
 
     Returns:
-        Seconds spent, over all of the run's lives, without evaluation.
+        ``seconds`` spent, over all of the run's lives, without evaluation; ``steps`` taken, the
+        ``best_step``, whose weights are left, and how many steps were ``skipped``.
+
+    Raises:
+        FloatingPointError: the metric or the weights are not finite, or ``config.max_skipped`` steps in a row
+            were skipped. The last checkpoint is left as it is.
+        Mismatch: the checkpoint is one of other data, settings or initial weights.
     """
     peak = [group["lr"] for group in optimizer.param_groups]
     state = _State(run, stage, model, optimizer, batches)
     now = state.progress
+    first, began = now.step, time.perf_counter()
+    figures: dict[str, float] = {}
     hidden = None if run.world.is_main else True  # None: shown on a terminal
     with tqdm(total=schedule.steps, initial=now.step, desc=f"seed {run.seed} {stage}", disable=hidden) as bar:
 
         def validate() -> None:
-            scores = run.world.broadcast(evaluate(model) if run.world.is_main else {})
-            state.log({"step": now.step, "seconds": round(now.seconds, 2), "valid": scores})
-            state.rate(scores[metric])
+            record: dict[str, Any] = {"step": now.step, "seconds": round(now.seconds, 2)}
+            text = ""
+            if run.config.validate:
+                scores = run.world.broadcast(evaluate(model) if run.world.is_main else {})
+                record["valid"] = scores
+                state.rate(metric, scores[metric])
+                text = f"valid {metric} {scores[metric]:.4f}, best {now.best:.4f}"
+            else:
+                state.keep()
+            state.log(record)
             now.done = now.step == schedule.steps or now.bad >= run.config.patience
             state.save()
-            bar.set_postfix_str(f"valid {metric} {scores[metric]:.4f}, best {now.best:.4f}")
+            bar.set_postfix_str(text)
+            if run.world.is_main and bar.disable:  # no terminal: a line instead of the bar
+                parts = [f"{name} {figures[name]:.4f}" for name in ("loss", "reward") if name in figures]
+                parts += [text, f"{now.seconds:.0f} s"] if text else [f"{now.seconds:.0f} s"]
+                if now.step > first and not now.done:
+                    left = (time.perf_counter() - began) / (now.step - first) * (schedule.steps - now.step)
+                    parts.append(f"at most {left:.0f} s left")
+                at = f"seed {run.seed} {stage}, step {now.step} of {schedule.steps}"
+                print(f"{at}: {', '.join(parts)}", flush=True)
 
         if not state.resumed:
             validate()
@@ -153,36 +204,51 @@ def fit(
                 group["lr"] = lr * schedule.scale(now.step)
             optimizer.zero_grad()
             figures = step(next(batches), now.step / schedule.steps)
-            figures["grad_norm"] = _update(model, optimizer)
+            broken = _update(model, optimizer, figures)
             now.step += 1
             now.seconds += time.perf_counter() - started
-            state.log({"step": now.step, **figures})
+            state.log({"step": now.step, **figures} | ({"skipped": broken} if broken else {}))
+            state.count(broken)
             bar.update()
             if schedule.evaluates(now.step):
                 validate()
             elif now.step % run.config.checkpoint_every == 0:
                 state.save()
     state.close()
-    return now.seconds
+    return {
+        "seconds": now.seconds,
+        "steps": now.step,
+        "best_step": now.best_step,
+        "skipped": now.skipped,
+    }
 
 
-def _update(model: SIDTransformer, optimizer: torch.optim.Optimizer) -> float:
-    """Clip the gradients and step; returns the norm of the policy's gradient."""
-    policy, head = model.parts()
-    norm = nn.utils.clip_grad_norm_(policy, 1.0).item()
-    if head:
-        nn.utils.clip_grad_norm_(head, 1.0)
-    optimizer.step()
-    return norm
+def _update(model: SIDTransformer, optimizer: torch.optim.Optimizer, figures: dict[str, float]) -> str:
+    """Clip the gradients, add their norms to the ``figures``, and step.
+
+    Returns what is not finite, in which case nothing moves; otherwise an empty text.
+    """
+    for name, part in zip(("grad_norm", "value_grad_norm"), model.parts()):
+        if part:
+            figures[name] = nn.utils.clip_grad_norm_(part, 1.0).item()
+    checked = {name: x for name, x in figures.items() if name.endswith(("loss", "grad_norm"))}
+    broken = ", ".join(f"{name} {x}" for name, x in checked.items() if not math.isfinite(x))
+    if not broken:
+        optimizer.step()
+    return broken
 
 
 @dataclass
 class Progress:
-    """How far a stage is; ``metrics`` is the length of its metrics file."""
+    """How far a stage is; ``metrics`` is the length of its metrics file, ``in_a_row`` the number of steps
+    skipped last."""
 
     step: int = 0
     best: float = -math.inf
+    best_step: int = 0
     bad: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
     seconds: float = 0.0
     done: bool = False
     metrics: int = 0
@@ -194,16 +260,15 @@ class _State:
     def __init__(
         self, run: Run, stage: str, model: SIDTransformer, optimizer: torch.optim.Optimizer, batches: Batches
     ) -> None:
-        self.model, self.progress, self.best_weights = model, Progress(), _weights(model)
-        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": batches}
+        self.name, self.limit = f"seed {run.seed} {stage}", run.config.max_skipped
+        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.progress, self.initial = Progress(), _weights(model)
+        self.best_weights = self.initial
+        self.fingerprint = run.fingerprint | {"initial weights": _digest(self.initial)}
         self.path = run.folder / f"{stage}.pt"
         self.resumed = run.world.broadcast(self.path.exists())
         if self.resumed:
-            saved = checkpoint.load(self.path)
-            self.progress, self.best_weights = Progress(**saved["progress"]), saved["best_weights"]
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            torch.set_rng_state(saved["rng"])
+            self.restore(checkpoint.load(self.path))
         path = run.folder / f"{stage}.jsonl"
         self.file = checkpoint.MetricsFile(path, self.progress.metrics) if run.world.is_main else None
 
@@ -211,20 +276,73 @@ class _State:
         if self.file:
             self.file.write(record)
 
-    def rate(self, score: float) -> None:
+    def rate(self, metric: str, score: float) -> None:
         """Keep the weights if they are the best so far."""
+        if not math.isfinite(score):
+            raise FloatingPointError(
+                f"{self.name}, step {self.progress.step}: {metric} on the valid split is {score}, so that no "
+                "step can be chosen by it"
+            )
         self.progress.bad += 1
         if score > self.progress.best:
             self.progress.best, self.progress.bad = score, 0
-            self.best_weights = _weights(self.model)
+            self.keep()
+
+    def keep(self) -> None:
+        """The weights are those that the stage will leave, for now."""
+        self.progress.best_step, self.best_weights = self.progress.step, _weights(self.model)
+
+    def count(self, broken: str) -> None:
+        """Count a step that was skipped because of what is ``broken``; too many in a row end the run."""
+        now = self.progress
+        now.in_a_row = now.in_a_row + 1 if broken else 0
+        now.skipped += bool(broken)
+        if now.in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"{self.name}, step {now.step}: {broken}; the last of {now.in_a_row} steps in a row that "
+                f"were skipped, their loss or gradient not being finite. {self.path} is intact"
+            )
 
     def save(self) -> None:
-        """Write the checkpoint, in the main process."""
-        if self.file:
-            self.progress.metrics = self.file.position()
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state |= {"progress": dataclasses.asdict(self.progress), "best_weights": self.best_weights}
-            checkpoint.save(self.path, state | {"rng": torch.get_rng_state()})
+        """Write the checkpoint, in the main process. It ends with the stage's last step, which needs no more
+        than the weights."""
+        now, weights = self.progress, self.model.state_dict()
+        if not math.isfinite(nn.utils.get_total_norm(self.model.parameters()).item()):
+            raise FloatingPointError(
+                f"{self.name}, step {now.step}: the weights are not finite. {self.path} is intact"
+            )
+        if not self.file:
+            return
+        now.metrics = self.file.position()
+        moved = checkpoint.moved_rows(weights, self.initial)
+        best = moved  # stored once
+        if now.best_step != now.step:
+            best = checkpoint.moved_rows(self.best_weights, self.initial)
+        state: dict[str, Any] = {"fingerprint": self.fingerprint, "progress": dataclasses.asdict(now)}
+        state |= {"model": moved, "best_weights": best}
+        if not now.done:
+            optimizer = self.optimizer.state_dict()
+            for i, moments in optimizer["state"].items():
+                optimizer["state"][i] = checkpoint.moved_rows(moments, _zeros(moments))
+            state |= {"optimizer": optimizer, "batches": self.batches.state_dict()}
+            state["rng"] = torch.get_rng_state()
+        checkpoint.save(self.path, state)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from what :meth:`save` wrote."""
+        checkpoint.require(self.path, saved, self.fingerprint)
+        self.progress = Progress(**saved["progress"])
+        self.best_weights = checkpoint.whole(saved["best_weights"], self.initial)
+        self.model.load_state_dict(checkpoint.whole(saved["model"], self.initial))
+        if self.progress.done:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = saved["optimizer"]["state"]
+        for i, found in moments.items():
+            moments[i] = checkpoint.whole(found, dict.fromkeys(found, torch.zeros_like(parameters[i])))
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.batches.load_state_dict(saved["batches"])
+        torch.set_rng_state(saved["rng"])
 
     def close(self) -> None:
         """Leave the best weights in the model."""
@@ -235,3 +353,14 @@ class _State:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(x) for name, x in tensors.items()}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for x in tensors.values():
+        found.update(x.numpy().tobytes())
+    return found.hexdigest()

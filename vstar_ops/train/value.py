@@ -178,12 +178,12 @@ class ItemPrior(nn.Module):
         key, order = key.sort()
         self.length = trie.length
         self.weight = nn.Parameter(torch.zeros(trie.length))
-        self.register_buffer("direction", direction)  # [T, E]
-        self.register_buffer("level", level)  # [T]
-        self.register_buffer("offset", trie.offset.long())  # [T + 1], the trie's
-        self.register_buffer("token", trie.token.long())
-        self.register_buffer("key", key)  # hashes of the prefixes, sorted, and their nodes
-        self.register_buffer("node", order)
+        self.register_buffer("direction", direction, persistent=False)  # [T, E]
+        self.register_buffer("level", level, persistent=False)  # [T]
+        self.register_buffer("offset", trie.offset.long(), persistent=False)  # [T + 1], the trie's
+        self.register_buffer("token", trie.token.long(), persistent=False)
+        self.register_buffer("key", key, persistent=False)  # hashes of the prefixes, sorted, and their nodes
+        self.register_buffer("node", order, persistent=False)
 
     def find(self, prefix: Tensor) -> Tensor:
         """The nodes of hashed prefixes, -1 where there is none."""
