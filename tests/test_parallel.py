@@ -43,3 +43,41 @@ def test_two_processes_give_the_result_of_one(toy: Path, tmp_path: Path) -> None
             got = weights(run, stage)
             for name, weight in weights(alone, stage).items():
                 torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+SPOILED = """
+import sys
+import torch
+from pathlib import Path
+from vstar_ops.train import __main__, supervised, trainer
+
+calls, legal_logp, close = 0, supervised.legal_logp, trainer._State.close
+
+def spoiled(*arguments):
+    global calls
+    calls += 1
+    logp, mean = legal_logp(*arguments)
+    second = torch.distributed.get_rank() == 1
+    return logp * (torch.inf if calls == 3 and second else 1), mean
+
+def closed(self):
+    folder, rank = self.path.parent.parent, torch.distributed.get_rank()
+    torch.save(self.model.state_dict(), folder / f"{self.path.stem}-{rank}.now")
+    close(self)
+
+supervised.legal_logp, trainer._State.close = spoiled, closed
+__main__.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_one_process_spoils_is_skipped_by_both(toy: Path, tmp_path: Path) -> None:
+    script, run = tmp_path / "spoiled.py", tmp_path / "run"
+    script.write_text(SPOILED)
+    options = ["--data", str(toy), *OPTIONS.split(), "--rl-steps", "1", "--out", str(run)]
+    finish(start(toy, *options, launcher=TOGETHER, module=(str(script),)))
+    skipped = [r["step"] for r in untimed(run, "sft") if "skipped" in r]
+    assert skipped == [3]
+    first, second = (torch.load(run / f"sft-{rank}.now") for rank in (0, 1))
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]) and weight.isfinite().all()

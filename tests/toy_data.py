@@ -40,11 +40,16 @@ def write_folder(folder: Path, rows: int = 40) -> Path:
     return folder
 
 
-def start(data: Path, *options: str, launcher: tuple[str, ...] = ALONE) -> subprocess.Popen[bytes]:
+TRAIN = ("-m", "vstar_ops.train")
+
+
+def start(
+    data: Path, *options: str, launcher: tuple[str, ...] = ALONE, module: tuple[str, ...] = TRAIN
+) -> subprocess.Popen[bytes]:
     """``python -m vstar_ops.train`` with these options, one thread per process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    command = [*launcher, "-m", "vstar_ops.train", *options]
+    command = [*launcher, *module, *options]
     return subprocess.Popen(command, cwd=data, env=environment, **pipes)
 
 

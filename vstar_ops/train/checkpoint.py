@@ -49,18 +49,19 @@ def require(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
         )
 
 
-_ROWS = "; rows"
+_ROWS = "; rows"  # added to the name of a matrix that is stored in part
+_LARGE = 2**18  # entries
 
 
 def moved_rows(state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with only those rows of matrices that differ from ``initial``, and their numbers beside them.
+    """``state``, of large matrices only the rows that differ from ``initial``, and their numbers beside them.
 
     Most rows of a hashed table belong to no prefix of the catalogue and never move.
     """
     result: dict[str, Tensor] = {}
     for name, x in state.items():
         result[name] = x
-        if x.ndim == 2:
+        if x.ndim == 2 and x.numel() >= _LARGE:
             moved = (x.view(torch.uint8) != initial[name].view(torch.uint8)).any(1).nonzero()[:, 0]
             if 2 * len(moved) < len(x):
                 result |= {name: x[moved], name + _ROWS: moved}

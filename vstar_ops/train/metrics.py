@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -69,6 +71,7 @@ def evaluate(
 
     Raises:
         ValueError: the split is empty.
+        FloatingPointError: a score is not finite, as a reward is not.
     """
     split, true_reward, training = getattr(data, name).part(rows), data.reward, model.training
     if not len(split):
@@ -95,4 +98,7 @@ def evaluate(
     scores = accuracy(joined.pop("rank")) | {name: x.double().mean().item() for name, x in joined.items()}
     if not true_reward:
         del scores["true_reward@10"]
+    for score, x in scores.items():
+        if not math.isfinite(x):
+            raise FloatingPointError(f"{data.name}: {score} is {x} on a split of {len(split)} requests")
     return scores

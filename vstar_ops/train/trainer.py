@@ -6,10 +6,12 @@ order of the data. So a killed run continues bit for bit on one thread, where to
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -174,27 +176,21 @@ def fit(
     with tqdm(total=schedule.steps, initial=now.step, desc=f"seed {run.seed} {stage}", disable=hidden) as bar:
 
         def validate() -> None:
-            record: dict[str, Any] = {"step": now.step, "seconds": round(now.seconds, 2)}
-            text = ""
+            scores: dict[str, float] = {}
             if run.config.validate:
                 scores = run.world.broadcast(evaluate(model) if run.world.is_main else {})
-                record["valid"] = scores
                 state.rate(metric, scores[metric])
-                text = f"valid {metric} {scores[metric]:.4f}, best {now.best:.4f}"
             else:
                 state.keep()
-            state.log(record)
+            record = {"step": now.step, "seconds": round(now.seconds, 2)}
+            state.log(record | ({"valid": scores} if scores else {}))
             now.done = now.step == schedule.steps or now.bad >= run.config.patience
             state.save()
+            text = f"valid {metric} {scores[metric]:.4f}, best {now.best:.4f}" if scores else ""
             bar.set_postfix_str(text)
             if run.world.is_main and bar.disable:  # no terminal: a line instead of the bar
-                parts = [f"{name} {figures[name]:.4f}" for name in ("loss", "reward") if name in figures]
-                parts += [text, f"{now.seconds:.0f} s"] if text else [f"{now.seconds:.0f} s"]
-                if now.step > first and not now.done:
-                    left = (time.perf_counter() - began) / (now.step - first) * (schedule.steps - now.step)
-                    parts.append(f"at most {left:.0f} s left")
-                at = f"seed {run.seed} {stage}, step {now.step} of {schedule.steps}"
-                print(f"{at}: {', '.join(parts)}", flush=True)
+                pace = (time.perf_counter() - began) / max(1, now.step - first)
+                print(_line(state.name, now, schedule.steps, figures, text, pace), flush=True)
 
         if not state.resumed:
             validate()
@@ -215,12 +211,28 @@ def fit(
             elif now.step % run.config.checkpoint_every == 0:
                 state.save()
     state.close()
-    return {
-        "seconds": now.seconds,
-        "steps": now.step,
-        "best_step": now.best_step,
-        "skipped": now.skipped,
-    }
+    _return_memory()
+    return {"seconds": now.seconds, "steps": now.step, "best_step": now.best_step, "skipped": now.skipped}
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system.
+
+    Batches differ in shape, so glibc's heap breaks into pieces of which fewer and fewer fit: without this a
+    process of several seeds holds more after each, although all tensors of the one before are gone.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _line(name: str, now: Progress, steps: int, figures: Mapping[str, float], text: str, pace: float) -> str:
+    """An evaluation as a line; ``pace`` is the seconds per step, with evaluations."""
+    parts = [f"{key} {figures[key]:.4f}" for key in ("reward", "loss") if key in figures][:1]
+    parts += [text] * bool(text) + [f"{now.seconds:.0f} s"]
+    if now.step and not now.done:
+        parts.append(f"at most {pace * (steps - now.step):.0f} s left")
+    return f"{name}, step {now.step} of {steps}: {', '.join(parts)}"
 
 
 def _update(model: SIDTransformer, optimizer: torch.optim.Optimizer, figures: dict[str, float]) -> str:
