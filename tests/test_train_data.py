@@ -61,7 +61,7 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
     data = synthetic(items=60, users=40, requests=5, codes=(4, 3))
     object.__setattr__(data, "reward", lambda user, tokens: torch.full(tokens.shape[:2], torch.nan))
     model = SIDTransformer(data.vocab, data.max_tokens, dim=16, layers=1, heads=2)
-    with pytest.raises(FloatingPointError, match="synthetic: best_reward is nan on a split of 5 requests"):
+    with pytest.raises(FloatingPointError, match="synthetic: best_reward is nan over 5 requests of test"):
         metrics.evaluate(model, data, Trie.from_sequences(data.sequences), Decoder("beam", 4), "test")
 
 

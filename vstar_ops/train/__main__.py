@@ -175,9 +175,10 @@ def _prepare(given: dict[str, Any], world: parallel.World) -> tuple[Path, Config
         folder = world.broadcast(out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if world.broadcast((folder / "config.json").exists()):
             raise ValueError(f"{folder} already holds a run: choose another --out, or give --resume {folder}")
-    dataset = synthetic()
     if config.data:
         dataset = load_minionerec(config.data, config.category, validate=config.validate)
+    else:
+        dataset = synthetic()
     if config.item_embeddings:
         load_embeddings(config.item_embeddings, len(dataset.sequences))  # fail now, not after a stage
     if config.reward == "true" and dataset.reward is None:

@@ -40,13 +40,13 @@ def require(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
             known = found.get(part, {})
             changed = [k for k, x in value.items() if k in known and known[k] != x]
             if changed:
-                parts.append(f"{part} ({', '.join(f'{k} {known[k]!r}, not {value[k]!r}' for k in changed)})")
+                parts.append(
+                    f"{part} ({', '.join(f'{k} was {known[k]!r}, is {value[k]!r}' for k in changed)})"
+                )
         elif found.get(part) != value:
             parts.append(part)
     if parts:
-        raise Mismatch(
-            f"{path} was made with another {', another '.join(parts)}: it cannot be continued here"
-        )
+        raise Mismatch(f"{path} cannot be continued, since these differ from its own: {', '.join(parts)}")
 
 
 _ROWS = "; rows"  # added to the name of a matrix that is stored in part

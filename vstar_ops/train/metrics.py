@@ -85,20 +85,20 @@ def evaluate(
         found = decoder(model, part.context, trie, seeds[batch])
         tokens = found.sequence.long()
         reward = true_reward(part.user, tokens) if true_reward else rule(tokens, part.target)
-        for name, values in {
+        for score, values in {
             "rank": target_rank(tokens, part.target),
             "diversity": diversity(tokens),
             "best_reward": reward.max(1).values,
             "forward_tokens": found.forward_tokens,
             "true_reward@10": reward[:, :10].sum(1) / found.num_valid.clamp(1, 10),
         }.items():
-            parts.setdefault(name, []).append(values)
+            parts.setdefault(score, []).append(values)
     model.train(training)
-    joined = {name: torch.cat(values) for name, values in parts.items()}
-    scores = accuracy(joined.pop("rank")) | {name: x.double().mean().item() for name, x in joined.items()}
+    joined = {score: torch.cat(values) for score, values in parts.items()}
+    scores = accuracy(joined.pop("rank")) | {score: x.double().mean().item() for score, x in joined.items()}
     if not true_reward:
         del scores["true_reward@10"]
     for score, x in scores.items():
         if not math.isfinite(x):
-            raise FloatingPointError(f"{data.name}: {score} is {x} on a split of {len(split)} requests")
+            raise FloatingPointError(f"{data.name}: {score} is {x} over {len(split)} requests of {name}")
     return scores

@@ -229,7 +229,8 @@ def _return_memory() -> None:
 def _line(name: str, now: Progress, steps: int, figures: Mapping[str, float], text: str, pace: float) -> str:
     """An evaluation as a line; ``pace`` is the seconds per step, with evaluations."""
     parts = [f"{key} {figures[key]:.4f}" for key in ("reward", "loss") if key in figures][:1]
-    parts += [text] * bool(text) + [f"{now.seconds:.0f} s"]
+    parts += [text] * bool(text) + [f"{now.skipped} steps skipped"] * bool(now.skipped)
+    parts.append(f"{now.seconds:.0f} s")
     if now.step and not now.done:
         parts.append(f"at most {pace * (steps - now.step):.0f} s left")
     return f"{name}, step {now.step} of {steps}: {', '.join(parts)}"
