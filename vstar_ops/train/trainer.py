@@ -6,12 +6,10 @@ order of the data. So a killed run continues bit for bit on one thread, where to
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -211,19 +209,7 @@ def fit(
             elif now.step % run.config.checkpoint_every == 0:
                 state.save()
     state.close()
-    _return_memory()
     return {"seconds": now.seconds, "steps": now.step, "best_step": now.best_step, "skipped": now.skipped}
-
-
-def _return_memory() -> None:
-    """Give freed memory back to the system.
-
-    Batches differ in shape, so glibc's heap breaks into pieces of which fewer and fewer fit: without this a
-    process of several seeds holds more after each, although all tensors of the one before are gone.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def _line(name: str, now: Progress, steps: int, figures: Mapping[str, float], text: str, pace: float) -> str:
