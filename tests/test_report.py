@@ -82,7 +82,9 @@ def test_tables_fit_a_terminal(tmp_path: Path, seeds: tuple[int, ...], true_rewa
                 del row["true_reward@10"]
     shown = report.write(tmp_path, "title", found, Config(rl_steps=150, variants=VARIANTS))
     assert max(map(len, shown.split("\n"))) <= 102
-    head = shown.split("\n")[2]
+    lines = shown.split("\n")
+    head, below = lines[2], next(i for i, line in enumerate(lines) if "|   beam search at test " in line)
+    assert lines[below - 1].startswith("| V-STAR: Sibling-GRPO with VED ")
     assert f"| {report.COLUMNS[metric]} " in head and "| best step | steps " in head
     whole = (tmp_path / "results.md").read_text()
     assert all(f"| {report.COLUMNS[c]} " in whole for c in next(iter(found[0].values())))

@@ -65,7 +65,7 @@ def table(
     the paired differences to that row.
 
     Steps are the smallest and the largest of a seed, seconds their median; no differences are made of them.
-    ``width`` leaves the last columns out that do not fit.
+    ``width`` leaves the last columns out that do not fit, and does not repeat the name of the row above.
     """
     first = next(iter(results.values()))
     columns = [c for c in columns if c in next(iter(first.values()))]
@@ -74,7 +74,8 @@ def table(
     for name in first:
         if name == against:
             continue
-        cells = [name]
+        above = f"{rows[-1][0]}, "
+        cells = [f"  {name.removeprefix(above)}" if width and name.startswith(above) else name]
         for column in columns:
             values = [r[name][column] - (r[against][column] if against else 0) for r in results.values()]
             if column == "seconds":
