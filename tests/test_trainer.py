@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_data import weights
+from toy_data import ROOT, weights
 
 from vstar_ops import Trie
 from vstar_ops.train import __main__, checkpoint, metrics, trainer
@@ -409,7 +412,34 @@ def test_a_checkpoint_of_an_older_version(toy: Path, tmp_path: Path, capsys) -> 
     assert f"{path} does not say which data it was trained on" in refused(run, capsys)
 
 
-# ------------------------------------------------------------------ checkpoints hold what is needed
+# ------------------------------------------------------------------ memory and checkpoints
+
+RESIDENT = """
+import os, torch
+torch.set_num_threads(1)
+from vstar_ops import Trie
+from vstar_ops.train.synthetic import synthetic
+from vstar_ops.train.metrics import evaluate
+from vstar_ops.train.decode import Decoder
+from vstar_ops.train.model import SIDTransformer
+def rss(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+data = synthetic(items=300, users=300, requests=300, codes=(8, 8))
+trie = Trie.from_sequences(data.sequences)
+model = SIDTransformer(data.vocab, data.max_tokens)
+evaluate(model, data, trie, Decoder("beam", 4), "test", 4)
+before = rss()
+evaluate(model, data, trie, Decoder("topk", 16), "test")
+print(rss() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of another C library")
+def test_an_evaluation_gives_its_memory_back() -> None:
+    """Otherwise every seed of a run adds to what the process holds."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RESIDENT]
+    grown = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert int(grown) < 40  # MB; 100 that are free, but not given back, without a word to the C library
 
 
 def test_rows_that_never_moved_are_not_stored() -> None:
