@@ -439,7 +439,7 @@ def test_an_evaluation_gives_its_memory_back() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", RESIDENT]
     grown = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    assert int(grown) < 40  # MB; 100 that are free, but not given back, without a word to the C library
+    assert int(grown) < 40  # MB; about 100 where freed memory stays in the process
 
 
 def test_rows_that_never_moved_are_not_stored() -> None:
