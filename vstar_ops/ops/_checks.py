@@ -153,10 +153,22 @@ def level_weights(name: str, weights: Any, length: int, dtype: torch.dtype, like
 
 
 def _numbers(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_dynamo_compiling() and any(map(varies, levels)):
+        return torch.stack([as_tensor(x) for x in levels]).to(device, dtype)
     return torch.tensor(levels, dtype=dtype, device=device)
 
 
 _kept_numbers = functools.lru_cache(maxsize=64)(_numbers)
+
+
+def varies(value: Any) -> bool:
+    """Whether ``torch.compile``, which is tracing, takes this float for an input of the graph."""
+    return isinstance(value, float) and not torch.fx.experimental.symbolic_shapes.has_static_value(value)
+
+
+def as_tensor(value: Any) -> Any:
+    """A float as a tensor of the graph: by a product, as that is among the operations that do not fix it."""
+    return torch.ones((), dtype=torch.float64) * value if isinstance(value, float) else value
 
 
 def check_positive(name: str, value: Any) -> float:
