@@ -67,10 +67,13 @@ VSTAR_DEVICE Scored scored(const ExpandLaunch& a, const ExpandRow& row, float z,
 
 VSTAR_DEVICE float extra_score(const ExpandLaunch& a, int64_t b, int64_t w, int32_t node, int64_t column) {
   float extra = 0;
-  if (a.child_value) extra = a.value_weight * a.child_value.at(b, w, column);
+  int64_t table = b, at = w;
+  if (a.child_value && a.locate(table, at)) extra = a.value_weight * a.child_value.at(table, at, column);
   if (a.seed) extra += gumbel_from_bits(philox(uint64_t(a.seed.at(b)), uint32_t(node), uint32_t(column)));
   return extra;
 }
+
+static __device__ const float kZeroLogit = 0;  // the logits of a prefix that has none, with a stride of 0
 
 constexpr int kLongWarps = 8, kLongVectors = 4, kLongSegment = 7;  // segments of 2^7 children
 constexpr int kShortRows = 4, kShortSegment = 3;                   // rows per block
@@ -91,8 +94,10 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
   const int32_t count = int32_t(edges.end - edges.begin < a.max_children ? edges.end - edges.begin : a.max_children);
   const int32_t* const token = a.trie.token + edges.begin;
   const int64_t first = count > 0 ? token[0] : 0, last = count > 0 ? token[count - 1] : -1;
-  const T* const from = a.logits.pointer<T>(b, w);
-  const RowReader<T> reader(from, a.logits.stride[2], token, first, last, a.columns, count);
+  const T* from = reinterpret_cast<const T*>(&kZeroLogit);
+  int64_t stride = 0, table = b, at = w;
+  if (a.locate(table, at)) from = a.logits.pointer<T>(table, at), stride = a.logits.stride[2];
+  const RowReader<T> reader(from, stride, token, first, last, a.columns, count);
   float* const best = a.best + r * a.plan.segments;
   const float inv_temperature = a.inv_temperature * 1.44269504088896341f;  // in base 2
 
@@ -100,7 +105,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
       reader, thread, inv_temperature, a.extra_terms ? nullptr : best, a.plan.segments, scratch);
   RowStats all = legal;
   if (a.vocab && count > 0 && count != a.columns) {
-    const RowReader<T> whole(from, a.logits.stride[2], nullptr, 0, a.columns - 1, a.columns, int32_t(a.columns));
+    const RowReader<T> whole(from, stride, nullptr, 0, a.columns - 1, a.columns, int32_t(a.columns));
     all = read_row<T, kWarps, kVectors, kLanes>(whole, thread, inv_temperature, nullptr, 0, scratch);
   }
   const float log_sum = logf(legal.total);
@@ -165,7 +170,8 @@ VSTAR_DEVICE ExpandChild expand_child(const ExpandLaunch& a, int64_t b, uint32_t
   child.edge = row.begin + c;
   child.token = __ldg(a.trie.token + child.edge);
   if (child.token < 0 || child.token >= a.columns) return child;
-  const float z = cleaned(a.logits.at(b, child.parent, child.token));
+  int64_t table = b, at = child.parent;
+  const float z = a.locate(table, at) ? cleaned(a.logits.at(table, at, child.token)) : 0.0f;
   if (!(z > -kInf)) return child;
   const float extra = a.extra_terms ? extra_score(a, b, child.parent, row.node, child.token) : 0.0f;
   const Scored s = scored(a, row, z, extra);

@@ -192,11 +192,16 @@ def check_trie(trie: Any, columns: int, device: torch.device) -> None:
 
 
 def check_nodes(node: Tensor, trie: Trie) -> None:
-    """Values of nodes, which costs a look at them."""
-    if node.numel():
-        low, high = int(node.min()), int(node.max())
-        if low < -1 or high >= trie.num_nodes:
-            raise ValueError(f"node must lie in [-1, {trie.num_nodes}), got values in [{low}, {high}]")
+    """Values of nodes."""
+    check_range("node", node, trie.num_nodes)
+
+
+def check_range(name: str, values: Tensor, end: int) -> None:
+    """Indices below ``end``, or -1, which costs a look at them."""
+    if values.numel():
+        low, high = int(values.min()), int(values.max())
+        if low < -1 or high >= end:
+            raise ValueError(f"{name} must lie in [-1, {end}), got values in [{low}, {high}]")
 
 
 def standardizer_options(eps: Any, ddof: Any, std_floor: Any) -> tuple[float, int, float]:

@@ -16,6 +16,7 @@ def expand_topk(
     offset: Tensor,
     token: Tensor,
     node: Tensor,
+    row: Tensor | None,
     k: int,
     cum_logp: Tensor | None,
     value: Tensor | None,
@@ -34,6 +35,9 @@ def expand_topk(
     Computes in float64. ``score`` is rounded to float32 before it is sorted (float64 for float64
     logits), so scores that agree in float32 are ties, which the stable sort leaves in (w, v) order.
     """
+    if row is not None:
+        logits = _rows(logits[0], row)
+        child_value = None if child_value is None else _rows(child_value[0], row)
     batch, width, columns = logits.shape
     result = torch.float64 if logits.dtype == torch.float64 else torch.float32
     num_nodes, num_edges = offset.numel() - 1, token.numel()
@@ -104,6 +108,13 @@ def expand_topk(
         count.clamp(max=k).to(torch.int32),
         entropy.to(result),
     )
+
+
+def _rows(table: Tensor, row: Tensor) -> Tensor:
+    """``table[row]``; zeros where that is no row."""
+    there = (row >= 0) & (row < len(table))
+    padded = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    return padded[torch.where(there, row, len(table)).to(torch.int64)]
 
 
 def _clean(logits: Tensor) -> Tensor:

@@ -6,19 +6,27 @@
 namespace vstar {
 
 struct ExpandTopKArgs {
-  FloatView logits;  // [B, W, V]
+  FloatView logits;  // [B, W, V], or [1, R, V] with `row`
   TrieView trie;
-  IntView node;                               // [B, W]
+  IntView node, row;                          // [B, W]
   StridedView<float> cum_logp, value, bonus;  // [B, W]
-  FloatView child_value;                      // [B, W, V]
+  FloatView child_value;                      // as logits
   StridedView<int64_t> seed;                  // [B]
   float logp_weight, value_weight, entropy_weight, inv_temperature;
   bool vocab;  // normalized over all columns
-  int64_t batch, width, columns, k, max_children;
+  int64_t batch, width, rows, columns, k, max_children;
   float *score, *logp;              // [B, k]
   int32_t *parent, *token, *child;  // [B, k]
   int32_t* num_valid;               // [B]
   float* entropy;                   // [B, W]
+
+  // Turn a prefix into where its logits and child values lie; false if nowhere, then all of them are 0.
+  VSTAR_INLINE_MEMBER bool locate(int64_t& b, int64_t& w) const {
+    if (!row) return true;
+    w = row.at(b, w);
+    b = 0;
+    return w >= 0 && w < rows;
+  }
 
   // What the scores of all children of a prefix contain.
   VSTAR_INLINE_MEMBER float constant(int64_t b, int64_t w, float its_entropy) const {
