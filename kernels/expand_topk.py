@@ -21,7 +21,7 @@ longest row               block    segment   warps
 more                      4,096    128       8
 ========================  =======  ========  =====
 
-One workspace: 16 bytes of statistics and 12 of trie data per row, 4 bytes per segment, 20 per part of a
+One workspace: 16 bytes of statistics and 16 of places per row, 4 bytes per segment, 20 per part of a
 shared row, 8 per selected segment. A request has at most 2,048 winners and fewer than 2^31 children.
 Multiplications and additions are not fused: both launches must give a score the same bits.
 """
@@ -66,7 +66,6 @@ def expand_topk(
         most = "fewer than 2^31 children per request"
         raise Unsupported(f"expand_topk: the Triton backend takes {most}, got {children:,}")
     device, rows = logits.device, batch * width
-    place = *strided(row, 2), logits.shape[1]
     score, logp = (torch.empty(batch, k, device=device) for _ in range(2))
     parent, chosen, child = (torch.empty(batch, k, dtype=torch.int32, device=device) for _ in range(3))
     count = torch.empty(batch, dtype=torch.int32, device=device)
@@ -85,7 +84,7 @@ def expand_topk(
     parts = 0 if extra or splits == 1 else splits
     list_size, keys, select_warps = _selection(winners, width * segments)
     stats, trie, best, part, picked = workspace(
-        device, (4 * rows, torch.float32), (3 * rows, torch.int32), (rows * segments, torch.float32),
+        device, (4 * rows, torch.float32), (4 * rows, torch.int32), (rows * segments, torch.float32),
         (5 * rows * parts, torch.float32), (batch * list_size, torch.int64),
     )  # fmt: skip
 
@@ -95,15 +94,15 @@ def expand_topk(
     )  # fmt: skip
     if rows:
         _rows[(rows, splits)](
-            logits, *logits.stride(), *place, *terms, offset, token, *strided(node, 2), stats, trie, best,
-            part, entropy, width=width, columns=columns, num_nodes=offset.numel() - 1,
-            num_edges=token.numel(), max_children=max_children, vocab=int(vocab), segments=segments,
+            logits, *logits.stride(), *strided(row, 2), logits.shape[1], *terms, offset, token,
+            *strided(node, 2), stats, trie, best, part, entropy, width=width, columns=columns,
+            num_nodes=offset.numel() - 1, num_edges=token.numel(), max_children=max_children, vocab=int(vocab), segments=segments,
             splits=splits, chunk=_chunk(max_children, splits, block),
             column_chunk=_chunk(columns, splits, block), EXTRA=extra, BLOCK=block, SEGMENT=segment,
             **options(warps),
         )  # fmt: skip
     _select[(batch,)](
-        *strided(logits, 3), *place, *terms, token, stats, trie, best, part, picked, *outputs, width=width,
+        *strided(logits, 3), *terms, token, stats, trie, best, part, picked, *outputs, width=width,
         columns=columns, max_children=max_children, segments=segments, segment=segment,
         segment_count=min(list_size, width * segments), parts=parts, extra=int(extra), k=k, LIST=list_size,
         KEYS=keys, **options(select_warps),
@@ -127,8 +126,6 @@ def _chunk(total: int, splits: int, block: int) -> int:
 # What a score is made of besides the logits: arrays and numbers.
 Terms = namedtuple("Terms", "cum_logp value bonus child_value seed weights")
 Weights = namedtuple("Weights", "logp_weight value_weight entropy_weight inv_temperature")
-# Which row of logits each prefix has, if they are not in the order of the prefixes.
-Place = namedtuple("Place", "index num_rows")
 # What the scores of a row's children have in common.
 Row = namedtuple("Row", "row_max log_sum cum_logp constant")
 # Legal columns of a row: in a list from `begin`, or `first` and those after it if consecutive.
@@ -232,22 +229,12 @@ def _gumbel(seed, node, token):
 
 
 @triton.jit
-def _locate(place, b, w, inside):
-    """Where the logits and child values of prefixes lie; and whether they do, else all of them are 0."""
-    row = load_int(place.index, b, w, 0, inside, -1)
-    indexed = place.index.dtype >= 0
-    there = (row >= 0) & (row < place.num_rows)
-    row = tl.where(there, row, 0)
-    return tl.where(indexed, 0, b), tl.where(indexed, row, w), there | (indexed == 0)
-
-
-@triton.jit
-def _extra_score(terms, place, b, w, node, column, inside):
+def _extra_score(terms, b, line, node, column, inside):
     """A child's own part of the score: child value and noise."""
     extra_score = tl.zeros(column.shape, tl.float32)
     if terms.child_value.dtype >= 0:
-        table, at, there = _locate(place, b, w, inside)
-        value = load_float(terms.child_value, table, at, column.to(tl.int64), inside & there)
+        inside &= column * 0 + line >= 0
+        value = load_float(terms.child_value, b, line, column.to(tl.int64), inside)
         extra_score += terms.weights.value_weight * value
     if terms.seed.dtype >= 0:
         seed = load_int(terms.seed, b, 0, 0, True, 0)
@@ -267,7 +254,7 @@ def _children_of(offset, token, node, num_nodes, num_edges, max_children):
 
 
 @triton.jit
-def _load_children(logits, s2, there, children, columns, c):
+def _load_children(logits, s2, children, columns, readable, c):
     """Columns and logits of the children ``c`` of a row; those that do not exist are -inf."""
     column = c
     if children.consecutive:
@@ -275,7 +262,7 @@ def _load_children(logits, s2, there, children, columns, c):
     else:
         column = tl.load(children.token + children.begin + c, c < children.count, -1)
     inside = (c < children.count) & (column >= 0) & (column < columns)
-    z = tl.load(logits + column.to(tl.int64) * s2, inside & there, 0.0).to(tl.float32)
+    z = tl.load(logits + column.to(tl.int64) * s2, inside & (column < readable), 0.0).to(tl.float32)
     return column, inside, cleaned(z, inside)
 
 
@@ -287,12 +274,12 @@ def _store_segments(best, x, start, segments, BLOCK: tl.constexpr, SEGMENT: tl.c
 
 
 @triton.jit
-def _vocab_stats(logits, s2, there, low, high, columns, inv_temperature, BLOCK: tl.constexpr):
+def _vocab_stats(logits, s2, low, high, columns, readable, inv_temperature, BLOCK: tl.constexpr):
     """Maximum and sum of exponentials of a row's columns."""
     vocab_max, vocab_total, unused = float("-inf"), 0.0, 0.0
     for start in range(low, high, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + column.to(tl.int64) * s2, (column < columns) & there, 0.0).to(tl.float32)
+        z = tl.load(logits + column.to(tl.int64) * s2, column < readable, 0.0).to(tl.float32)
         z = cleaned(z, column < columns)
         vocab_max, vocab_total, unused = _add_block(z, vocab_max, vocab_total, unused, inv_temperature)
     return vocab_max, vocab_total
@@ -315,9 +302,12 @@ def _rows(
     r, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, w = r // width, r % width
     step = tl.arange(0, BLOCK)
-    place = Place(Array(index, index_type, i0, i1, 0), num_rows)
-    table, at, there = _locate(place, b, w, True)
-    logits += table * s0 + at * s1
+    line = w
+    if index_type >= 0:
+        line = load_int(Array(index, index_type, i0, i1, 0), b, w, 0, True, -1)
+        line = tl.where((line >= 0) & (line < num_rows), line, -1)
+    logits += b * s0 + line * s1
+    readable = tl.where(line >= 0, columns, 0)
     best += r * segments
     here = load_int(Array(node, node_type, n0, n1, 0), b, w, 0, True, -1)
     children = _children_of(offset, token, here, num_nodes, num_edges, max_children)
@@ -332,27 +322,28 @@ def _rows(
 
     row_max, total, moment = float("-inf"), 0.0, 0.0
     for start in range(stats_low, stats_high, BLOCK):
-        _, _, z = _load_children(logits, s2, there, children, columns, start + step)
+        _, _, z = _load_children(logits, s2, children, columns, readable, start + step)
         row_max, total, moment = _add_block(z, row_max, total, moment, weights.inv_temperature)
         if not EXTRA:
             _store_segments(best, z, start, segments, BLOCK, SEGMENT)
     vocab_max, vocab_total = row_max, total
     if (vocab != 0) & (count != columns):
         vocab_max, vocab_total = _vocab_stats(
-            logits, s2, there, column_low, column_high, columns, weights.inv_temperature, BLOCK
+            logits, s2, column_low, column_high, columns, readable, weights.inv_temperature, BLOCK
         )
 
     if split == 0:
-        tl.store(trie + r * 3, children.begin.to(tl.int32))
-        tl.store(trie + r * 3 + 1, count)
-        tl.store(trie + r * 3 + 2, here.to(tl.int32))
+        tl.store(trie + r * 4, children.begin.to(tl.int32))
+        tl.store(trie + r * 4 + 1, count)
+        tl.store(trie + r * 4 + 2, here.to(tl.int32))
+        tl.store(trie + r * 4 + 3, line.to(tl.int32))
     if EXTRA | (splits == 1):
         row, entropy = _finish(terms, b, w, True, row_max, total, moment, vocab_max, vocab_total)
         _store_row(stats, entropies, r, row, entropy, split == 0)
         if EXTRA:
             for start in range(low, high, BLOCK):
-                column, inside, z = _load_children(logits, s2, there, children, columns, start + step)
-                extra_score = _extra_score(terms, place, b, w, here, column, inside)
+                column, inside, z = _load_children(logits, s2, children, columns, readable, start + step)
+                extra_score = _extra_score(terms, b, line, here, column, inside)
                 score, _ = _score(z, row, extra_score, terms)
                 _store_segments(best, score, start, segments, BLOCK, SEGMENT)
     else:
@@ -427,14 +418,14 @@ def _join_parts(part, stats, entropies, terms, b, width, parts, KEYS: tl.constex
 
 
 @triton.jit
-def _child(logits, place, token, trie, b, w, c, columns, inside):
+def _child(logits, token, trie, b, w, c, columns, inside):
     """Edge, column and logit (-inf: there is none) of children ``c`` of the rows ``w`` of a request."""
-    begin = tl.load(trie + w * 3, inside, 0).to(tl.int64)
-    inside &= c < tl.load(trie + w * 3 + 1, inside, 0)
+    begin = tl.load(trie + w * 4, inside, 0).to(tl.int64)
+    inside &= c < tl.load(trie + w * 4 + 1, inside, 0)
     column = tl.load(token + begin + c, inside, -1)
     inside &= (column >= 0) & (column < columns)
-    table, at, there = _locate(place, b, w, inside)
-    z = load_float(logits, table, at, column.to(tl.int64), inside & there)
+    line = tl.load(trie + w * 4 + 3, inside, -1).to(tl.int64)
+    z = load_float(logits, b, line, column.to(tl.int64), line >= 0)
     return begin + c, column, cleaned(z, inside)
 
 
@@ -451,7 +442,7 @@ def _segment_keys(best, stats, terms, i, total, segments, extra):
 
 @triton.jit
 def _child_keys(
-    logits, place, token, trie, stats, picked, terms, b, i, total, columns, max_children, segments, segment,
+    logits, token, trie, stats, picked, terms, b, i, total, columns, max_children, segments, segment,
 ):  # fmt: skip
     """Keys of the children ``i`` of the selected segments."""
     key = tl.load(picked + i // segment, i < total, LOWEST)
@@ -459,10 +450,11 @@ def _child_keys(
     which = tl.where(inside, _position(key), 0)
     c = (which % segments) * segment + i % segment
     w = (which // segments).to(tl.int64)
-    _, column, z = _child(logits, place, token, trie, b, w, c, columns, inside)
+    _, column, z = _child(logits, token, trie, b, w, c, columns, inside)
     inside &= z > float("-inf")
-    node = tl.load(trie + w * 3 + 2, inside, 0)
-    extra_score = _extra_score(terms, place, b, w, node, column, inside)
+    node = tl.load(trie + w * 4 + 2, inside, 0)
+    line = tl.load(trie + w * 4 + 3, inside, -1).to(tl.int64)
+    extra_score = _extra_score(terms, b, line, node, column, inside)
     score, _ = _score(z, _load_row(stats, w, inside), extra_score, terms)
     return _key(score, w.to(tl.int32) * max_children + c)
 
@@ -482,10 +474,9 @@ def _write(
 
 @kernel
 def _select(
-    logits: ADDRESS, logits_type, s0, s1, s2, index: ADDRESS, index_type, i0, i1, num_rows, cum_logp: ADDRESS,
-    cum_logp_type, a0, a1, value: ADDRESS, value_type, v0, v1, bonus: ADDRESS, bonus_type, o0, o1,
-    child_value: ADDRESS, child_value_type, c0, c1, c2, seed: ADDRESS, seed_type, seed_stride, weights,
-    token: I32, stats: F32, trie: I32, best: F32,
+    logits: ADDRESS, logits_type, s0, s1, s2, cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS,
+    value_type, v0, v1, bonus: ADDRESS, bonus_type, o0, o1, child_value: ADDRESS, child_value_type, c0, c1,
+    c2, seed: ADDRESS, seed_type, seed_stride, weights, token: I32, stats: F32, trie: I32, best: F32,
     part: F32, picked: I64, out_score: F32, out_logp: F32, out_parent: I32, out_token: I32, out_child: I32,
     out_count: I32, entropies: F32, width, columns, max_children, segments, segment, segment_count, parts,
     extra, k, LIST: tl.constexpr, KEYS: tl.constexpr,
@@ -496,12 +487,11 @@ def _select(
         Array(seed, seed_type, seed_stride, 0, 0), weights,
     )  # fmt: skip
     logits = Array(logits, logits_type, s0, s1, s2)
-    place = Place(Array(index, index_type, i0, i1, 0), num_rows)
     b = tl.program_id(0).to(tl.int64)
     step = tl.arange(0, KEYS)
     slot = tl.arange(0, LIST)
     stats += b * width * 4
-    trie += b * width * 3
+    trie += b * width * 4
     best += b * width * segments
     picked += b * LIST
     if parts > 0:
@@ -523,7 +513,7 @@ def _select(
         else:
             i = (turn - first_rounds) * KEYS + step
             keys = _child_keys(
-                logits, place, token, trie, stats, picked, terms, b, i, total_children, columns, max_children,
+                logits, token, trie, stats, picked, terms, b, i, total_children, columns, max_children,
                 segments, segment,
             )  # fmt: skip
         kept = _keep_best(kept, keys, LIST)
@@ -532,7 +522,7 @@ def _select(
     position = tl.where(exists, _position(kept), 0)
     c = position % max_children
     w = (position // max_children).to(tl.int64)
-    edge, column, z = _child(logits, place, token, trie, b, w, c, columns, exists)
+    edge, column, z = _child(logits, token, trie, b, w, c, columns, exists)
     _, logp = _score(z, _load_row(stats, w, exists), 0.0, terms)
     score = from_ordered((kept >> 32).to(tl.int32))
     _write(

@@ -107,7 +107,8 @@ class Expansion {
 
   // A prefix's row of logits or child values; null: all of them are 0.
   const char* address(const FloatView& view, int64_t b, int64_t w) const {
-    return a.locate(b, w) ? view.address(b, w) : nullptr;
+    const int64_t row = a.row_of(b, w);
+    return row >= 0 ? view.address(b, row) : nullptr;
   }
 
   // Start to fetch the logits of a short row. Rows lie far apart, so each begins with a cache miss.

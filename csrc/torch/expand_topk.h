@@ -18,7 +18,7 @@ void expand_topk(Call<Device>& call) {
   if (a.value_weight == 0) a.value.data = nullptr, a.child_value.data = nullptr;
   a.inv_temperature = float(std::min(1.0 / temperature, Device::kMaxInverseTemperature));
   STD_TORCH_CHECK(
-      fits(call.device(), a), "logits must have fewer than 2^32 legal children per request and 2^31 columns, got W = ",
+      fits(call.device(), a), "logits must have fewer than 2^32 legal children per request and 2^31 rows and columns, got W = ",
       a.width, ", V = ", a.columns, " and up to ", a.max_children, " children per prefix");
   call.output(a.score, {a.batch, a.k});
   call.output(a.logp, {a.batch, a.k});

@@ -158,7 +158,8 @@ tensor([2], dtype=torch.int32))
         check("row", row, node.shape, "[B, W]", INTS, device)
         if validating():
             check_range("row", row, len(logits))
-        logits, child_value = logits[None], None if child_value is None else child_value[None]
+        logits = logits.expand(len(row), *logits.shape)
+        child_value = None if child_value is None else child_value.expand(logits.shape)
     batch, width = node.shape
     if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _SIZES)):
         raise TypeError(f"k must be an int, got {type(k).__name__}")

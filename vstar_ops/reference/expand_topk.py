@@ -36,8 +36,8 @@ def expand_topk(
     logits), so scores that agree in float32 are ties, which the stable sort leaves in (w, v) order.
     """
     if row is not None:
-        logits = _rows(logits[0], row)
-        child_value = None if child_value is None else _rows(child_value[0], row)
+        logits = _rows(logits, row)
+        child_value = None if child_value is None else _rows(child_value, row)
     batch, width, columns = logits.shape
     result = torch.float64 if logits.dtype == torch.float64 else torch.float32
     num_nodes, num_edges = offset.numel() - 1, token.numel()
@@ -110,11 +110,12 @@ def expand_topk(
     )
 
 
-def _rows(table: Tensor, row: Tensor) -> Tensor:
-    """``table[row]``; zeros where that is no row."""
-    there = (row >= 0) & (row < len(table))
-    padded = torch.cat([table, table.new_zeros(1, table.shape[1])])
-    return padded[torch.where(there, row, len(table)).to(torch.int64)]
+def _rows(x: Tensor, row: Tensor) -> Tensor:
+    """``x[b, row[b, w]]``; zeros where that is no row."""
+    batch, rows, columns = x.shape
+    padded = torch.cat([x, x.new_zeros(batch, 1, columns)], 1)
+    index = torch.where((row >= 0) & (row < rows), row, rows).to(torch.int64)
+    return padded.gather(1, index.unsqueeze(2).expand(*row.shape, columns))
 
 
 def _clean(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 namespace vstar {
 
 struct ExpandTopKArgs {
-  FloatView logits;  // [B, W, V], or [1, R, V] with `row`
+  FloatView logits;  // [B, W, V], or [B, R, V] with `row`
   TrieView trie;
   IntView node, row;                          // [B, W]
   StridedView<float> cum_logp, value, bonus;  // [B, W]
@@ -20,12 +20,11 @@ struct ExpandTopKArgs {
   int32_t* num_valid;               // [B]
   float* entropy;                   // [B, W]
 
-  // Turn a prefix into where its logits and child values lie; false if nowhere, then all of them are 0.
-  VSTAR_INLINE_MEMBER bool locate(int64_t& b, int64_t& w) const {
-    if (!row) return true;
-    w = row.at(b, w);
-    b = 0;
-    return w >= 0 && w < rows;
+  // Which row of its request a prefix' logits and child values are; -1: none, all of them are 0.
+  VSTAR_INLINE_MEMBER int64_t row_of(int64_t b, int64_t w) const {
+    if (!row) return w;
+    const int64_t r = row.at(b, w);
+    return r >= 0 && r < rows ? r : -1;
   }
 
   // What the scores of all children of a prefix contain.
