@@ -96,8 +96,8 @@ def expand_topk(
         _rows[(rows, splits)](
             logits, *logits.stride(), *strided(row, 2), logits.shape[1], *terms, offset, token,
             *strided(node, 2), stats, trie, best, part, entropy, width=width, columns=columns,
-            num_nodes=offset.numel() - 1, num_edges=token.numel(), max_children=max_children, vocab=int(vocab), segments=segments,
-            splits=splits, chunk=_chunk(max_children, splits, block),
+            num_nodes=offset.numel() - 1, num_edges=token.numel(), max_children=max_children,
+            vocab=int(vocab), segments=segments, splits=splits, chunk=_chunk(max_children, splits, block),
             column_chunk=_chunk(columns, splits, block), EXTRA=extra, BLOCK=block, SEGMENT=segment,
             **options(warps),
         )  # fmt: skip
