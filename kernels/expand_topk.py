@@ -419,14 +419,14 @@ def _join_parts(part, stats, entropies, terms, b, width, parts, KEYS: tl.constex
 
 @triton.jit
 def _child(logits, token, trie, b, w, c, columns, inside):
-    """Edge, column and logit (-inf: there is none) of children ``c`` of the rows ``w`` of a request."""
+    """Edge, column, logit (-inf: there is none) and its line of children ``c`` of the rows ``w``."""
     begin = tl.load(trie + w * 4, inside, 0).to(tl.int64)
     inside &= c < tl.load(trie + w * 4 + 1, inside, 0)
     column = tl.load(token + begin + c, inside, -1)
     inside &= (column >= 0) & (column < columns)
     line = tl.load(trie + w * 4 + 3, inside, -1).to(tl.int64)
     z = load_float(logits, b, line, column.to(tl.int64), line >= 0)
-    return begin + c, column, cleaned(z, inside)
+    return begin + c, column, cleaned(z, inside), line
 
 
 @triton.jit
@@ -450,10 +450,9 @@ def _child_keys(
     which = tl.where(inside, _position(key), 0)
     c = (which % segments) * segment + i % segment
     w = (which // segments).to(tl.int64)
-    _, column, z = _child(logits, token, trie, b, w, c, columns, inside)
+    _, column, z, line = _child(logits, token, trie, b, w, c, columns, inside)
     inside &= z > float("-inf")
     node = tl.load(trie + w * 4 + 2, inside, 0)
-    line = tl.load(trie + w * 4 + 3, inside, -1).to(tl.int64)
     extra_score = _extra_score(terms, b, line, node, column, inside)
     score, _ = _score(z, _load_row(stats, w, inside), extra_score, terms)
     return _key(score, w.to(tl.int32) * max_children + c)
@@ -522,7 +521,7 @@ def _select(
     position = tl.where(exists, _position(kept), 0)
     c = position % max_children
     w = (position // max_children).to(tl.int64)
-    edge, column, z = _child(logits, token, trie, b, w, c, columns, exists)
+    edge, column, z, _ = _child(logits, token, trie, b, w, c, columns, exists)
     _, logp = _score(z, _load_row(stats, w, exists), 0.0, terms)
     score = from_ordered((kept >> 32).to(tl.int32))
     _write(
