@@ -189,7 +189,7 @@ def test_kernels_get_the_inputs_as_they_lie(backend, monkeypatch):
 
 
 def test_what_goes_to_a_gpu_keeps_its_strides(monkeypatch):
-    """What ``through_gpu`` hands to a kernel, here on the CPU: layout and values, and the gradient's way back."""
+    """``through_gpu``, here on the CPU: layout and values go there, and the gradient comes back."""
     logits = torch.randn(3, 5, 9, requires_grad=True)
     case = Call(vstar_ops.token_logp, {"logits": logits[:, 1::2, ::2], "targets": torch.tensor([[1, 0]] * 3)})
     arguments, op = [], OPS["token_logp"]
