@@ -712,7 +712,8 @@ BAD = [
     ({"row": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "logits"),
     ({"logits": torch.zeros(6, 5), "row": [0]}, TypeError, "row"),
     ({"logits": torch.zeros(6, 5), "row": torch.zeros(2, 3)}, TypeError, "row"),
-    ({"logits": torch.zeros(6, 5), "row": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "row"),
+    ({"logits": torch.zeros(6, 5), "row": torch.zeros(6, dtype=torch.int64)}, ValueError, "row"),
+    ({"logits": torch.zeros(6, 5), "row": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "node"),
     (
         {"logits": torch.zeros(6, 5), "row": torch.zeros(2, 3, dtype=torch.int64, device="meta")},
         ValueError,

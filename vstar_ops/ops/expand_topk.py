@@ -145,22 +145,16 @@ def expand_topk(
         (tensor([[ 0,  2, -1, -1]], dtype=torch.int32), tensor([[ 1,  2, -1, -1]], dtype=torch.int32), \
 tensor([2], dtype=torch.int32))
     """
-    shape, axes = ((None, None, None), "[B, W, V]") if row is None else ((None, None), "[R, V]")
-    logits = check("logits", logits, shape, axes, FLOATS)
-    device, columns = logits.device, logits.shape[-1]
-    check_trie(trie, columns, device)
-    if child_value is not None:
-        check("child_value", child_value, logits.shape, axes, FLOATS, device)
     if row is None:
-        node = check("node", node, logits.shape[:2], "[B, W]", INTS, device)
+        logits = check("logits", logits, (None, None, None), "[B, W, V]", FLOATS)
+        batch, width, columns = logits.shape
     else:
-        node = check("node", node, (None, None), "[B, W]", INTS, device)
-        check("row", row, node.shape, "[B, W]", INTS, device)
-        if validating():
-            check_range("row", row, len(logits))
-        logits = logits.expand(len(row), *logits.shape)
-        child_value = None if child_value is None else child_value.expand(logits.shape)
-    batch, width = node.shape
+        logits = check("logits", logits, (None, None), "[R, V]", FLOATS)
+        batch, width = check("row", row, (None, None), "[B, W]", INTS, logits.device).shape
+        columns = logits.shape[1]
+    device = logits.device
+    check_trie(trie, columns, device)
+    node = check("node", node, (batch, width), "[B, W]", INTS, device)
     if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _SIZES)):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if k < 1:
@@ -169,6 +163,9 @@ tensor([2], dtype=torch.int32))
     cum_logp = check_floats("cum_logp", cum_logp, beams, "[B, W]", device)
     value = check_floats("value", value, beams, "[B, W]", device)
     bonus = check_floats("bonus", bonus, beams, "[B, W]", device)
+    if child_value is not None:
+        axes = "[B, W, V]" if row is None else "[R, V]"
+        check("child_value", child_value, logits.shape, axes, FLOATS, device)
     if normalize not in ("legal", "vocab"):
         raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
     temperature = check_positive("temperature", temperature)
@@ -177,6 +174,11 @@ tensor([2], dtype=torch.int32))
     )
     if validating():
         check_nodes(node, trie)
+        if row is not None:
+            check_range("row", row, len(logits))
+    if row is not None:  # every request has the same table
+        logits = logits.expand(batch, *logits.shape)
+        child_value = None if child_value is None else child_value.expand(logits.shape)
     return ExpandTopK(
         *_op(
             device,
