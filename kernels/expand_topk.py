@@ -21,7 +21,7 @@ longest row               block    segment   warps
 more                      4,096    128       8
 ========================  =======  ========  =====
 
-One workspace: 16 bytes of statistics and 12 of trie data per row, 4 bytes per segment, 20 per part of a
+One workspace: 16 bytes of statistics and 16 of places per row, 4 bytes per segment, 20 per part of a
 shared row, 8 per selected segment. A request has at most 2,048 winners and fewer than 2^31 children.
 Multiplications and additions are not fused: both launches must give a score the same bits.
 """
@@ -51,11 +51,12 @@ _PROGRAMS = 512  # rows are shared until there are about as many; fixed, so that
 
 
 def expand_topk(
-    logits, offset, token, node, k, cum_logp, value, bonus, child_value, seed, logp_weight, value_weight,
-    entropy_weight, temperature, vocab, max_children,
+    logits, offset, token, node, row, k, cum_logp, value, bonus, child_value, seed, logp_weight,
+    value_weight, entropy_weight, temperature, vocab, max_children,
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.expand_topk`."""
-    batch, width, columns = logits.shape
+    batch, width = node.shape
+    columns = logits.shape[2]
     children = width * max_children
     winners = min(k, children)
     if winners > _MOST_WINNERS:
@@ -83,7 +84,7 @@ def expand_topk(
     parts = 0 if extra or splits == 1 else splits
     list_size, keys, select_warps = _selection(winners, width * segments)
     stats, trie, best, part, picked = workspace(
-        device, (4 * rows, torch.float32), (3 * rows, torch.int32), (rows * segments, torch.float32),
+        device, (4 * rows, torch.float32), (4 * rows, torch.int32), (rows * segments, torch.float32),
         (5 * rows * parts, torch.float32), (batch * list_size, torch.int64),
     )  # fmt: skip
 
@@ -93,11 +94,12 @@ def expand_topk(
     )  # fmt: skip
     if rows:
         _rows[(rows, splits)](
-            logits, *logits.stride(), *terms, offset, token, *strided(node, 2), stats, trie, best, part,
-            entropy, width=width, columns=columns, num_nodes=offset.numel() - 1, num_edges=token.numel(),
-            max_children=max_children, vocab=int(vocab), segments=segments, splits=splits,
-            chunk=_chunk(max_children, splits, block), column_chunk=_chunk(columns, splits, block),
-            EXTRA=extra, BLOCK=block, SEGMENT=segment, **options(warps),
+            logits, *logits.stride(), *strided(row, 2), logits.shape[1], *terms, offset, token,
+            *strided(node, 2), stats, trie, best, part, entropy, width=width, columns=columns,
+            num_nodes=offset.numel() - 1, num_edges=token.numel(), max_children=max_children,
+            vocab=int(vocab), segments=segments, splits=splits, chunk=_chunk(max_children, splits, block),
+            column_chunk=_chunk(columns, splits, block), EXTRA=extra, BLOCK=block, SEGMENT=segment,
+            **options(warps),
         )  # fmt: skip
     _select[(batch,)](
         *strided(logits, 3), *terms, token, stats, trie, best, part, picked, *outputs, width=width,
@@ -227,11 +229,12 @@ def _gumbel(seed, node, token):
 
 
 @triton.jit
-def _extra_score(terms, b, w, node, column, inside):
+def _extra_score(terms, b, line, node, column, inside):
     """A child's own part of the score: child value and noise."""
     extra_score = tl.zeros(column.shape, tl.float32)
     if terms.child_value.dtype >= 0:
-        value = load_float(terms.child_value, b, w, column.to(tl.int64), inside)
+        inside &= column * 0 + line >= 0
+        value = load_float(terms.child_value, b, line, column.to(tl.int64), inside)
         extra_score += terms.weights.value_weight * value
     if terms.seed.dtype >= 0:
         seed = load_int(terms.seed, b, 0, 0, True, 0)
@@ -251,7 +254,7 @@ def _children_of(offset, token, node, num_nodes, num_edges, max_children):
 
 
 @triton.jit
-def _load_children(logits, s2, children, columns, c):
+def _load_children(logits, s2, children, columns, readable, c):
     """Columns and logits of the children ``c`` of a row; those that do not exist are -inf."""
     column = c
     if children.consecutive:
@@ -259,7 +262,7 @@ def _load_children(logits, s2, children, columns, c):
     else:
         column = tl.load(children.token + children.begin + c, c < children.count, -1)
     inside = (c < children.count) & (column >= 0) & (column < columns)
-    z = tl.load(logits + column.to(tl.int64) * s2, inside, float("-inf")).to(tl.float32)
+    z = tl.load(logits + column.to(tl.int64) * s2, inside & (column < readable), 0.0).to(tl.float32)
     return column, inside, cleaned(z, inside)
 
 
@@ -271,12 +274,12 @@ def _store_segments(best, x, start, segments, BLOCK: tl.constexpr, SEGMENT: tl.c
 
 
 @triton.jit
-def _vocab_stats(logits, s2, low, high, columns, inv_temperature, BLOCK: tl.constexpr):
+def _vocab_stats(logits, s2, low, high, columns, readable, inv_temperature, BLOCK: tl.constexpr):
     """Maximum and sum of exponentials of a row's columns."""
     vocab_max, vocab_total, unused = float("-inf"), 0.0, 0.0
     for start in range(low, high, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + column.to(tl.int64) * s2, column < columns, float("-inf")).to(tl.float32)
+        z = tl.load(logits + column.to(tl.int64) * s2, column < readable, 0.0).to(tl.float32)
         z = cleaned(z, column < columns)
         vocab_max, vocab_total, unused = _add_block(z, vocab_max, vocab_total, unused, inv_temperature)
     return vocab_max, vocab_total
@@ -284,12 +287,12 @@ def _vocab_stats(logits, s2, low, high, columns, inv_temperature, BLOCK: tl.cons
 
 @kernel
 def _rows(
-    logits: ANY, s0: ALIGNED, s1: ALIGNED, s2: ALIGNED, cum_logp: ADDRESS, cum_logp_type, a0, a1,
-    value: ADDRESS, value_type, v0, v1, bonus: ADDRESS, bonus_type, o0, o1, child_value: ADDRESS,
-    child_value_type, c0, c1, c2, seed: ADDRESS, seed_type, seed_stride, weights, offset: I32,
-    token: I32, node: ADDRESS, node_type, n0, n1, stats: F32, trie: I32, best: F32, part: F32, entropies: F32,
-    width, columns, num_nodes, num_edges, max_children, vocab, segments, splits, chunk, column_chunk,
-    EXTRA: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    logits: ANY, s0: ALIGNED, s1: ALIGNED, s2: ALIGNED, index: ADDRESS, index_type, i0, i1, num_rows,
+    cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS, value_type, v0, v1, bonus: ADDRESS, bonus_type,
+    o0, o1, child_value: ADDRESS, child_value_type, c0, c1, c2, seed: ADDRESS, seed_type, seed_stride,
+    weights, offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, stats: F32, trie: I32, best: F32,
+    part: F32, entropies: F32, width, columns, num_nodes, num_edges, max_children, vocab, segments, splits,
+    chunk, column_chunk, EXTRA: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     terms = Terms(
         Array(cum_logp, cum_logp_type, a0, a1, 0), Array(value, value_type, v0, v1, 0),
@@ -299,7 +302,12 @@ def _rows(
     r, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, w = r // width, r % width
     step = tl.arange(0, BLOCK)
-    logits += b * s0 + w * s1
+    line = w
+    if index_type >= 0:
+        line = load_int(Array(index, index_type, i0, i1, 0), b, w, 0, True, -1)
+        line = tl.where((line >= 0) & (line < num_rows), line, -1)
+    logits += b * s0 + line * s1
+    readable = tl.where(line >= 0, columns, 0)
     best += r * segments
     here = load_int(Array(node, node_type, n0, n1, 0), b, w, 0, True, -1)
     children = _children_of(offset, token, here, num_nodes, num_edges, max_children)
@@ -314,27 +322,28 @@ def _rows(
 
     row_max, total, moment = float("-inf"), 0.0, 0.0
     for start in range(stats_low, stats_high, BLOCK):
-        _, _, z = _load_children(logits, s2, children, columns, start + step)
+        _, _, z = _load_children(logits, s2, children, columns, readable, start + step)
         row_max, total, moment = _add_block(z, row_max, total, moment, weights.inv_temperature)
         if not EXTRA:
             _store_segments(best, z, start, segments, BLOCK, SEGMENT)
     vocab_max, vocab_total = row_max, total
     if (vocab != 0) & (count != columns):
         vocab_max, vocab_total = _vocab_stats(
-            logits, s2, column_low, column_high, columns, weights.inv_temperature, BLOCK
+            logits, s2, column_low, column_high, columns, readable, weights.inv_temperature, BLOCK
         )
 
     if split == 0:
-        tl.store(trie + r * 3, children.begin.to(tl.int32))
-        tl.store(trie + r * 3 + 1, count)
-        tl.store(trie + r * 3 + 2, here.to(tl.int32))
+        tl.store(trie + r * 4, children.begin.to(tl.int32))
+        tl.store(trie + r * 4 + 1, count)
+        tl.store(trie + r * 4 + 2, here.to(tl.int32))
+        tl.store(trie + r * 4 + 3, line.to(tl.int32))
     if EXTRA | (splits == 1):
         row, entropy = _finish(terms, b, w, True, row_max, total, moment, vocab_max, vocab_total)
         _store_row(stats, entropies, r, row, entropy, split == 0)
         if EXTRA:
             for start in range(low, high, BLOCK):
-                column, inside, z = _load_children(logits, s2, children, columns, start + step)
-                extra_score = _extra_score(terms, b, w, here, column, inside)
+                column, inside, z = _load_children(logits, s2, children, columns, readable, start + step)
+                extra_score = _extra_score(terms, b, line, here, column, inside)
                 score, _ = _score(z, row, extra_score, terms)
                 _store_segments(best, score, start, segments, BLOCK, SEGMENT)
     else:
@@ -410,13 +419,14 @@ def _join_parts(part, stats, entropies, terms, b, width, parts, KEYS: tl.constex
 
 @triton.jit
 def _child(logits, token, trie, b, w, c, columns, inside):
-    """Edge, column and logit (-inf: there is none) of children ``c`` of the rows ``w`` of a request."""
-    begin = tl.load(trie + w * 3, inside, 0).to(tl.int64)
-    inside &= c < tl.load(trie + w * 3 + 1, inside, 0)
+    """Edge, column, logit (-inf: there is none) and its line of children ``c`` of the rows ``w``."""
+    begin = tl.load(trie + w * 4, inside, 0).to(tl.int64)
+    inside &= c < tl.load(trie + w * 4 + 1, inside, 0)
     column = tl.load(token + begin + c, inside, -1)
     inside &= (column >= 0) & (column < columns)
-    z = load_float(logits, b, w, column.to(tl.int64), inside)
-    return begin + c, column, cleaned(z, inside)
+    line = tl.load(trie + w * 4 + 3, inside, -1).to(tl.int64)
+    z = load_float(logits, b, line, column.to(tl.int64), line >= 0)
+    return begin + c, column, cleaned(z, inside), line
 
 
 @triton.jit
@@ -440,10 +450,10 @@ def _child_keys(
     which = tl.where(inside, _position(key), 0)
     c = (which % segments) * segment + i % segment
     w = (which // segments).to(tl.int64)
-    _, column, z = _child(logits, token, trie, b, w, c, columns, inside)
+    _, column, z, line = _child(logits, token, trie, b, w, c, columns, inside)
     inside &= z > float("-inf")
-    node = tl.load(trie + w * 3 + 2, inside, 0)
-    extra_score = _extra_score(terms, b, w, node, column, inside)
+    node = tl.load(trie + w * 4 + 2, inside, 0)
+    extra_score = _extra_score(terms, b, line, node, column, inside)
     score, _ = _score(z, _load_row(stats, w, inside), extra_score, terms)
     return _key(score, w.to(tl.int32) * max_children + c)
 
@@ -480,7 +490,7 @@ def _select(
     step = tl.arange(0, KEYS)
     slot = tl.arange(0, LIST)
     stats += b * width * 4
-    trie += b * width * 3
+    trie += b * width * 4
     best += b * width * segments
     picked += b * LIST
     if parts > 0:
@@ -511,7 +521,7 @@ def _select(
     position = tl.where(exists, _position(kept), 0)
     c = position % max_children
     w = (position // max_children).to(tl.int64)
-    edge, column, z = _child(logits, token, trie, b, w, c, columns, exists)
+    edge, column, z, _ = _child(logits, token, trie, b, w, c, columns, exists)
     _, logp = _score(z, _load_row(stats, w, exists), 0.0, terms)
     score = from_ordered((kept >> 32).to(tl.int32))
     _write(

@@ -48,11 +48,28 @@ def not_launched(module: str, backend: str) -> list[str]:
     return [name for name in called or ops if not launches[backend, name]]
 
 
-def through_gpu(op: Op, backend: str) -> Callable[..., Any]:
+class Moved(torch.autograd.Function):
+    """A copy on a device, with its gradient. The whole storage is copied, so that strides and offset stay."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, device: str) -> torch.Tensor:
+        ctx.device = x.device
+        memory = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+        there = memory.to(device, copy=True).untyped_storage()
+        return torch.empty(0, dtype=x.dtype, device=device).set_(
+            there, x.storage_offset(), x.shape, x.stride()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.to(ctx.device), None
+
+
+def through_gpu(op: Op, backend: str, device: str = "cuda") -> Callable[..., Any]:
     """An op for CPU tensors that runs on the GPU; what it changes in place is changed here too."""
 
     def call(*arguments: Any) -> Any:
-        there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+        there = [Moved.apply(x, device) if isinstance(x, torch.Tensor) else x for x in arguments]
         result = op.overloads[backend](*there)
         for here, other in zip(arguments, there):
             if isinstance(here, torch.Tensor) and not torch.equal(here, other.cpu()):

@@ -23,6 +23,8 @@ def table(context: int, prefix: tuple[int, ...]) -> np.ndarray:
 class TableModel:
     """A PrefixModel over ``table``; slots are positions of a list, and every evaluation is written down."""
 
+    finite_logits = True
+
     def __init__(self) -> None:
         self.evaluated: list[tuple[int, tuple[int, ...]]] = []
 

@@ -18,6 +18,7 @@ import torch
 from cases import CASES, LARGE, Call
 from helpers import assert_same, map_tensors, op_arguments, tensors
 
+import vstar_ops
 from vstar_ops.ops import OPS
 from vstar_ops.ops.ved import ved_insert, ved_select
 
@@ -168,6 +169,61 @@ def test_narrower_vectors(cpu, capability, loops):
     command = [sys.executable, "-c", NARROWER.format(loops=loops)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_get_the_inputs_as_they_lie(backend, monkeypatch):
+    """On the way to a kernel of any backend no tensor is made contiguous."""
+    rewards, seen = torch.rand(9, 8)[1::2, 2:].transpose(0, 1), []
+    overloads = OPS["group_advantage"].overloads
+    key = {"emulated": "cuda"}.get(backend, backend)
+    for name in {key, None if key == "cpu" else key}:
+        run = overloads[name]
+
+        def recorded(*arguments, run=run):
+            seen.append(arguments[0])
+            return run(*arguments)
+
+        monkeypatch.setitem(overloads, name, recorded)
+    vstar_ops.group_advantage(rewards)
+    assert [(x.stride(), x.storage_offset()) for x in seen] == [(rewards.stride(), rewards.storage_offset())]
+
+
+def test_what_goes_to_a_gpu_keeps_its_strides(monkeypatch):
+    """``through_gpu``, here on the CPU: layout and values go there, and the gradient comes back."""
+    logits = torch.randn(3, 5, 9, requires_grad=True)
+    case = Call(vstar_ops.token_logp, {"logits": logits[:, 1::2, ::2], "targets": torch.tensor([[1, 0]] * 3)})
+    arguments, op = [], OPS["token_logp"]
+    run = op.overloads["reference"]
+
+    def recorded(*given):
+        arguments.append(given[0])
+        return run(*given)
+
+    monkeypatch.setitem(op.overloads, "reference", recorded)
+    through = op_calls.through_gpu(op, "reference", "cpu")
+    monkeypatch.setattr(type(op), "__call__", lambda op, device, *given: through(*given))
+    case().logp.sum().backward()
+    got, want = arguments[0], case.arguments["logits"]
+    assert (got.stride(), got.storage_offset(), got.dtype) == (
+        want.stride(),
+        want.storage_offset(),
+        want.dtype,
+    )
+    assert got.untyped_storage().data_ptr() != want.untyped_storage().data_ptr()
+    assert torch.equal(got, want)
+    monkeypatch.undo()
+    (gradient,) = torch.autograd.grad(case().logp.sum(), logits)
+    torch.testing.assert_close(logits.grad, gradient)
+
+
+@pytest.mark.parametrize(("op", "label"), COMPILED)
+def test_tensors_on_several_devices_are_refused(op, label):
+    """Each tensor in turn on another device than the rest: the error names an argument and both devices."""
+    call = case(op, label)
+    for name, value in call.arguments.items():
+        if isinstance(value, torch.Tensor) and len(tensors(tuple(call.arguments.values()))) > 1:
+            with pytest.raises(ValueError, match=r"^[\w.]+ must be on (cpu|meta) like .*, got (cpu|meta)"):
+                Call(call.function, {**call.arguments, name: value.to("meta")})()
 
 
 def test_helpers_find_differences():

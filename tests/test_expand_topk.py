@@ -137,6 +137,11 @@ EXAMPLES = [
         {"logp_weight": 0.0, "child_value": [[1.0, 0.0, 2.0, 0.0, 0.0]], "value_weight": 1.0}, [2.0, 1.0],
     ),
     Example(
+        "row: prefixes may share a row of logits, and -1 is one that was not run: its logits read as 0.",
+        [[9, 9, 9, 1, 3]], [1, 1, 2], 4,
+        [(2, 3, 5, 1.0), (0, 4, 4, 3 / 4), (1, 4, 4, 3 / 4), (0, 3, 3, 1 / 4)], {"row": [0, 0, -1]},
+    ),
+    Example(
         "gumbel_seed: noise of the seed, the prefix's node and the token, so that top-k samples without"
         " replacement. Here it lifts the less probable child to the top.",
         [[3, 1, 1, 1, 1]], [0], 2, [(0, 2, 2, 1 / 4), (0, 0, 1, 3 / 4)], {"gumbel_seed": [3]},
@@ -150,9 +155,9 @@ def test_by_hand(backend, example):
     options = {}
     for name, x in (example.options or {}).items():
         options[name] = torch.tensor(x if name == "gumbel_seed" else [x]) if isinstance(x, list) else x
-    out = expand_topk(
-        torch.tensor([example.weights]).log(), CATALOGUE, torch.tensor([example.node]), example.k, **options
-    )
+    logits = torch.tensor(example.weights).log()
+    logits = logits if "row" in options else logits[None]
+    out = expand_topk(logits, CATALOGUE, torch.tensor([example.node]), example.k, **options)
     n, empty = len(example.winners), example.k - len(example.winners)
     parent, token, node, probability = map(list, zip(*example.winners))
     score = log(*probability) if example.score is None else example.score
@@ -326,6 +331,50 @@ def test_oracle(
     if seeds is not None:
         options["gumbel_seeds"] = seeds.tolist()
     compare(out, k, want, logits, nodes, **options)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 5), st.sampled_from([1, 7, 40, 1100])),
+    rows=st.integers(0, 6),
+    k=st.integers(1, 60),
+    transposed=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+    integers=st.sampled_from([torch.int32, torch.int64]),
+    normalize=st.sampled_from(["legal", "vocab"]),
+    extra=st.sets(st.sampled_from(["child_value", "gumbel_seed"])),
+)
+def test_rows_of_a_table(backend, seed, shape, rows, k, transposed, dtype, integers, normalize, extra):
+    """The same bits as with every prefix's row in its place, and zeros for what is no row."""
+    rng = np.random.default_rng(seed)
+    batch, width, columns = shape
+    trie = Trie.from_sequences(rng.integers(0, columns, (columns + 20, 2)))
+    nodes = torch.from_numpy(rng.integers(-1, trie.level_offset[2], (batch, width))).to(integers)
+    row = torch.from_numpy(rng.integers(-2, rows + 2, (batch, width))).to(integers)
+    row[rng.random((batch, width)) < 0.1] = 2**31 - 1
+
+    def table(special):
+        x = torch.from_numpy(rng.normal(size=(columns, rows) if transposed else (rows, columns)) * 3).to(
+            dtype
+        )
+        x[torch.from_numpy(rng.random(x.shape) < 0.2)] = special
+        return x.T if transposed else x
+
+    def dense(x):
+        padded = torch.cat([x, x.new_zeros(1, columns)])
+        return padded[torch.where((row >= 0) & (row < rows), row, rows).long()]
+
+    logits = table(NAN)
+    options = {"entropy_weight": 0.5, "normalize": normalize}
+    if "gumbel_seed" in extra:
+        options["gumbel_seed"] = torch.arange(batch)
+    ours = dict(options)
+    if "child_value" in extra:
+        values = table(1.0)
+        ours |= {"child_value": values, "value_weight": 0.5}
+        options |= {"child_value": dense(values), "value_weight": 0.5}
+    got = expand_topk(logits, trie, nodes, k, row=row, **ours)
+    assert_same(got, expand_topk(dense(logits), trie, nodes, k, **options))
 
 
 @pytest.mark.parametrize("normalize", ["legal", "vocab"])
@@ -614,6 +663,7 @@ def arguments(**change: Any) -> dict[str, Any]:
     }
 
 
+BY_ROW = {"row": torch.zeros(2, 3, dtype=torch.int64)}
 BAD = [
     ({"logits": [[[0.0]]]}, TypeError, "logits"),
     ({"logits": torch.zeros(2, 3, 5, dtype=torch.float64)}, TypeError, "logits"),
@@ -659,6 +709,18 @@ BAD = [
     ({"gumbel_seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "gumbel_seed"),
     ({"gumbel_seed": torch.zeros(2)}, TypeError, "gumbel_seed"),
     ({"gumbel_seed": torch.zeros(2, dtype=torch.int32)}, TypeError, "gumbel_seed"),
+    ({"row": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "logits"),
+    ({"logits": torch.zeros(6, 5), "row": [0]}, TypeError, "row"),
+    ({"logits": torch.zeros(6, 5), "row": torch.zeros(2, 3)}, TypeError, "row"),
+    ({"logits": torch.zeros(6, 5), "row": torch.zeros(6, dtype=torch.int64)}, ValueError, "row"),
+    ({"logits": torch.zeros(6, 5), "row": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "node"),
+    (
+        {"logits": torch.zeros(6, 5), "row": torch.zeros(2, 3, dtype=torch.int64, device="meta")},
+        ValueError,
+        "row",
+    ),
+    ({"logits": torch.zeros(6, 5), **BY_ROW, "child_value": torch.zeros(2, 3, 5)}, ValueError, "child_value"),
+    ({"logits": torch.zeros(6, 5), **BY_ROW, "node": torch.zeros(6, dtype=torch.int64)}, ValueError, "node"),
 ]
 
 
@@ -683,6 +745,14 @@ def test_validation_looks_at_nodes(backend, bad):
         fine = expand_topk(**arguments(node=node.clamp(max=5).clamp(min=-1)))
     assert fine.num_valid.shape == out.num_valid.shape
     expand_topk(**arguments(node=node))
+
+
+@pytest.mark.parametrize("bad", [-2, 6, 2**40])
+def test_validation_looks_at_rows(backend, bad):
+    given = {"logits": torch.zeros(6, 5), "row": torch.tensor([[0, -1, 5], [1, 2, bad]])}
+    expand_topk(**arguments(**given))
+    with vstar_ops.validation(), pytest.raises(ValueError, match=rf"^row must lie in \[-1, 6\).*{bad}"):
+        expand_topk(**arguments(**given))
 
 
 def test_compile_with_an_int_as_seed():

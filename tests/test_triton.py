@@ -6,16 +6,20 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cases import CASES, embedded, expansion, scored
 
 import vstar_ops
 from vstar_ops import _triton
+from vstar_ops.ops._registry import Op
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETING = vstar_ops._backends.interpreting()
@@ -88,7 +92,7 @@ def test_warmup_names_what_is_wrong() -> None:
 def test_expand_topk_says_what_it_does_not_take(k: int, max_children: int, message: str) -> None:
     logits, offset, token = torch.zeros(1, 1, 3000), torch.tensor([0, 3000]), torch.arange(3000)
     node, options = torch.zeros(1, 1, dtype=torch.int64), (1.0, 0.0, 0.0, 1.0, False, max_children)
-    arguments = (logits, offset, token, node, k, *[None] * 5, *options)
+    arguments = (logits, offset, token, node, None, k, *[None] * 5, *options)
     with pytest.raises(_triton.Unsupported, match=message):
         _triton.run("expand_topk", "expand_topk", *arguments)
 
@@ -161,18 +165,84 @@ def test_import_leaves_triton_alone() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.skipif(INTERPRETING, reason="an interpreted kernel has no signature")
-def test_warmup_compiles_what_is_recorded() -> None:
-    """Triton's own binder gives the arguments of ``warmup`` the types of the specialization."""
+def bound(kernel: Any, arguments: Any, options: Any) -> Any:
+    """What Triton tells compiled variants of a kernel apart by, argument by argument: its own binder."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import MockTensor, create_function_from_signature
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return bind(*map(MockTensor.wrap_dtype, arguments), **options)[1]
+
+
+@pytest.fixture
+def compiled_anew(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], list[str]]:
+    """The kernels that a call would compile although ``warmup`` has run. Nothing is launched."""
+    from triton.runtime.jit import JITFunction
+
+    def variant(kernel: Any, arguments: Any, options: Any) -> tuple[str, str]:
+        return f"{kernel.fn.__module__}.{kernel.fn.__name__}", str(bound(kernel, arguments, options))
+
+    warm = {variant(x.kernel, _triton.stand_ins(x), x.options) for x in _triton.specializations()}
+    launched: list[tuple[str, str]] = []
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launched.append(variant(self, arguments, options))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(
+        Op, "__call__", lambda op, device, *arguments: _triton.run(op.name, op.module, *arguments)
+    )
+
+    def anew(call: Callable[[], Any]) -> list[str]:
+        launched.clear()
+        call()
+        assert launched
+        return [name for name, key in launched if (name, key) not in warm]
+
+    return anew
+
+
+# Sizes whose rows are multiples of 16 long, as warmup says.
+ALIGNED: dict[str, list[Callable[[int], Any]]] = {
+    **{op: list(found.values()) for op, found in CASES.items()},
+    "expand_topk": [
+        partial(expansion, width=width, columns=64, options=options)
+        for width in (1, 3, 16, 17)
+        for options in (False, True)
+    ],
+    "prefix_returns": [partial(embedded, width=16), partial(embedded, width=48, masked=True)],
+    "token_logp": [partial(scored, columns=32), partial(scored, columns=32, legal=True)],
+}
+del ALIGNED["token_logp_backward"]  # its arguments are made by a forward pass that really runs
+
+
+@pytest.mark.skipif(INTERPRETING, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("op", ALIGNED)
+def test_sizes_compile_nothing_anew(compiled_anew: Any, op: str) -> None:
+    """A number of requests, beams or candidates that is 1, odd or a multiple of 16 is one variant."""
+    for make in ALIGNED[op]:
+        for batch in (1, 3, 16, 17):
+            assert compiled_anew(make(batch)) == []
+
+
+@pytest.mark.skipif(INTERPRETING, reason="interpreted kernels are not compiled")
+def test_layouts_compile_nothing_anew(compiled_anew: Any) -> None:
+    """The logits as decoders hand them over: one prefix per request, the last position, rows of a table."""
+    trie = expansion(1, columns=64).arguments["trie"]
+    table, node = torch.zeros(5, 3, 64), torch.zeros(5, 1, dtype=torch.int32)
+    row = torch.arange(5)[:, None]
+    for logits in (table[:, 0, None], table[:, -1:], table[:1, -1].expand(5, 1, 64)):
+        assert compiled_anew(lambda z=logits: vstar_ops.expand_topk(z, trie, node, 4)) == []
+    assert compiled_anew(lambda: vstar_ops.expand_topk(table[:, 1], trie, node, 4, row=row)) == []
+
+
+@pytest.mark.skipif(INTERPRETING, reason="an interpreted kernel has no signature")
+def test_warmup_compiles_what_is_recorded() -> None:
+    """Triton's own binder gives the arguments of ``warmup`` the types of the specialization."""
     for item in _triton.specializations():
-        bind = create_function_from_signature(item.kernel.signature, item.kernel.params, backend)
-        arguments = map(MockTensor.wrap_dtype, _triton.stand_ins(item))
-        _, found, _ = bind(*arguments, **item.options)
+        found = bound(item.kernel, _triton.stand_ins(item), item.options)
         for (name, kind), (got, attribute, *_) in zip(item.signature().items(), found, strict=True):
             assert got == _triton.plain(kind), (item.name, name)
             if kind != "constexpr":

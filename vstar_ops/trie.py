@@ -200,7 +200,8 @@ class Trie:
         if self.token.numel() == 0:
             return torch.full_like(node, -1)
         high, last = end, self.token.numel() - 1
-        for _ in range(self.max_children.bit_length()):
+        # The bits of max_children: torch.compile keeps to their number, and not to max_children itself.
+        for _ in range(next(bits for bits in range(32) if self.max_children < 2**bits)):
             middle = (low + high) // 2
             right = (low < high) & (self.token[middle.clamp(max=last)] < wanted)
             high = torch.where(right, high, torch.minimum(middle, high))

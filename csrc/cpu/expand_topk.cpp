@@ -75,8 +75,8 @@ class Expansion {
       a.entropy[b * a.width + w] = 0.0f;
       if (n > 0) {
         PrefixRow& row = scratch.rows[rows++];  // filled in place: a copy would wait for these stores
-        row.logits = a.logits.address(b, w);
-        row.ahead = n > kShort && i + 1 < width ? a.logits.address(b, w + 1) : nullptr;
+        row.logits = address(a.logits, b, w);
+        row.ahead = n > kShort && i + 1 < width ? address(a.logits, b, w + 1) : nullptr;
         row.token = a.trie.token + scratch.ranges[i].begin;
         row.children = n;
         row.position = batched;
@@ -105,11 +105,18 @@ class Expansion {
   static constexpr int64_t kBatch = 4096;  // children
   static constexpr int64_t kShort = 512;   // children; longer rows are fetched by the hardware and `ahead`
 
+  // A prefix's row of logits or child values; null: all of them are 0.
+  const char* address(const FloatView& view, int64_t b, int64_t w) const {
+    const int64_t row = a.row_of(b, w);
+    return row >= 0 ? view.address(b, row) : nullptr;
+  }
+
   // Start to fetch the logits of a short row. Rows lie far apart, so each begins with a cache miss.
   void prefetch(int64_t b, int64_t w, EdgeRange range) const {
     if (range.begin == range.end) return;
     const int64_t size = element_size(a.logits.type) * a.logits.stride[2];
-    const char* row = a.logits.address(b, w);
+    const char* row = address(a.logits, b, w);
+    if (!row) return;
     const char* first = row + a.trie.token[range.begin] * size;
     __builtin_prefetch(first);
     if (range.end - range.begin == 1) return;
@@ -138,7 +145,8 @@ class Expansion {
       }
       if (a.vocab && row.children < a.columns && row.sums.top > -kInf) {
         const SoftmaxSums all =
-            loops_of(a.logits).vocab_softmax(row.logits, a.logits.stride[2], a.columns, a.inv_temperature);
+            row.logits ? loops_of(a.logits).vocab_softmax(row.logits, a.logits.stride[2], a.columns, a.inv_temperature)
+                       : SoftmaxSums{0, double(a.columns), 0};
         row.log_mass = float(std::log(all.mass) + (double(all.top) - row.sums.top) * a.inv_temperature);
       }
       row.constant = a.constant(b, w, entropy);
@@ -160,9 +168,10 @@ class Expansion {
   const float* extras(int64_t b, const PrefixRow& row, Scratch& scratch) const {
     float* extra = scratch.extra.data();
     const int64_t w = row.parent;
-    if (a.child_value) {
+    const char* const child_values = a.child_value ? address(a.child_value, b, w) : nullptr;
+    if (child_values) {
       loops_of(a.child_value).gather_scaled(
-          a.child_value.address(b, w), a.child_value.stride[2], row.token, row.children, a.value_weight, extra);
+          child_values, a.child_value.stride[2], row.token, row.children, a.value_weight, extra);
     } else {
       std::fill_n(extra, row.children, 0.0f);
     }

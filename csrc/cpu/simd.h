@@ -15,7 +15,7 @@ struct SoftmaxSums {
 // A prefix and its children, which lie at `position` of a batch's arrays. Their scores are
 // logp_weight * (cum_logp + (d - log_mass)) + constant (+ extra).
 struct PrefixRow {
-  const void* logits;
+  const void* logits;  // null: all are 0
   const void* ahead;  // where a long row's successor begins, or null
   const int32_t* token;
   int64_t children;  // at least 1

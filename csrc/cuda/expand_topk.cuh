@@ -31,7 +31,7 @@ namespace vstar {
 // What the second launch needs to know of a row.
 struct alignas(16) ExpandRow {
   float row_max, log_sum, cum_logp, constant;
-  int32_t begin, count, node;
+  int32_t begin, count, node, line;  // line: of the logits, -1 for zeros
 };
 
 // How a call is laid out.
@@ -65,12 +65,14 @@ VSTAR_DEVICE Scored scored(const ExpandLaunch& a, const ExpandRow& row, float z,
   return {wins ? score : -kInf, logp};
 }
 
-VSTAR_DEVICE float extra_score(const ExpandLaunch& a, int64_t b, int64_t w, int32_t node, int64_t column) {
+VSTAR_DEVICE float extra_score(const ExpandLaunch& a, int64_t b, const ExpandRow& row, int64_t column) {
   float extra = 0;
-  if (a.child_value) extra = a.value_weight * a.child_value.at(b, w, column);
-  if (a.seed) extra += gumbel_from_bits(philox(uint64_t(a.seed.at(b)), uint32_t(node), uint32_t(column)));
+  if (a.child_value && row.line >= 0) extra = a.value_weight * a.child_value.at(b, row.line, column);
+  if (a.seed) extra += gumbel_from_bits(philox(uint64_t(a.seed.at(b)), uint32_t(row.node), uint32_t(column)));
   return extra;
 }
+
+static __device__ const float kZeroLogit = 0;  // the logits of a prefix that has none, with a stride of 0
 
 constexpr int kLongWarps = 8, kLongVectors = 4, kLongSegment = 7;  // segments of 2^7 children
 constexpr int kShortRows = 4, kShortSegment = 3;                   // rows per block
@@ -91,8 +93,9 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
   const int32_t count = int32_t(edges.end - edges.begin < a.max_children ? edges.end - edges.begin : a.max_children);
   const int32_t* const token = a.trie.token + edges.begin;
   const int64_t first = count > 0 ? token[0] : 0, last = count > 0 ? token[count - 1] : -1;
-  const T* const from = a.logits.pointer<T>(b, w);
-  const RowReader<T> reader(from, a.logits.stride[2], token, first, last, a.columns, count);
+  const int64_t line = a.row_of(b, w), stride = line >= 0 ? a.logits.stride[2] : 0;
+  const T* const from = line >= 0 ? a.logits.pointer<T>(b, line) : reinterpret_cast<const T*>(&kZeroLogit);
+  const RowReader<T> reader(from, stride, token, first, last, a.columns, count);
   float* const best = a.best + r * a.plan.segments;
   const float inv_temperature = a.inv_temperature * 1.44269504088896341f;  // in base 2
 
@@ -100,7 +103,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
       reader, thread, inv_temperature, a.extra_terms ? nullptr : best, a.plan.segments, scratch);
   RowStats all = legal;
   if (a.vocab && count > 0 && count != a.columns) {
-    const RowReader<T> whole(from, a.logits.stride[2], nullptr, 0, a.columns - 1, a.columns, int32_t(a.columns));
+    const RowReader<T> whole(from, stride, nullptr, 0, a.columns - 1, a.columns, int32_t(a.columns));
     all = read_row<T, kWarps, kVectors, kLanes>(whole, thread, inv_temperature, nullptr, 0, scratch);
   }
   const float log_sum = logf(legal.total);
@@ -115,6 +118,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
   row.begin = int32_t(edges.begin);
   row.count = count;
   row.node = int32_t(node);
+  row.line = int32_t(line);
   if (thread == 0) {
     a.row[r] = row;
     a.entropy[r] = entropy;
@@ -131,7 +135,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
         const int64_t v = reader.column(i);
         if (v < 0 || v >= a.columns) continue;
         const float z = cleaned(widened(load(from + v * reader.stride)));
-        if (z > -kInf) mine = fmaxf(mine, scored(a, row, z, extra_score(a, b, w, row.node, v)).score);
+        if (z > -kInf) mine = fmaxf(mine, scored(a, row, z, extra_score(a, b, row, v)).score);
       }
       mine = segment_max<kLanes>(mine);
       if (thread % kLanes == 0 && (at >> kSegmentBits) < a.plan.segments) best[at >> kSegmentBits] = mine;
@@ -165,9 +169,9 @@ VSTAR_DEVICE ExpandChild expand_child(const ExpandLaunch& a, int64_t b, uint32_t
   child.edge = row.begin + c;
   child.token = __ldg(a.trie.token + child.edge);
   if (child.token < 0 || child.token >= a.columns) return child;
-  const float z = cleaned(a.logits.at(b, child.parent, child.token));
+  const float z = row.line >= 0 ? cleaned(a.logits.at(b, row.line, child.token)) : 0.0f;
   if (!(z > -kInf)) return child;
-  const float extra = a.extra_terms ? extra_score(a, b, child.parent, row.node, child.token) : 0.0f;
+  const float extra = a.extra_terms ? extra_score(a, b, row, child.token) : 0.0f;
   const Scored s = scored(a, row, z, extra);
   child.key = s.score > -kInf ? ordered_bits(s.score) : 0;
   child.logp = s.logp;
@@ -191,7 +195,7 @@ __global__ void __launch_bounds__(kSelectThreads) expand_select_kernel(ExpandLau
     if (!a.extra_terms && score > -kInf) {
       const ExpandRow* const from = a.row + b * a.width + uint32_t(i) / uint32_t(p.segments);
       const float4 head = __ldg(reinterpret_cast<const float4*>(from));
-      const ExpandRow row{head.x, head.y, head.z, head.w, 0, 0, 0};
+      const ExpandRow row{head.x, head.y, head.z, head.w, 0, 0, 0, 0};
       score = scored(a, row, score, 0.0f).score;
     }
     return score > -kInf ? ordered_bits(score) : 0;
@@ -266,7 +270,7 @@ inline int64_t expand_segments(const ExpandTopKArgs& a) {
 }
 inline bool fits(const Gpu&, const ExpandTopKArgs& a) {
   const int64_t numbers = (a.width * expand_segments(a)) << expand_segment_bits(a);
-  return numbers < (int64_t(1) << 32) && a.columns < (int64_t(1) << 31);
+  return numbers < (int64_t(1) << 32) && a.columns < (int64_t(1) << 31) && a.rows < (int64_t(1) << 31);
 }
 
 inline ExpandPlan plan_expand_topk(const ExpandTopKArgs& a) {

@@ -12,13 +12,13 @@ void expand_topk(Call<Device>& call) {
   ExpandTopKArgs a{};
   double temperature;
   call.inputs(
-      sized(a.logits, &a.batch, &a.width, &a.columns), a.trie, a.node, a.k, optional(a.cum_logp), optional(a.value),
-      optional(a.bonus), optional(a.child_value), optional(a.seed), a.logp_weight, a.value_weight, a.entropy_weight,
-      temperature, a.vocab, a.max_children);
+      sized(a.logits, nullptr, &a.rows, &a.columns), a.trie, sized(a.node, &a.batch, &a.width), optional(a.row), a.k,
+      optional(a.cum_logp), optional(a.value), optional(a.bonus), optional(a.child_value), optional(a.seed),
+      a.logp_weight, a.value_weight, a.entropy_weight, temperature, a.vocab, a.max_children);
   if (a.value_weight == 0) a.value.data = nullptr, a.child_value.data = nullptr;
   a.inv_temperature = float(std::min(1.0 / temperature, Device::kMaxInverseTemperature));
   STD_TORCH_CHECK(
-      fits(call.device(), a), "logits must have fewer than 2^32 legal children per request and 2^31 columns, got W = ",
+      fits(call.device(), a), "logits must have fewer than 2^32 legal children per request and 2^31 rows and columns, got W = ",
       a.width, ", V = ", a.columns, " and up to ", a.max_children, " children per prefix");
   call.output(a.score, {a.batch, a.k});
   call.output(a.logp, {a.batch, a.k});

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._deprecated import renamed_arguments, renamed_field
 from ..ops import ExpandTopK, expand_topk
-from ..ops._checks import check_int
+from ..ops._checks import check_int, validating
 from ..trie import Trie
 from .protocol import PrefixModel
 
@@ -51,10 +51,11 @@ def beam_search(
         beam_width: ``K``, beams per request, and candidates returned.
         normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``.
         temperature: divides the logits.
-        skip_forced: do not run the model on a prefix with a single legal child: under ``"legal"`` that
-            child has log-probability 0 whatever the logits are, so the result is the same. A skipped
-            prefix is run later only if a longer one needs it. Reads the number of rows on the host; turn
-            it off for constant shapes. Without effect under ``"vocab"``.
+        skip_forced: do not run a prefix with a single legal child, whose log-probability under ``"legal"``
+            is 0 by any finite logit. Only for models that promise such logits (``finite_logits``, see
+            :class:`PrefixModel`), so that the result is the same. A skipped prefix is run later if a
+            longer one needs it. Reads the number of rows on the host; turn it off for constant shapes.
+            Without effect under ``"vocab"``.
 
     Returns:
         A named tuple:
@@ -66,29 +67,36 @@ def beam_search(
           position (the root) included: ``1 + 2 K`` at most for ``L = 3``
 
     Raises:
-        TypeError, ValueError: as :func:`vstar_ops.expand_topk`.
+        TypeError, ValueError: as :func:`vstar_ops.expand_topk`. Under :func:`vstar_ops.validation` also a
+            model that has broken its promise of finite logits where it was run.
     """
     check_int("beam_width", beam_width, 1)
-    skip_forced = skip_forced and normalize == "legal"
+    skip_forced = skip_forced and normalize == "legal" and getattr(model, "finite_logits", False)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
     root = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     beams = _Beams(model, state, trie, root, root, torch.arange(batch, device=device)[:, None], root)
-    frontier, logp = logits[:, None], torch.zeros(batch, 1, device=device)
+    frontier, row = logits[:, None], None
+    logp = torch.zeros(batch, 1, device=device)
     forward_tokens = torch.ones(batch, dtype=torch.int64, device=device)
     for depth in range(trie.length):
         if depth > 0:
-            frontier, spent = beams.run_branching(depth, logits) if skip_forced else beams.run_all()
+            frontier, row, spent = beams.run_branching(depth, logits) if skip_forced else beams.run_all()
             forward_tokens += spent
         out = expand_topk(
             frontier,
             trie,
             beams.node,
             beam_width,
+            row=row,
             cum_logp=logp,
             normalize=normalize,
             temperature=temperature,
         )
+        if skip_forced and validating():
+            legal = trie.num_children(beams.node).sum(1).clamp(max=beam_width)
+            if bool((out.num_valid < legal).any()):
+                raise ValueError("model must have finite_logits False, got a legal token at -inf or NaN")
         beams.move(out)
         logp = out.logp
     return BeamResult(trie.sequences(out.node), out.node, logp, out.num_valid, forward_tokens.int())
@@ -112,23 +120,23 @@ class _Beams:
         self.node, self.token = out.node.long(), out.token.long()
         self.slot, self.evaluated = self.slot.gather(1, parent), self.evaluated.gather(1, parent)
 
-    def run_all(self) -> tuple[Tensor, Tensor]:
+    def run_all(self) -> tuple[Tensor, None, Tensor]:
         """Logits ``[B, W, V]`` of all prefixes, and the tokens spent ``[B]``. Its shapes are constant."""
         live = self.node >= 0
-        parent = self.slot.masked_fill(~live, -1)
-        logits, slot = self.model.extend(self.state, parent.flatten(), self.token.flatten())
+        parent, token = self.slot.masked_fill(~live, -1), self.token.clamp(min=0)
+        logits, slot = self.model.extend(self.state, parent.flatten(), token.flatten())
         self.slot = slot.view_as(self.node)
-        return logits.unflatten(0, self.node.shape), live.sum(1)
+        return logits.unflatten(0, self.node.shape), None, live.sum(1)
 
-    def run_branching(self, depth: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, but run only prefixes with several legal children.
+    def run_branching(self, depth: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``[R, V]`` of prefixes with several legal children, their rows ``[B, W]``, the spent tokens.
 
-        They may grow out of skipped ones, which are caught up first, one length after the other. Elsewhere
-        the single child has any finite logit: it is certain whatever the logit is.
+        They may grow out of skipped ones, which are caught up first, one length after the other. Other
+        prefixes have no row.
         """
         branching = self.trie.num_children(self.node) > 1
         sequence = self.trie.sequences(self.node).long()
-        frontier = like.new_empty(*self.node.shape, like.shape[1])
+        logits, row = like[:0], torch.full_like(self.node, -1)
         spent = torch.zeros_like(self.node[:, 0])
         for length in range(depth):
             rows = branching & (self.evaluated == length)
@@ -139,8 +147,5 @@ class _Beams:
             self.slot[picked], self.evaluated[picked] = slot, length + 1
             spent += rows.sum(1)
             if length == depth - 1:
-                frontier[picked] = logits
-        forced = ((self.node >= 0) & ~branching).nonzero(as_tuple=True)
-        child = self.trie.offset[self.node[forced]].long()
-        frontier[(*forced, self.trie.token[child].long())] = 0
-        return frontier, spent
+                row[picked] = torch.arange(len(logits), device=row.device)
+        return logits, row, spent

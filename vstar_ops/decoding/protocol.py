@@ -19,6 +19,10 @@ class PrefixModel(Protocol):
     Rows of one ``extend`` call may belong to any requests, in any number and order, and may lie at
     different depths. A decoder passes fewer rows than beams where it can skip forced tokens, and a
     constant number where it wants constant shapes (unused rows have parent ``-1``).
+
+    A model may have an attribute ``finite_logits``. True promises that no logit of a legal token is NaN or
+    -inf, whatever the prefix: a decoder may then skip a forward whose result is certain. A model whose logits
+    are masked, by itself, a subclass or a wrapper, has False, or no such attribute.
     """
 
     def prefill(self, context: Any) -> tuple[Tensor, Any]:

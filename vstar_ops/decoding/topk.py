@@ -56,7 +56,8 @@ def topk_sampling(
 
         - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]``
         - ``logp`` float32 ``[B, K]``, under the policy, without the truncation
-        - ``num_valid`` int32 ``[B]``, always ``K`` unless the catalogue is empty
+        - ``num_valid`` int32 ``[B]``, always ``K`` unless the catalogue is empty, or a prefix was drawn after
+          which no legal token has a finite logit: such a draw is lost. Slots past it hold -1 and -inf
         - ``forward_tokens`` int32 ``[B]``: distinct prefixes evaluated, the root included
 
     Raises:
@@ -84,17 +85,17 @@ def topk_sampling(
         pick = perturbed.masked_fill(out.node[row] < 0, -torch.inf).argmax(1, keepdim=True)
         logp += out.logp[row].gather(1, pick)[:, 0]
         parent = slot[row]
-        node = out.node[row].gather(1, pick)[:, 0].long()
+        node = out.node[row].gather(1, pick)[:, 0].long().masked_fill(node < 0, -1)
         if depth + 1 < trie.length:
-            key, row = torch.unique(request * trie.num_nodes + node, return_inverse=True)
-            first = torch.zeros_like(key).scatter_(0, row, torch.arange(len(row), device=device))
+            live = (node >= 0).nonzero()[:, 0]
+            if len(live) == 0:
+                break
+            key, its_row = torch.unique((request * trie.num_nodes + node)[live], return_inverse=True)
+            row = torch.zeros_like(node).index_copy_(0, live, its_row)  # a lost candidate may look at any
+            first = torch.zeros_like(key).scatter_(0, its_row, live)
             logits, slot = model.extend(state, parent[first], trie.token[node[first] - 1].long())
             forward_tokens += torch.bincount(request[first], minlength=batch)
-    node = node.view(batch, num_candidates).int()
-    return SampleResult(
-        trie.sequences(node),
-        node,
-        logp.view(batch, num_candidates),
-        (node >= 0).sum(1).int(),
-        forward_tokens.int(),
-    )
+    node, logp = (x.view(batch, num_candidates) for x in (node.int(), logp.masked_fill(node < 0, -torch.inf)))
+    order = (node < 0).int().argsort(dim=1, stable=True)
+    node, logp = node.gather(1, order), logp.gather(1, order)
+    return SampleResult(trie.sequences(node), node, logp, (node >= 0).sum(1).int(), forward_tokens.int())

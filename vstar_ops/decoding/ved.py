@@ -21,7 +21,7 @@ from ..ops import (
     ved_select,
 )
 from ..ops._checks import check_int, check_seeds
-from ..trie import Trie
+from ..trie import Trie, pick
 from .protocol import PrefixModel
 from .ved_config import VEDConfig
 
@@ -173,7 +173,7 @@ class _Search:
             position = trees.size[:, None] + torch.arange(width, dtype=torch.int32, device=device)
             logits, slot = self.forward(rows)
             values = self.evaluate(rows, logits, slot)
-            frontier = logits.view(batch, width, -1)
+            frontier = logits.unflatten(0, (batch, width))
             spent += width
 
     def best_extensions(
@@ -213,7 +213,7 @@ class _Search:
         """Logits ``[B * P, V]`` and slots ``[B * P]`` of the rows."""
         live = rows.node >= 0
         parent = self.trees.slot.gather(1, rows.parent.clamp(min=0).long()).masked_fill(~live, -1)
-        token = self.trie.token[(rows.node.long() - 1).clamp(min=0)].long()
+        token = pick(self.trie.token, rows.node.long() - 1, live).clamp(min=0).long()
         logits, slot = self.model.extend(self.state, parent.flatten(), token.flatten())
         return logits, slot.masked_fill(~live.flatten(), -1)
 

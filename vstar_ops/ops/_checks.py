@@ -153,10 +153,22 @@ def level_weights(name: str, weights: Any, length: int, dtype: torch.dtype, like
 
 
 def _numbers(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_dynamo_compiling() and any(map(varies, levels)):
+        return torch.stack([as_tensor(x) for x in levels]).to(device, dtype)
     return torch.tensor(levels, dtype=dtype, device=device)
 
 
 _kept_numbers = functools.lru_cache(maxsize=64)(_numbers)
+
+
+def varies(value: Any) -> bool:
+    """Whether ``torch.compile``, which is tracing, takes this float for an input of the graph."""
+    return isinstance(value, float) and not torch.fx.experimental.symbolic_shapes.has_static_value(value)
+
+
+def as_tensor(value: Any) -> Any:
+    """A float as a tensor of the graph: by a product, as that is among the operations that do not fix it."""
+    return torch.ones((), dtype=torch.float64) * value if isinstance(value, float) else value
 
 
 def check_positive(name: str, value: Any) -> float:
@@ -180,11 +192,16 @@ def check_trie(trie: Any, columns: int, device: torch.device) -> None:
 
 
 def check_nodes(node: Tensor, trie: Trie) -> None:
-    """Values of nodes, which costs a look at them."""
-    if node.numel():
-        low, high = int(node.min()), int(node.max())
-        if low < -1 or high >= trie.num_nodes:
-            raise ValueError(f"node must lie in [-1, {trie.num_nodes}), got values in [{low}, {high}]")
+    """Values of nodes."""
+    check_range("node", node, trie.num_nodes)
+
+
+def check_range(name: str, values: Tensor, end: int) -> None:
+    """Indices below ``end``, or -1, which costs a look at them."""
+    if values.numel():
+        low, high = int(values.min()), int(values.max())
+        if low < -1 or high >= end:
+            raise ValueError(f"{name} must lie in [-1, {end}), got values in [{low}, {high}]")
 
 
 def standardizer_options(eps: Any, ddof: Any, std_floor: Any) -> tuple[float, int, float]:

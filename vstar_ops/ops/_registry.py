@@ -13,6 +13,10 @@ library               dispatch key what runs
 ``vstar_ops_<name>``  any          the backend ``reference``, ``triton`` or ``cuda``, and nothing else
 ===================== ============ =======================================================================
 
+``torch.compile`` makes a graph for every value of a float that a custom op takes, but one for all values of a
+number in a tensor. So every op with floats has a twin, ``<op>_dynamic``, that takes them as tensors and runs
+the op. Only a compiled function calls it, where one of the floats varies.
+
 An op without a gradient returns selections and statistics: no gradient flows out of it, whatever runs it.
 """
 
@@ -28,9 +32,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
 from .. import _triton
 from .._backends import active_backend, backends, turn_off
+from ._checks import as_tensor, varies
 
 OPS: dict[str, Op] = {}
 
@@ -45,10 +51,20 @@ _libraries = {
         ("cuda", "vstar_ops_cuda"),
     )
 }
+_DYNAMIC = "_dynamic"
 _libraries[None].define("simd_level() -> str")
 _libraries[None].define("poison_outputs(bool enabled) -> ()")
 _libraries["cuda"].define("probe() -> str")
 _libraries["cuda"].define("install(str[] names) -> ()")
+
+
+def _overloads(name: str) -> dict[str | None, Any]:
+    """The dispatcher op of each backend."""
+    found: dict[str | None, Any] = {
+        backend: getattr(getattr(torch.ops, library.ns), name).default
+        for backend, library in _libraries.items()
+    }
+    return {**found, "cpu": found[None]}
 
 
 class Op:
@@ -61,6 +77,7 @@ class Op:
         differentiable: whether a gradient flows through it.
         cuda_backends: what may run it on CUDA tensors if none is asked for, best first.
         overloads: the dispatcher op of each backend; under None the one that chooses by the tensors' device.
+        dynamic: its twins that take floats as tensors, likewise; empty without floats.
     """
 
     def __init__(
@@ -69,21 +86,21 @@ class Op:
         mutates: Sequence[str],
         differentiable: bool,
         cuda_backends: tuple[str, ...],
+        has_floats: bool,
     ) -> None:
         self.name = reference.__name__
         self.module = reference.__module__.rpartition(".")[2]
         self.mutates = tuple(mutates)
         self.differentiable = differentiable
         self.cuda_backends = cuda_backends
-        self.overloads: dict[str | None, Any] = {
-            backend: getattr(getattr(torch.ops, library.ns), self.name).default
-            for backend, library in _libraries.items()
-        }
-        self.overloads["cpu"] = self.overloads[None]
+        self.overloads = _overloads(self.name)
+        self.dynamic = _overloads(self.name + _DYNAMIC) if has_floats else {}
 
     def __call__(self, device: torch.device, *arguments: Any) -> Any:
         if self.differentiable:
             self._refuse_transforms(arguments)
+        if is_dynamo_compiling() and any(map(varies, arguments)):
+            return self.dynamic[active_backend(device)](*map(as_tensor, arguments))
         return self.overloads[active_backend(device)](*arguments)
 
     def _refuse_transforms(self, arguments: tuple[Any, ...]) -> None:
@@ -119,9 +136,9 @@ class Gradient(NamedTuple):
     save: Callable[..., None]
     backward: Callable[..., tuple[Any, ...]]
 
-    def formula(self, backend: str | None) -> Callable[..., tuple[Any, ...]]:
+    def formula(self, backend: str | None, dynamic: bool) -> Callable[..., tuple[Any, ...]]:
         """The backward of one backend."""
-        op = self.op and self.op.overloads[backend]
+        op = self.op and (self.op.dynamic if dynamic else self.op.overloads)[backend]
         return once_differentiable(lambda ctx, *gradients: self.backward(ctx, op, *gradients))
 
 
@@ -146,29 +163,50 @@ def define(
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
+    schemas, has_floats = {name: schema}, "float " in schema
+    if has_floats:
+        schemas[name + _DYNAMIC] = schema.replace("float ", "Tensor ")
     for library in _libraries.values():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-    op = OPS[name] = Op(reference, mutates, gradient is not None, cuda_backends)
+        for each, its_schema in schemas.items():
+            library.define(each + its_schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"{library.ns}::{each}", fake, lib=library)
+    op = OPS[name] = Op(reference, mutates, gradient is not None, cuda_backends, has_floats)
     kernels: dict[str | None, Callable[..., Any]] = {
         None: _slow(reference),
         "reference": reference,
         "triton": functools.partial(_triton.run, op.name, op.module),
     }
-    for backend, library in _libraries.items():
-        if backend in kernels:
-            # Autograd falls through to the kernel, and does not switch itself off on the way.
-            kernel = kernels[backend] if gradient else torch.no_grad()(kernels[backend])
-            library.impl(name, kernel, "CompositeExplicitAutograd")
-        if mutates:
-            library.impl(name, _mutating(op, backend), "ADInplaceOrView", with_keyset=True)
-        if gradient is None:
-            library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        else:
-            torch.library.register_autograd(
-                f"{library.ns}::{name}", gradient.formula(backend), setup_context=gradient.save, lib=library
-            )
+    for backend in _libraries:
+        _implement(op, op.overloads[backend], backend, kernels.get(backend), gradient)
+        if op.dynamic:
+            kernel = functools.partial(_with_floats, op.overloads[backend])
+            _implement(op, op.dynamic[backend], backend, kernel, gradient)
     return op
+
+
+def _implement(
+    op: Op, overload: Any, backend: str | None, kernel: Callable[..., Any] | None, gradient: Gradient | None
+) -> None:
+    """Give a dispatcher op what runs it, if that is in Python, and its gradient."""
+    library, name = _libraries[backend], overload.name()
+    if kernel is not None:
+        # Autograd falls through to the kernel, and does not switch itself off on the way.
+        library.impl(name, kernel if gradient else torch.no_grad()(kernel), "CompositeExplicitAutograd")
+    if op.mutates:
+        library.impl(name, _mutating(op, overload), "ADInplaceOrView", with_keyset=True)
+    if gradient is None:
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        backward = gradient.formula(backend, overload in op.dynamic.values())
+        torch.library.register_autograd(name, backward, setup_context=gradient.save, lib=library)
+
+
+def _with_floats(overload: Any, *arguments: Any) -> Any:
+    """What a twin runs: the op, with the numbers of the tensors that stand for floats."""
+    kinds = overload._schema.arguments
+    return overload(
+        *(float(x) if isinstance(kind.type, torch.FloatType) else x for x, kind in zip(arguments, kinds))
+    )
 
 
 def _slow(reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,9 +233,8 @@ def _warn_of_missing_backend(device: str) -> None:
         )
 
 
-def _mutating(op: Op, backend: str | None) -> Callable[..., Any]:
+def _mutating(op: Op, overload: Any) -> Callable[..., Any]:
     """Bumps the version counters of what an op changes, as torch's own in-place ops do."""
-    overload = op.overloads[backend]
     positions = [i for i, x in enumerate(overload._schema.arguments) if x.name in op.mutates]
 
     def kernel(keyset: Any, *arguments: Any) -> Any:

@@ -18,6 +18,7 @@ from ._checks import (
     check_floats,
     check_nodes,
     check_positive,
+    check_range,
     check_seeds,
     check_trie,
     validating,
@@ -43,9 +44,9 @@ ExpandTopK.count = renamed_field("num_valid")  # type: ignore[method-assign]
 
 
 def _fake(
-    logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, k: int, *_: object
+    logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, row: Tensor | None, k: int, *_: object
 ) -> tuple[Tensor, ...]:
-    batch, width, _columns = logits.shape
+    batch, width = node.shape
     score, logp = (logits.new_empty((batch, k), dtype=torch.float32) for _ in range(2))
     parent, chosen, child = (logits.new_empty((batch, k), dtype=torch.int32) for _ in range(3))
     count = logits.new_empty((batch,), dtype=torch.int32)
@@ -65,6 +66,7 @@ def expand_topk(
     node: Tensor,
     k: int,
     *,
+    row: Tensor | None = None,
     cum_logp: Tensor | None = None,
     value: Tensor | None = None,
     bonus: Tensor | None = None,
@@ -96,17 +98,21 @@ def expand_topk(
     the result is exact, and no illegal token is ever returned.
 
     Args:
-        logits: float32, bfloat16 or float16 ``[B, W, V]``, any strides. NaN reads as -inf, +inf as the
-            largest finite float32. With ``"legal"`` only legal children's logits are read.
+        logits: float32, bfloat16 or float16 ``[B, W, V]``, or with ``row`` ``[R, V]``, any strides. NaN reads
+            as -inf, +inf as the largest finite float32. With ``"legal"`` only legal children's logits are
+            read.
         trie: the catalogue; its tokens are columns of ``logits``.
         node: int32 or int64 ``[B, W]``, the trie node of each prefix. Whatever is not a node (-1, or out
             of range) is a dead beam: it has no children.
         k: winners per request, any number >= 1.
+        row: None, or int32 or int64 ``[B, W]``, the row of ``logits`` and ``child_value`` of each prefix, for
+            prefixes that share rows or were not run. -1 (or what is out of range) stands for a row of
+            zeros: a single legal child is then certain, as it is by any finite logit.
         cum_logp: float ``[B, W]``, log-probability of each prefix (0). A prefix at -inf or NaN has no
             winners.
         value: float ``[B, W]``, V(w) (0).
         bonus: float ``[B, W]`` (0).
-        child_value: float ``[B, W, V]``, what each next token adds to ``value`` (0).
+        child_value: float, shaped as ``logits``: what each next token adds to ``value`` (0).
         logp_weight: :math:`\alpha`.
         value_weight: :math:`\beta_v`. A term whose weight is 0 is not read.
         entropy_weight: :math:`\lambda`.
@@ -129,8 +135,8 @@ def expand_topk(
         No gradient flows through the result.
 
     Raises:
-        TypeError, ValueError: an argument's type, shape, device or value, by name. Values of ``node`` are
-            checked only under :func:`vstar_ops.validation`.
+        TypeError, ValueError: an argument's type, shape, device or value, by name. Values of ``node`` and
+            ``row`` are checked only under :func:`vstar_ops.validation`.
 
     Example:
         >>> trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
@@ -139,9 +145,14 @@ def expand_topk(
         (tensor([[ 0,  2, -1, -1]], dtype=torch.int32), tensor([[ 1,  2, -1, -1]], dtype=torch.int32), \
 tensor([2], dtype=torch.int32))
     """
-    logits = check("logits", logits, (None, None, None), "[B, W, V]", FLOATS)
+    if row is None:
+        logits = check("logits", logits, (None, None, None), "[B, W, V]", FLOATS)
+        batch, width, columns = logits.shape
+    else:
+        logits = check("logits", logits, (None, None), "[R, V]", FLOATS)
+        batch, width = check("row", row, (None, None), "[B, W]", INTS, logits.device).shape
+        columns = logits.shape[1]
     device = logits.device
-    batch, width, columns = logits.shape
     check_trie(trie, columns, device)
     node = check("node", node, (batch, width), "[B, W]", INTS, device)
     if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _SIZES)):
@@ -153,7 +164,8 @@ tensor([2], dtype=torch.int32))
     value = check_floats("value", value, beams, "[B, W]", device)
     bonus = check_floats("bonus", bonus, beams, "[B, W]", device)
     if child_value is not None:
-        check("child_value", child_value, (batch, width, columns), "[B, W, V]", FLOATS, device)
+        axes = "[B, W, V]" if row is None else "[R, V]"
+        check("child_value", child_value, logits.shape, axes, FLOATS, device)
     if normalize not in ("legal", "vocab"):
         raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
     temperature = check_positive("temperature", temperature)
@@ -162,6 +174,11 @@ tensor([2], dtype=torch.int32))
     )
     if validating():
         check_nodes(node, trie)
+        if row is not None:
+            check_range("row", row, len(logits))
+    if row is not None:  # every request has the same table
+        logits = logits.expand(batch, *logits.shape)
+        child_value = None if child_value is None else child_value.expand(logits.shape)
     return ExpandTopK(
         *_op(
             device,
@@ -169,6 +186,7 @@ tensor([2], dtype=torch.int32))
             trie.offset,
             trie.token,
             node,
+            row,
             k,
             cum_logp,
             value,

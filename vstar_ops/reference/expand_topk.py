@@ -16,6 +16,7 @@ def expand_topk(
     offset: Tensor,
     token: Tensor,
     node: Tensor,
+    row: Tensor | None,
     k: int,
     cum_logp: Tensor | None,
     value: Tensor | None,
@@ -34,6 +35,9 @@ def expand_topk(
     Computes in float64. ``score`` is rounded to float32 before it is sorted (float64 for float64
     logits), so scores that agree in float32 are ties, which the stable sort leaves in (w, v) order.
     """
+    if row is not None:
+        logits = _rows(logits, row)
+        child_value = None if child_value is None else _rows(child_value, row)
     batch, width, columns = logits.shape
     result = torch.float64 if logits.dtype == torch.float64 else torch.float32
     num_nodes, num_edges = offset.numel() - 1, token.numel()
@@ -104,6 +108,14 @@ def expand_topk(
         count.clamp(max=k).to(torch.int32),
         entropy.to(result),
     )
+
+
+def _rows(x: Tensor, row: Tensor) -> Tensor:
+    """``x[b, row[b, w]]``; zeros where that is no row."""
+    batch, rows, columns = x.shape
+    padded = torch.cat([x, x.new_zeros(batch, 1, columns)], 1)
+    index = torch.where((row >= 0) & (row < rows), row, rows).to(torch.int64)
+    return padded.gather(1, index.unsqueeze(2).expand(*row.shape, columns))
 
 
 def _clean(logits: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ class SIDTransformer(nn.Module):
         dim, layers, heads, dropout: the usual.
     """
 
+    finite_logits = True  # nothing is masked; see PrefixModel
+
     def __init__(
         self,
         vocab: int,

@@ -6,19 +6,26 @@
 namespace vstar {
 
 struct ExpandTopKArgs {
-  FloatView logits;  // [B, W, V]
+  FloatView logits;  // [B, W, V], or [B, R, V] with `row`
   TrieView trie;
-  IntView node;                               // [B, W]
+  IntView node, row;                          // [B, W]
   StridedView<float> cum_logp, value, bonus;  // [B, W]
-  FloatView child_value;                      // [B, W, V]
+  FloatView child_value;                      // as logits
   StridedView<int64_t> seed;                  // [B]
   float logp_weight, value_weight, entropy_weight, inv_temperature;
   bool vocab;  // normalized over all columns
-  int64_t batch, width, columns, k, max_children;
+  int64_t batch, width, rows, columns, k, max_children;
   float *score, *logp;              // [B, k]
   int32_t *parent, *token, *child;  // [B, k]
   int32_t* num_valid;               // [B]
   float* entropy;                   // [B, W]
+
+  // Which row of its request a prefix' logits and child values are; -1: none, all of them are 0.
+  VSTAR_INLINE_MEMBER int64_t row_of(int64_t b, int64_t w) const {
+    if (!row) return w;
+    const int64_t r = row.at(b, w);
+    return r >= 0 && r < rows ? r : -1;
+  }
 
   // What the scores of all children of a prefix contain.
   VSTAR_INLINE_MEMBER float constant(int64_t b, int64_t w, float its_entropy) const {
