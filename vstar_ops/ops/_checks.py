@@ -18,6 +18,7 @@ from ..trie import Trie
 _validate = os.environ.get("VSTAR_OPS_VALIDATE", "0") not in ("", "0")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS_OR_DOUBLE = (*FLOATS, torch.float64)  # of an argument that Op.double lists
 INTS = (torch.int32, torch.int64)
 _INTEGERS = (*INTS, torch.int16, torch.int8, torch.uint8)
 _NUMBERS = (int, float)
@@ -204,26 +205,38 @@ def check_range(name: str, values: Tensor, end: int) -> None:
             raise ValueError(f"{name} must lie in [-1, {end}), got values in [{low}, {high}]")
 
 
-def standardizer_options(eps: Any, ddof: Any, std_floor: Any) -> tuple[float, int, float]:
-    """The checked options of ``(x - mean) / (max(std, std_floor) + eps)``."""
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def standardizer_options(eps: Any, ddof: Any, std_floor: Any, *, scaled: bool) -> tuple[float, int, float]:
+    """The checked options of ``(x - mean) / (max(std, std_floor) + eps)``; not scaled, of ``x - mean``."""
     eps, std_floor = check_finite("eps", eps), check_finite("std_floor", std_floor)
     if eps < 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if std_floor < 0:
         raise ValueError(f"std_floor must be >= 0, got {std_floor}")
-    if eps == 0 and std_floor == 0:
+    if scaled and eps == 0 and std_floor == 0:
         raise ValueError("eps and std_floor must not both be 0, the standard deviation may be 0")
     if ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
     return eps, ddof, std_floor
 
 
-def check_rewards(
-    rewards: Any, shape: tuple[int | None, ...], mask: Any, device: torch.device | None = None
-) -> None:
-    """Rewards ``[B, G]`` and an optional mask of the same shape."""
-    check("rewards", rewards, shape, "[B, G]", FLOATS, device)
-    if mask is not None:
-        check("mask", mask, tuple(rewards.shape), "[B, G]", (torch.bool,), rewards.device)
-    if validating() and not bool(torch.isfinite(rewards if mask is None else rewards[mask]).all()):
-        raise ValueError("rewards must be finite, got NaN or infinity")
+def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """An optional mask of candidates ``[B, G]``, or if the shape is ``[B, G, L]``, of candidates or tokens."""
+    if mask is None:
+        return
+    by_token = len(shape) == 3 and isinstance(mask, Tensor) and mask.dim() == 3
+    axes = "[B, G] or [B, G, L]" if len(shape) == 3 else "[B, G]"
+    check("mask", mask, shape if by_token else shape[:2], axes, (torch.bool,), device)
+
+
+def check_finite_rewards(rewards: Tensor, mask: Tensor | None) -> None:
+    """Under validation, the rewards of the candidates that take part."""
+    if validating():
+        candidates = mask.any(2) if mask is not None and mask.dim() == 3 else mask
+        if not bool(torch.isfinite(rewards if candidates is None else rewards[candidates]).all()):
+            raise ValueError("rewards must be finite, got NaN or infinity")

@@ -23,6 +23,7 @@ An op without a gradient returns selections and statistics: no gradient flows ou
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -76,6 +77,8 @@ class Op:
         mutates: names of the arguments that it changes in place.
         differentiable: whether a gradient flows through it.
         cuda_backends: what may run it on CUDA tensors if none is asked for, best first.
+        double: names and positions of the arguments that may be float64. The reference then runs where no
+            backend was asked for, and nothing else takes them.
         overloads: the dispatcher op of each backend; under None the one that chooses by the tensors' device.
         dynamic: its twins that take floats as tensors, likewise; empty without floats.
     """
@@ -87,21 +90,32 @@ class Op:
         differentiable: bool,
         cuda_backends: tuple[str, ...],
         has_floats: bool,
+        double: Sequence[str],
     ) -> None:
         self.name = reference.__name__
         self.module = reference.__module__.rpartition(".")[2]
         self.mutates = tuple(mutates)
         self.differentiable = differentiable
         self.cuda_backends = cuda_backends
+        parameters = list(inspect.signature(reference).parameters)
+        self.double = [(name, parameters.index(name)) for name in double]
         self.overloads = _overloads(self.name)
         self.dynamic = _overloads(self.name + _DYNAMIC) if has_floats else {}
 
     def __call__(self, device: torch.device, *arguments: Any) -> Any:
         if self.differentiable:
             self._refuse_transforms(arguments)
+        backend = active_backend(device)
+        for name, position in self.double:
+            if backend != "reference" and arguments[position].dtype is torch.float64:
+                if backend is not None:
+                    raise TypeError(
+                        f"{name} must be float32, bfloat16 or float16 on the backend {backend!r}, got float64"
+                    )
+                backend = "reference"
         if is_dynamo_compiling() and any(map(varies, arguments)):
-            return self.dynamic[active_backend(device)](*map(as_tensor, arguments))
-        return self.overloads[active_backend(device)](*arguments)
+            return self.dynamic[backend](*map(as_tensor, arguments))
+        return self.overloads[backend](*arguments)
 
     def _refuse_transforms(self, arguments: tuple[Any, ...]) -> None:
         """Raise where a derivative is asked for that would be 0, or fail without naming the op."""
@@ -149,6 +163,7 @@ def define(
     *,
     mutates: Sequence[str] = (),
     cuda_backends: tuple[str, ...] = ("cuda", "triton"),
+    double: Sequence[str] = (),
 ) -> Op:
     """Declare an op for every backend, and return what calls it.
 
@@ -159,7 +174,7 @@ def define(
         gradient: None if no gradient flows.
         mutates: parameters that change in place. None of the others may be called ``node``, which Inductor
             refuses in mutating ops.
-        cuda_backends: see :class:`Op`.
+        cuda_backends, double: see :class:`Op`.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
@@ -170,7 +185,7 @@ def define(
         for each, its_schema in schemas.items():
             library.define(each + its_schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{library.ns}::{each}", fake, lib=library)
-    op = OPS[name] = Op(reference, mutates, gradient is not None, cuda_backends, has_floats)
+    op = OPS[name] = Op(reference, mutates, gradient is not None, cuda_backends, has_floats, double)
     kernels: dict[str | None, Callable[..., Any]] = {
         None: _slow(reference),
         "reference": reference,
@@ -207,6 +222,11 @@ def _with_floats(overload: Any, *arguments: Any) -> Any:
     return overload(
         *(float(x) if isinstance(kind.type, torch.FloatType) else x for x, kind in zip(arguments, kinds))
     )
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Of the numbers that an op computes of ``x``."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _slow(reference: Callable[..., Any]) -> Callable[..., Any]:

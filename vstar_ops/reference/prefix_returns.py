@@ -23,7 +23,7 @@ def prefix_returns(
     item = torch.where(present[..., None], embedding.double(), 0)
     wanted = target_embedding.double()
     _, _, node, count = sibling_advantage(
-        tokens, torch.zeros_like(item[..., :1]).sum(2), mask, 1.0, 0, 0.0, 2, "sibling"
+        tokens, torch.zeros_like(item[..., :1]).sum(2), mask, 1.0, 0, 0.0, 2, "sibling", "none"
     )
 
     returns = torch.zeros(batch, group, length, dtype=result, device=tokens.device)

@@ -15,7 +15,7 @@ def prefix_tree(
     batch, group, length = tokens.shape
     capacity, device = group * length, tokens.device
     zeros = torch.zeros(batch, group, device=device)
-    _, _, node, counts = sibling_advantage(tokens, zeros, mask, 1.0, 0, 0.0, 2, "sibling")
+    _, _, node, counts = sibling_advantage(tokens, zeros, mask, 1.0, 0, 0.0, 2, "sibling", "none")
 
     # One slot more than there are nodes takes what masked candidates would write.
     def unset(value: int, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .group_advantage import deviations
+
 
 def sibling_advantage(
     tokens: Tensor,
@@ -15,30 +17,36 @@ def sibling_advantage(
     std_floor: float,
     min_siblings: int,
     baseline: str,
+    scale: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The dispatcher's signature; see :func:`vstar_ops.sibling_advantage`. O(B G^2 L)."""
     batch, group, length = tokens.shape
     result = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    reward = rewards.to(torch.float64)
-    present = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    if mask is not None:
-        reward = torch.where(mask, reward, 0)
+    there = tokens_there(tokens, mask)
+    candidates = there.any(2)
+    reward = torch.where(candidates, rewards.to(torch.float64), 0)
+    broken = ~reward.isfinite()
+    _, group_std = deviations(reward, candidates, ddof)
 
-    # same[b, i, j]: candidates i and j share the prefix; less[b, i, j]: i's prefix sorts before j's.
-    same = present.unsqueeze(2) & present.unsqueeze(1)
-    less = torch.zeros_like(same)
+    # alike[b, i, j]: candidates i and j share the prefix; less[b, i, j]: i's prefix sorts before j's.
+    alike = torch.ones(batch, group, group, dtype=torch.bool, device=tokens.device)
+    less = torch.zeros_like(alike)
     earlier = torch.ones(group, group, dtype=torch.bool, device=tokens.device).tril(-1)
     first_id = torch.zeros(batch, 1, dtype=torch.int64, device=tokens.device)
     columns = []
     for depth in range(length):
-        here = tokens[:, :, depth]
-        siblings = same
-        less = less | (same & (here.unsqueeze(2) < here.unsqueeze(1)))
-        same = same & (here.unsqueeze(2) == here.unsqueeze(1))
+        here, present = tokens[:, :, depth], there[:, :, depth]
+        both = present.unsqueeze(2) & present.unsqueeze(1)
+        siblings = alike & both
+        less = less | (alike & (here.unsqueeze(2) < here.unsqueeze(1)))
+        alike = alike & (here.unsqueeze(2) == here.unsqueeze(1))
+        same = alike & both
         stands_for_node = present & ~(same & earlier).any(2)  # the first candidate through a prefix
 
         count = same.sum(2)
-        node_mean = (same.to(torch.float64) @ reward.unsqueeze(2)).squeeze(2) / count.clamp(min=1)
+        # A product with a mask would turn the NaN of one node into NaN of all.
+        total = (same.to(torch.float64) @ torch.where(broken, 0, reward).unsqueeze(2)).squeeze(2)
+        node_mean = torch.where((same & broken.unsqueeze(1)).any(2), torch.nan, total / count.clamp(min=1))
         distinct = siblings & stands_for_node.unsqueeze(1)  # [b, i, j]: node j is a child of i's parent
         number = distinct.sum(2)
         children = node_mean.unsqueeze(1).expand_as(distinct)
@@ -56,7 +64,9 @@ def sibling_advantage(
         top = torch.where(distinct, children, -inf).amax(2) if group else mean
         bottom = torch.where(distinct, children, inf).amin(2) if group else mean
         valid = present & (number >= min_siblings)
-        advantage = (node_mean - base) / (std.clamp(min=std_floor) + eps)
+        advantage = node_mean - base
+        if scale != "none":
+            advantage = advantage / ((std if scale == "siblings" else group_std).clamp(min=std_floor) + eps)
         advantage = torch.where(valid & (top != bottom), advantage, 0)
 
         rank = (less & stands_for_node.unsqueeze(2)).sum(1)
@@ -68,3 +78,10 @@ def sibling_advantage(
         return empty.to(result), empty.to(torch.bool), empty.to(torch.int32), empty.to(torch.int32)
     advantage, valid, node, count = (torch.stack(parts, 2) for parts in zip(*columns))
     return advantage, valid, node, count
+
+
+def tokens_there(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """A mask of candidates ``[B, G]`` or of tokens ``[B, G, L]`` as one of tokens."""
+    if mask is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    return mask if mask.dim() == 3 else mask.unsqueeze(2).expand(tokens.shape)
