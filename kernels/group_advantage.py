@@ -16,15 +16,17 @@ from ._array import Array, load_float, load_int, strided
 from ._kernel import ADDRESS, BLOCKS, F32, Specialization, block_for, kernel, options
 
 
-def group_advantage(rewards: Tensor, mask: Tensor | None, eps: float, ddof: int, std_floor: float) -> Tensor:
+def group_advantage(
+    rewards: Tensor, mask: Tensor | None, eps: float, ddof: int, std_floor: float, scaled: bool
+) -> Tensor:
     """The dispatcher's signature; see :func:`vstar_ops.group_advantage`."""
     batch, group = rewards.shape
     advantage = torch.empty(batch, group, device=rewards.device)
     if advantage.numel():
         block, warps = block_for(group)
         _group_advantage[(batch,)](
-            advantage, *strided(rewards, 2), *strided(mask, 2), group, eps, std_floor, ddof, BLOCK=block,
-            **options(warps),
+            advantage, *strided(rewards, 2), *strided(mask, 2), group, eps, std_floor, ddof,
+            int(scaled), BLOCK=block, **options(warps),
         )  # fmt: skip
     return advantage
 
@@ -40,7 +42,7 @@ def _load(rewards, mask, b, g, group):
 @kernel
 def _group_advantage(
     advantage: F32, rewards: ADDRESS, rewards_type, r0, r1, mask: ADDRESS, mask_type, m0, m1, group,
-    eps: tl.float64, std_floor: tl.float64, ddof, BLOCK: tl.constexpr,
+    eps: tl.float64, std_floor: tl.float64, ddof, scaled, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rewards, mask = Array(rewards, rewards_type, r0, r1, 0), Array(mask, mask_type, m0, m1, 0)
     b = tl.program_id(0).to(tl.int64)
@@ -56,18 +58,20 @@ def _group_advantage(
         largest = tl.where(valid & (x > largest), x, largest)
         smallest = tl.where(valid & (x < smallest), x, smallest)
     n = tl.sum(count, 0)
-    signal = (n > ddof) & (tl.max(largest, 0) != tl.min(smallest, 0))
     mean = tl.sum(total, 0) / tl.maximum(n, 1).to(tl.float64)
+    finite = tl.abs(mean) < float("inf")
+    signal = (n >= 2) & ((tl.max(largest, 0) != tl.min(smallest, 0)) | (finite == 0))
     squares = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, group, BLOCK):
         x, valid = _load(rewards, mask, b, start + step, group)
         squares += tl.where(valid, (x - mean) * (x - mean), 0.0)
     std = tl.sqrt(tl.sum(squares, 0) / tl.maximum(n - ddof, 1).to(tl.float64))
-    scale = tl.maximum(std, std_floor) + eps
+    divisor = tl.where(scaled != 0, tl.maximum(std, std_floor) + eps, 1.0)
+    divisor = tl.where(finite, divisor, float("nan"))
     for start in range(0, group, BLOCK):
         g = start + step
         x, valid = _load(rewards, mask, b, g, group)
-        result = tl.where(valid & signal, (x - mean) / scale, 0.0)
+        result = tl.where(valid & signal, (x - mean) / divisor, 0.0)
         tl.store(advantage + b * group + g, result.to(tl.float32), g < group)
 
 

@@ -3,6 +3,7 @@
 A program takes a block of a request's candidates (the columns of a tile) and runs through all candidates of
 the request in chunks (the rows), so that sums over the rows stay within a thread. The number of the parent
 prefix stands for all tokens before: two candidates share a prefix if they share that number and the token.
+Where a mask tells tokens apart, prefixes are numbered without it first: a masked token has no node.
 
 A level has two phases: (1) the bucket of each candidate: its size, its mean reward, and how many of its
 members come earlier (none: the candidate represents the bucket's node); (2) the nodes against each other:
@@ -14,7 +15,8 @@ The statistics are taken of the differences to the candidate's own mean, in one 
 exactly 0, and since that mean is one of the sample, its distance from the center, squared, is at most n
 times the variance, so nothing cancels.
 
-Workspace: float64 ``[2, B, G]``, the earlier members and the mean of each candidate's bucket.
+Workspace: float64 ``[2, B, G]``, the earlier members and the mean of each candidate's bucket; with a mask of
+tokens also int32 ``[B, G, L]``, the numbers of all prefixes.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ from ._kernel import ADDRESS, ANY, I32, Specialization, kernel, options, workspa
 
 FUSED = 128  # candidates that one program can hold
 _BASELINES = {"sibling": 0, "parent": 1, "leave_one_out": 2}
+_SCALES = {"siblings": 0, "group": 1, "none": 2}
 _INT32_MAX = tl.constexpr(2**31 - 1)
 
 
-def sibling_advantage(tokens, rewards, mask, eps, ddof, std_floor, min_siblings, baseline):
+def sibling_advantage(tokens, rewards, mask, eps, ddof, std_floor, min_siblings, baseline, scale):
     """The dispatcher's signature; see :func:`vstar_ops.sibling_advantage`."""
     batch, group, length = tokens.shape
     advantage = tokens.new_empty(batch, group, length, dtype=torch.float32)
@@ -44,11 +47,17 @@ def sibling_advantage(tokens, rewards, mask, eps, ddof, std_floor, min_siblings,
     node = tokens.new_empty(batch, group, length, dtype=torch.int32)
     count = torch.empty_like(node)
     if advantage.numel():
-        earlier, mean = workspace(tokens.device, *[(batch * group, torch.float64)] * 2)
+        prefixes = tokens.numel() if mask is not None and mask.dim() == 3 else 0
+        earlier, mean, prefix = workspace(
+            tokens.device, *[(batch * group, torch.float64)] * 2, (prefixes, torch.int32)
+        )
+        if prefixes:
+            number_prefixes(tokens, None, earlier.view(torch.int32), prefix, count)
         enough = min(min_siblings, group + 1)  # any more are as many, and this fits in int32
         _launch(
-            tokens, rewards, mask, earlier, mean, advantage, valid, node, count, eps=eps, std_floor=std_floor,
-            ddof=ddof, min_siblings=enough, baseline=_BASELINES[baseline], STATISTICS=True,
+            tokens, rewards, mask, prefix if prefixes else node, earlier, mean, advantage, valid, node, count,
+            eps=eps, std_floor=std_floor, ddof=ddof, min_siblings=enough, baseline=_BASELINES[baseline],
+            scale=_SCALES[scale], STATISTICS=True,
         )  # fmt: skip
     return advantage, valid, node, count
 
@@ -56,23 +65,29 @@ def sibling_advantage(tokens, rewards, mask, eps, ddof, std_floor, min_siblings,
 def number_prefixes(
     tokens: Tensor, mask: Tensor | None, earlier: Tensor, node: Tensor, count: Tensor
 ) -> None:
-    """Only ``node`` and ``count``. ``earlier`` is workspace, ``B * G`` int32."""
+    """Only ``node`` and ``count``. ``earlier`` is workspace, ``B * G`` int32.
+
+    What a mask of tokens leaves of a candidate must be its first tokens.
+    """
     # Nothing reads the rewards, nothing writes the mean and the advantage.
     _launch(
-        tokens, None, mask, earlier, earlier, earlier, earlier, node, count, eps=0.0, std_floor=0.0, ddof=0,
-        min_siblings=0, baseline=0, STATISTICS=False,
+        tokens, None, mask, node, earlier, earlier, earlier, earlier, node, count, eps=0.0, std_floor=0.0,
+        ddof=0, min_siblings=0, baseline=0, scale=0, STATISTICS=False,
     )  # fmt: skip
 
 
 def _launch(tokens, rewards, mask, *outputs, **rest):
     batch, group, length = tokens.shape
+    ragged = mask is not None and mask.dim() == 3
+    if mask is not None and not ragged:
+        mask = mask[:, :, None].expand(tokens.shape)
     block, chunk, warps, fused = _plan(group)
     blocks = triton.cdiv(group, block)
     launches = [(3, 0, length)] if fused else [(p, d, d + 1) for d in range(length) for p in (1, 2)]
     for phases, first, last in launches:
         _siblings[(batch * blocks,)](
-            *strided(tokens, 3), *strided(rewards, 2), *strided(mask, 2), *outputs, group, length, blocks,
-            first, last, **rest, PHASES=phases, BLOCK=block, CHUNK=chunk, **options(warps),
+            *strided(tokens, 3), *strided(rewards, 2), *strided(mask, 3), *outputs, group, length, blocks,
+            first, last, int(ragged), **rest, PHASES=phases, BLOCK=block, CHUNK=chunk, **options(warps),
         )  # fmt: skip
 
 
@@ -83,33 +98,74 @@ def _plan(group: int) -> tuple[int, int, int, bool]:
 
 
 @triton.jit
-def _prefixes(tokens, mask, node, b, g, group, length, depth):
+def _prefixes(tokens, mask, prefix, b, g, group, length, depth):
     """Number of the parent prefix, and token.
 
-    The number is 0 for the root, -1 for a masked candidate; past the end the highest number.
+    The number is 0 for the root, -1 where masked; past the end the highest number.
     """
     inside = g < group
     parent = tl.where(inside, 0, _INT32_MAX)
     if depth > 0:
-        parent = tl.load(node + (b * group + g) * length + depth - 1, inside, _INT32_MAX)
-    else:
-        parent = tl.where(load_int(mask, b, g, 0, inside, 1) != 0, parent, -1)
-    return parent, load_int(tokens, b, g, tl.cast(depth, tl.int64), inside, 0)
+        parent = tl.load(prefix + (b * group + g) * length + depth - 1, inside, _INT32_MAX)
+    level = tl.cast(depth, tl.int64)
+    parent = tl.where(load_int(mask, b, g, level, inside, 1) != 0, parent, -1)
+    return parent, load_int(tokens, b, g, level, inside, 0)
+
+
+@triton.jit
+def _nodes_above(node, b, group, length, depth, ragged, BLOCK: tl.constexpr):
+    """Nodes of shorter prefixes; a level that is masked as a whole has none."""
+    highest = tl.full((BLOCK,), -1, tl.int32)
+    for level in range(tl.where(ragged != 0, 0, tl.maximum(depth - 1, 0)), depth):
+        for start in range(0, group, BLOCK):
+            j = start + tl.arange(0, BLOCK).to(tl.int64)
+            highest = tl.maximum(highest, tl.load(node + (b * group + j) * length + level, j < group, -1))
+    return tl.max(highest, 0) + 1
+
+
+@triton.jit
+def _present_rewards(rewards, mask, b, g, group, length):
+    """float64 rewards of the candidates with any token, and which these are."""
+    inside = g < group
+    present = g < 0
+    for level in range(0, length):
+        present |= inside & (load_int(mask, b, g, tl.cast(level, tl.int64), inside, 1) != 0)
+    return load_float(rewards, b, g, 0, present).to(tl.float64), present
+
+
+@triton.jit
+def _request_divisor(rewards, mask, b, group, length, eps, std_floor, ddof, BLOCK: tl.constexpr):
+    """Of the standard deviation of all rewards of a request."""
+    step = tl.arange(0, BLOCK).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, group, BLOCK):
+        x, present = _present_rewards(rewards, mask, b, start + step, group, length)
+        total += x
+        count += present.to(tl.int32)
+    n = tl.sum(count, 0)
+    mean = tl.sum(total, 0) / tl.maximum(n, 1).to(tl.float64)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, group, BLOCK):
+        x, present = _present_rewards(rewards, mask, b, start + step, group, length)
+        squares += tl.where(present, (x - mean) * (x - mean), 0.0)
+    std = tl.sqrt(tl.sum(squares, 0) / tl.maximum(n - ddof, 1).to(tl.float64))
+    return tl.where(tl.abs(mean) < float("inf"), tl.maximum(std, std_floor) + eps, float("nan"))
 
 
 @triton.jit
 def _buckets(
-    tokens, rewards, mask, earlier, mean, node, count, b, g, group, length, depth, STATISTICS: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    tokens, rewards, mask, prefix, earlier, mean, count, b, g, group, length, depth,
+    STATISTICS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Phase 1 for the candidates g: ``count``, ``earlier``, ``mean``."""
-    parent, token = _prefixes(tokens, mask, node, b, g, group, length, depth)
+    parent, token = _prefixes(tokens, mask, prefix, b, g, group, length, depth)
     members = tl.zeros((BLOCK,), tl.int32)
     before = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, group, CHUNK):
         j = start + tl.arange(0, CHUNK).to(tl.int64)
-        parent_j, token_j = _prefixes(tokens, mask, node, b, j, group, length, depth)
+        parent_j, token_j = _prefixes(tokens, mask, prefix, b, j, group, length, depth)
         same = (parent_j[:, None] == parent[None, :]) & (token_j[:, None] == token[None, :])
         members += tl.sum(same.to(tl.int32), 0)
         before += tl.sum((same & (j[:, None] < g[None, :])).to(tl.int32), 0)
@@ -126,14 +182,14 @@ def _buckets(
 
 @triton.jit
 def _nodes(
-    tokens, rewards, mask, earlier, mean, advantage, valid, node, b, g, group, length, depth, eps, std_floor,
-    ddof, min_siblings, baseline, STATISTICS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    tokens, rewards, mask, prefix, earlier, mean, advantage, valid, node, b, g, group, length, depth, ragged,
+    eps, std_floor, ddof, min_siblings, baseline, scale, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Phase 2 for the candidates g: ``node``, ``advantage`` and ``valid``."""
     candidate = b * group + g
-    parent, token = _prefixes(tokens, mask, node, b, g, group, length, depth)
+    parent, token = _prefixes(tokens, mask, prefix, b, g, group, length, depth)
     rank = tl.zeros((BLOCK,), tl.int32)
-    highest = tl.full((CHUNK,), -1, tl.int32)
     siblings = tl.zeros((BLOCK,), tl.int32)
     family = tl.zeros((BLOCK,), tl.int32)  # candidates below the parent
     family_total = tl.zeros((BLOCK,), tl.float64)
@@ -143,9 +199,8 @@ def _nodes(
         own_mean = tl.load(mean + candidate, g < group, 0.0)
     for start in range(0, group, CHUNK):
         j = start + tl.arange(0, CHUNK).to(tl.int64)
-        parent_j, token_j = _prefixes(tokens, mask, node, b, j, group, length, depth)
+        parent_j, token_j = _prefixes(tokens, mask, prefix, b, j, group, length, depth)
         is_first = (tl.load(earlier + b * group + j, j < group, 1) == 0) & (parent_j >= 0)
-        highest = tl.maximum(highest, tl.where(j < group, parent_j, -1))
         same_parent = parent_j[:, None] == parent[None, :]
         less = (parent_j[:, None] < parent[None, :]) | (same_parent & (token_j[:, None] < token[None, :]))
         rank += tl.sum((less & is_first[:, None]).to(tl.int32), 0)
@@ -159,7 +214,7 @@ def _nodes(
             siblings += tl.sum(sibling.to(tl.int32), 0)
             difference_sum += tl.sum(difference, 0)
             squares += tl.sum(difference * difference, 0)
-    first = tl.where(depth > 0, tl.max(highest, 0) + 1, 0)
+    first = _nodes_above(node, b, group, length, depth, ragged, BLOCK)
     slot = candidate * length + depth
     tl.store(node + slot, tl.where(parent < 0, -1, first + rank), g < group)
     if STATISTICS:
@@ -170,7 +225,13 @@ def _nodes(
         over = -difference_sum / tl.where(baseline == 2, tl.maximum(n - 1.0, 1.0), n)
         parent_mean = family_total / tl.maximum(family, 1).to(tl.float64)
         over = tl.where(baseline == 1, own_mean - parent_mean, over)
-        result = tl.where(usable & (squares != 0.0), over / (tl.maximum(std, std_floor) + eps), 0.0)
+        divisor = tl.full((), 1.0, tl.float64)
+        if scale == 1:
+            divisor = _request_divisor(rewards, mask, b, group, length, eps, std_floor, ddof, BLOCK)
+        over = over / tl.where(scale == 0, tl.maximum(std, std_floor) + eps, divisor)
+        # One sibling that is not finite makes all differences so.
+        over = tl.where(tl.abs(difference_sum) < float("inf"), over, float("nan"))
+        result = tl.where(usable & (squares != 0.0), over, 0.0)
         tl.store(advantage + slot, result.to(tl.float32), g < group)
         tl.store(valid + slot, usable, g < group)
 
@@ -178,27 +239,27 @@ def _nodes(
 @kernel
 def _siblings(
     tokens: ADDRESS, tokens_type, t0, t1, t2, rewards: ADDRESS, rewards_type, r0, r1, mask: ADDRESS,
-    mask_type, m0, m1, earlier: ANY, mean: ANY, advantage: ANY, valid: ANY, node: I32, count: I32, group,
-    length, blocks, first, last, eps: tl.float64, std_floor: tl.float64, ddof, min_siblings, baseline,
-    PHASES: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    mask_type, m0, m1, m2, prefix: I32, earlier: ANY, mean: ANY, advantage: ANY, valid: ANY, node: I32,
+    count: I32, group, length, blocks, first, last, ragged, eps: tl.float64, std_floor: tl.float64, ddof,
+    min_siblings, baseline, scale, PHASES: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     tokens = Array(tokens, tokens_type, t0, t1, t2)
     rewards = Array(rewards, rewards_type, r0, r1, 0)
-    mask = Array(mask, mask_type, m0, m1, 0)
+    mask = Array(mask, mask_type, m0, m1, m2)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     g = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     for depth in range(first, last):
         if PHASES & 1:
             _buckets(
-                tokens, rewards, mask, earlier, mean, node, count, b, g, group, length, depth, STATISTICS,
+                tokens, rewards, mask, prefix, earlier, mean, count, b, g, group, length, depth, STATISTICS,
                 BLOCK, CHUNK,
             )  # fmt: skip
         if PHASES == 3:
             tl.debug_barrier()
         if PHASES & 2:
             _nodes(
-                tokens, rewards, mask, earlier, mean, advantage, valid, node, b, g, group, length, depth, eps,
-                std_floor, ddof, min_siblings, baseline, STATISTICS, BLOCK, CHUNK,
+                tokens, rewards, mask, prefix, earlier, mean, advantage, valid, node, b, g, group, length,
+                depth, ragged, eps, std_floor, ddof, min_siblings, baseline, scale, STATISTICS, BLOCK, CHUNK,
             )  # fmt: skip
         if PHASES == 3:
             tl.debug_barrier()

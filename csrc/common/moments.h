@@ -1,5 +1,6 @@
 // Mean and deviation of a group of numbers. Two passes in double over float32 data: sums of float32 rewards are exact
-// in practice, so the order of candidates does not show, and equal means compare equal.
+// in practice, so the order of candidates does not show, and equal means compare equal. A value that is NaN or infinite makes what is
+// compared with it NaN.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 namespace vstar {
 
 struct Moments {
-  double mean;
+  double mean;            // NaN unless all values are finite
   double sum_of_squares;  // of the deviations from the mean
   bool equal;             // all values are the same: the standardized values are exactly 0
 };
@@ -23,7 +24,7 @@ VSTAR_INLINE Moments moments(int64_t n, const At& at) {
   for (int64_t i = 0; i < n; ++i) {
     const double x = at(i);
     sum += x;
-    equal = equal && x == first;
+    equal = equal && x - first == 0;  // infinities are not
   }
   const double mean = sum / double(n);
   double squares = 0;
@@ -31,7 +32,7 @@ VSTAR_INLINE Moments moments(int64_t n, const At& at) {
     const double off = at(i) - mean;
     squares += off * off;
   }
-  return {mean, squares, equal};
+  return {mean - mean == 0 ? mean : double(NAN), squares, equal};
 }
 
 // 1 / (max(std, std_floor) + eps). A standard deviation of NaN stays NaN.

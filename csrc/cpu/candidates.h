@@ -77,18 +77,22 @@ inline void sort_columns(SortedCandidates& r, int64_t n, int64_t length) {
   }
 }
 
-// Sort the candidates of request b; returns how many the mask leaves, and clears the results of the others.
+// Sort the candidates of request b; returns how many the mask leaves, and clears the results of what it masks.
 template <class Args>
 int64_t sort_candidates(const Args& a, int64_t b, SortedCandidates& r) {
   r.candidate.resize(a.group);
   int64_t n = 0;
   for (int64_t g = 0; g < a.group; ++g) {
     r.candidate[n] = int32_t(g);
-    if (a.mask.at(b, g)) {
-      ++n;
-    } else {
-      a.clear(b, g);
+    bool any = false;
+    for (int64_t d = 0; d < a.length; ++d) {
+      if (a.mask.at(b, g, d)) {
+        any = true;
+      } else {
+        a.clear(a.slot(b, g) + d);
+      }
     }
+    n += any;
   }
   const int64_t length = a.length, step = a.token.stride[2];
   r.column.resize(n * length);
@@ -105,6 +109,28 @@ int64_t sort_candidates(const Args& a, int64_t b, SortedCandidates& r) {
   }
   if (n > 0) sort_columns(r, n, length);
   return n;
+}
+
+// The order of those of the n candidates whose token of level d is there: in `kept`, if the mask tells tokens apart.
+// n becomes their number.
+template <class Args>
+const SortedCandidates& at_level(
+    const Args& a, int64_t b, int64_t d, const SortedCandidates& r, int64_t& n, SortedCandidates& kept) {
+  if (!a.by_token()) return r;
+  kept.order.clear();
+  kept.sorted.clear();
+  kept.shared.clear();
+  int32_t shared = INT32_MAX;
+  for (int64_t i = 0; i < n; ++i) {
+    shared = std::min(shared, r.shared[i]);
+    if (!a.mask.at(b, r.sorted[i], d)) continue;
+    kept.order.push_back(r.order[i]);
+    kept.sorted.push_back(r.sorted[i]);
+    kept.shared.push_back(shared);
+    shared = INT32_MAX;
+  }
+  n = int64_t(kept.order.size());
+  return kept;
 }
 
 }  // namespace vstar

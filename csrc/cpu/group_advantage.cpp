@@ -22,10 +22,11 @@ void run(const Cpu& device, const GroupAdvantageArgs& a) {
         values[n] = a.reward.at(b, g);
         candidate[n++] = g;
       }
-      if (n <= a.ddof) continue;
+      if (n < 2) continue;
       const Moments m = moments(n, [&](int64_t i) { return values[i]; });
       if (m.equal) continue;
-      const double scale = standardizing_scale(m.sum_of_squares, double(n - a.ddof), a.std_floor, a.eps);
+      const double scale =
+          a.scaled ? standardizing_scale(m.sum_of_squares, double(n - a.ddof), a.std_floor, a.eps) : 1.0;
       for (int64_t i = 0; i < n; ++i) advantage[candidate[i]] = float((values[i] - m.mean) * scale);
     }
   });

@@ -37,10 +37,12 @@ Products products(const double* x, const double* y, int64_t n) {
 
 // The open prefix of a depth.
 struct Bucket {
-  double* sum;    // [E] of embeddings
-  int64_t start;  // where it began
-  int32_t id;
-  float cosine;  // of the prefix that was closed last
+  double* sum;     // [E] of the embeddings of its candidates, those below open prefixes not counted in yet
+  int64_t start;   // where it began
+  int64_t count;   // of candidates in the sum
+  int64_t closed;  // of candidates of the prefix that was closed last, below the same open prefix
+  int32_t id;      // of the prefix that was closed last, as its cosine
+  float cosine;
 };
 
 class Sweep {
@@ -60,7 +62,9 @@ class Sweep {
     int32_t begin = 0;
     for (int64_t d = 0; d < a.length; ++d) {
       bucket[d].id = begin - 1;
-      for (int64_t i = 0; i < n; ++i) begin += r.shared[i] <= d;
+      int64_t there = n;
+      const SortedCandidates& c = at_level(a, b, d, r, there, kept);
+      for (int64_t i = 0; i < there; ++i) begin += c.shared[i] <= d;
     }
     for (int64_t i = 0; i <= n; ++i) {
       // Close the prefixes that candidate i does not share, the longest first.
@@ -74,7 +78,10 @@ class Sweep {
   // The prefix of level d that ends before position i.
   void close(int64_t b, int64_t i, int64_t d) {
     Bucket& mine = bucket[d];
-    if (d + 1 < a.length && bucket[d + 1].start == mine.start) {
+    if (mine.count == 0) return;  // all of its candidates end before
+    ++mine.id;
+    mine.closed = mine.count;
+    if (d + 1 < a.length && bucket[d + 1].closed == mine.count) {
       mine.cosine = bucket[d + 1].cosine;  // its only child has the same candidates
     } else {
       const Products p = products(mine.sum, target.data(), a.width);
@@ -84,29 +91,35 @@ class Sweep {
     for (int64_t t = 0; matches && t <= d; ++t) matches = r.column[t * n + r.order[i - 1]] == a.target.at(b, t);
     const float value = bucket_return(matches, a.weight[d], mine.cosine);
     for (int64_t p = mine.start; p < i; ++p) {
-      a.store(a.slot(b, r.sorted[p]) + d, value, mine.cosine, mine.id, i - mine.start);
+      if (!a.mask.at(b, r.sorted[p], d)) continue;
+      a.store(a.slot(b, r.sorted[p]) + d, value, mine.cosine, mine.id, mine.count);
     }
     if (d == 0) return;
     Bucket& above = bucket[d - 1];
-    if (mine.start == above.start) {
+    if (above.count == 0) {
       std::swap(mine.sum, above.sum);
     } else {
       const double* from = mine.sum;
       double* to = above.sum;
       for (int64_t e = 0; e < a.width; ++e) to[e] += from[e];
     }
+    above.count += mine.count;
   }
 
-  // The prefixes that candidate i begins, those longer than what it shares; its embedding goes into the longest.
+  // The prefixes that candidate i begins, those longer than what it shares; its embedding goes into the longest that
+  // it has.
   void open(int64_t b, int64_t i, int64_t shared) {
     for (int64_t d = shared; d < a.length; ++d) {
       bucket[d].start = i;
-      ++bucket[d].id;
+      bucket[d].count = bucket[d].closed = 0;
     }
-    const Bucket& longest = bucket[a.length - 1];
+    int64_t end = a.by_token() ? 0 : a.length;
+    while (end < a.length && a.mask.at(b, r.sorted[i], end)) ++end;
+    if (end == 0) return;
+    Bucket& longest = bucket[end - 1];
     double* const sum = longest.sum;
     const int64_t from = a.embedding.offset(b, r.sorted[i]), step = a.embedding.stride[2];
-    if (longest.start == i) {
+    if (longest.count++ == 0) {
       a.embedding.each(from, step, a.width, [&](int64_t e, float x) { sum[e] = x; });
     } else {
       a.embedding.each(from, step, a.width, [&](int64_t e, float x) { sum[e] += x; });
@@ -114,7 +127,7 @@ class Sweep {
   }
 
   const PrefixReturnsArgs& a;
-  SortedCandidates r;
+  SortedCandidates r, kept;
   int64_t n = 0;
   double target_norm = 0;
   std::vector<double> buffer;  // [L, E]

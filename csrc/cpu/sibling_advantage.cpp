@@ -25,14 +25,17 @@ class Sweep {
   explicit Sweep(const SiblingAdvantageArgs& args) : a(args) {}
 
   void request(int64_t b) {
-    const int64_t n = sort_candidates(a, b, r);
-    reward.resize(n);
-    for (int64_t i = 0; i < n; ++i) reward[i] = a.reward.at(b, r.candidate[i]);
+    const int64_t all = sort_candidates(a, b, r);
+    reward.resize(all);
+    for (int64_t i = 0; i < all; ++i) reward[i] = a.reward.at(b, r.candidate[i]);
+    of_request = request_scale(a, all, [&](int64_t i) { return reward[i]; });
     int64_t id = -1;
     for (int64_t depth = 1; depth <= a.length; ++depth) {
+      int64_t n = all;
+      const SortedCandidates& c = at_level(a, b, depth - 1, r, n, kept);
       for (int64_t begin = 0; begin < n;) {  // one parent prefix of depth - 1 tokens
-        const int64_t end = find_children(begin, n, depth);
-        store(b, begin, depth, id);
+        const int64_t end = find_children(c, begin, n, depth);
+        store(c, b, begin, depth, id);
         begin = end;
       }
     }
@@ -40,36 +43,38 @@ class Sweep {
 
  private:
   // The children of the parent that begins at a position; returns where the next one begins.
-  int64_t find_children(int64_t begin, int64_t n, int64_t depth) {
+  int64_t find_children(const SortedCandidates& c, int64_t begin, int64_t n, int64_t depth) {
     children.clear();
     int64_t i = begin;
     do {
       double sum = 0;
       const int64_t start = i;
       do {
-        sum += reward[r.order[i++]];
-      } while (i < n && r.shared[i] >= depth);
+        sum += reward[c.order[i++]];
+      } while (i < n && c.shared[i] >= depth);
       children.push_back({sum / double(i - start), i - start, i});
-    } while (i < n && r.shared[i] >= depth - 1);
+    } while (i < n && c.shared[i] >= depth - 1);
     return i;
   }
 
-  void store(int64_t b, int64_t position, int64_t depth, int64_t& id) const {
+  void store(const SortedCandidates& c, int64_t b, int64_t position, int64_t depth, int64_t& id) const {
     const int64_t siblings = int64_t(children.size());
     const SiblingScale scale = sibling_scale(
-        a, siblings, [&](int64_t i) { return children[i].mean; }, [&](int64_t i) { return children[i].count; });
+        a, siblings, of_request, [&](int64_t i) { return children[i].mean; },
+        [&](int64_t i) { return children[i].count; });
     for (const Child& child : children) {
       const float advantage = sibling_advantage_of(a, scale, child.mean, siblings);
       ++id;
       for (; position < child.end; ++position) {
-        const int64_t at = a.slot(b, r.sorted[position]) + depth - 1;
+        const int64_t at = a.slot(b, c.sorted[position]) + depth - 1;
         a.store(at, advantage, siblings >= a.min_siblings, id, child.count);
       }
     }
   }
 
   const SiblingAdvantageArgs& a;
-  SortedCandidates r;
+  SortedCandidates r, kept;
+  double of_request = 1;
   std::vector<double> reward;
   std::vector<Child> children;
 };

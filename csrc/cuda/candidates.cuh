@@ -59,7 +59,7 @@ VSTAR_DEVICE bool comes_before(const Candidates& c, int64_t group, int64_t lengt
   return a < b;
 }
 
-// Fill c for request b, and clear the results of the candidates that the mask leaves out. Ends with a barrier.
+// Fill c for request b, and clear the results of what the mask leaves out. Ends with a barrier.
 template <class Args>
 VSTAR_DEVICE void sort_candidates(Candidates& c, const WithScratch<Args>& a, int64_t b) {
   const int group = int(a.group), slots = a.slots, threads = int(blockDim.x), thread = int(threadIdx.x);
@@ -71,10 +71,14 @@ VSTAR_DEVICE void sort_candidates(Candidates& c, const WithScratch<Args>& a, int
   } else {
     for (int first = 0; first < group; first += threads) {
       const int g = first + thread;
-      const bool valid = g < group && a.mask.at(b, g);
+      bool valid = false;
+      for (int64_t d = 0; g < group && d < length; ++d) {
+        const bool there = a.mask.at(b, g, d);
+        if (!there) a.clear(a.slot(b, g) + d);
+        valid = valid || there;
+      }
       const BlockSum sum = block_sum_before(valid, c.sums);
       if (valid) c.candidate[n + sum.before] = g;
-      if (g < group && !valid) a.clear(b, g);
       n += sum.total;
     }
   }
@@ -123,6 +127,41 @@ VSTAR_DEVICE void sort_candidates(Candidates& c, const WithScratch<Args>& a, int
     c.shared[p] = common;
   }
   __syncthreads();
+}
+
+// Of the order in c the candidates whose token of level d is there, where the mask tells tokens apart: `kept` begins as
+// c with `order` and `shared` of its own. Ends with a barrier.
+template <class Args>
+VSTAR_DEVICE void keep_level(Candidates& kept, const Candidates& c, const WithScratch<Args>& a, int64_t b, int64_t d) {
+  const auto there = [&](int p) { return a.mask.at(b, c.candidate[c.order[p]], d); };
+  kept.n = 0;
+  for (int first = 0; first < c.n; first += int(blockDim.x)) {
+    const int p = first + int(threadIdx.x);
+    const bool valid = p < c.n && there(p);
+    const BlockSum sum = block_sum_before(valid, c.sums);
+    if (valid) {
+      int shared = c.shared[p];
+      for (int i = p - 1; i >= 0 && !there(i); --i) shared = c.shared[i] < shared ? c.shared[i] : shared;
+      kept.order[kept.n + sum.before] = c.order[p];
+      kept.shared[kept.n + sum.before] = shared;
+    }
+    kept.n += sum.total;
+  }
+  __syncthreads();
+}
+
+// Scratch of an order of some of the candidates.
+template <class Args>
+int64_t kept_bytes(const Args& a) { return a.by_token() ? 8 * a.group : 0; }
+
+template <class Args>
+VSTAR_DEVICE Candidates lay_out_kept(int32_t* memory, const Candidates& c, const WithScratch<Args>& a) {
+  Candidates kept = c;
+  if (a.by_token()) {
+    kept.order = memory;
+    kept.shared = memory + a.group;
+  }
+  return kept;
 }
 
 // One launch, one block per request with so many bytes of scratch.

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advan
   const int64_t b = blockIdx.x;
   double totals[2] = {0, 0};  // of the rewards, and how many there are
   float top = -kInf, bottom = kInf;
-  bool ordered = true;
+  bool finite = true;
   for (int64_t g = threadIdx.x; g < a.group; g += 32 * kWarps) {
     if (!a.mask.at(b, g)) continue;
     const float x = a.reward.at(b, g);
@@ -24,14 +24,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advan
     totals[1] += 1;
     top = x > top ? x : top;
     bottom = x < bottom ? x : bottom;
-    ordered = ordered && x == x;
+    finite = finite && x - x == 0;
   }
   block_sums<kWarps>(totals, scratch);
-  const double count = totals[1], mean = totals[0] / count;
-  // Whether some rewards differ: from the first one's side, extremes and NaN of all threads.
+  const double count = totals[1];
+  // Whether some rewards differ: the extremes of all threads, and whether all are finite.
   top = warp_max(top);
   bottom = warp_min(bottom);
-  bool equal = __all_sync(kAll, ordered) != 0;
+  bool equal = __all_sync(kAll, finite) != 0;
   if (kWarps > 1) {
     float* const extremes = reinterpret_cast<float*>(scratch);
     if (lane() == 0) {
@@ -47,6 +47,8 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advan
   }
   equal = equal && top == bottom;
 
+  // NaN unless all are finite, whatever a finite reward and an infinite sum give.
+  const double mean = totals[0] - totals[0] == 0 ? totals[0] / count : double(NAN);
   double squares[1] = {0};
   for (int64_t g = threadIdx.x; g < a.group; g += 32 * kWarps) {
     if (!a.mask.at(b, g)) continue;
@@ -54,8 +56,9 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 16 : 4) group_advan
     squares[0] += off * off;
   }
   block_sums<kWarps>(squares, scratch);
-  const bool signal = count > double(a.ddof) && !equal;
-  const double scale = standardizing_scale(squares[0], count - double(a.ddof), a.std_floor, a.eps);
+  const bool signal = count >= 2 && !equal;
+  const double scale =
+      a.scaled ? standardizing_scale(squares[0], count - double(a.ddof), a.std_floor, a.eps) : 1.0;
   for (int64_t g = threadIdx.x; g < a.group; g += 32 * kWarps) {
     const bool valid = signal && a.mask.at(b, g);
     a.advantage[b * a.group + g] = valid ? float((double(a.reward.at(b, g)) - mean) * scale) : 0.0f;

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(256, 3) prefix_returns_kernel(WithScratch<Pref
   Level level = Level::lay_out(c.sums + 33, group);
 
   sort_candidates(c, a, b);
+  Candidates now = lay_out_kept(level.end(group), c, a);  // the candidates whose token of the level is there
   double target_square = 0;
   for (int64_t e = lane(); e < a.width; e += 32) {
     const double x = double(a.target_embedding.at(b, e));
@@ -26,13 +27,14 @@ __global__ void __launch_bounds__(256, 3) prefix_returns_kernel(WithScratch<Pref
 
   int id = 0;
   for (int64_t depth = 1; depth <= a.length; ++depth) {
-    find_level(level, c, depth);
+    if (a.by_token()) keep_level(now, c, a, b, depth - 1);
+    find_level(level, now, depth);
     for (int i = warp(); i < level.size; i += warps) {
       const int begin = level.begin[i], end = level.begin[i + 1];
       double square = 0, dot = 0;
       for (int64_t e = lane(); e < a.width; e += 32) {
         double sum = 0;
-        for (int p = begin; p < end; ++p) sum += double(a.embedding.at(b, c.candidate[c.order[p]], e));
+        for (int p = begin; p < end; ++p) sum += double(a.embedding.at(b, c.candidate[now.order[p]], e));
         square += sum * sum;
         dot += sum * double(a.target_embedding.at(b, e));
       }
@@ -40,11 +42,11 @@ __global__ void __launch_bounds__(256, 3) prefix_returns_kernel(WithScratch<Pref
       const float cosine = bucket_cosine(warp_sum(dot), square, target_norm);
       bool matches = true;
       for (int64_t t = lane(); t < depth; t += 32) {
-        matches = matches && c.token[t * group + c.order[begin]] == a.target.at(b, t);
+        matches = matches && c.token[t * group + now.order[begin]] == a.target.at(b, t);
       }
       const float value = bucket_return(__all_sync(kAll, matches), a.weight[depth - 1], cosine);
       for (int p = begin + lane(); p < end; p += 32) {
-        a.store(a.slot(b, c.candidate[c.order[p]]) + depth - 1, value, cosine, id + i, end - begin);
+        a.store(a.slot(b, c.candidate[now.order[p]]) + depth - 1, value, cosine, id + i, end - begin);
       }
     }
     id += level.size;
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(256, 3) prefix_returns_kernel(WithScratch<Pref
 
 inline void run(const Gpu& gpu, const PrefixReturnsArgs& a) {
   if (a.group == 0 || a.length == 0) return;
-  const int64_t bytes = Candidates::bytes(a.group, a.length) + round_up(level_bytes(a.group), 16);
+  const int64_t bytes = Candidates::bytes(a.group, a.length) + round_up(level_bytes(a.group) + kept_bytes(a), 16);
   launch_requests(gpu, prefix_returns_kernel, a, bytes, 256);
 }
 

@@ -12,14 +12,22 @@ inline Baseline parse_baseline(const std::string& name) {
   return Baseline::kLeaveOneOut;
 }
 
+inline Scale parse_scale(const std::string& name) {
+  if (name == "siblings") return Scale::kSiblings;
+  if (name == "group") return Scale::kGroup;
+  STD_TORCH_CHECK(name == "none", "scale must be siblings, group or none, got ", name);
+  return Scale::kNone;
+}
+
 template <class Device>
 void sibling_advantage(Call<Device>& call) {
   SiblingAdvantageArgs a{};
-  std::string baseline;
+  std::string baseline, scale;
   call.inputs(
       sized(a.token, &a.batch, &a.group, &a.length), a.reward, optional(a.mask), a.eps, a.ddof, a.std_floor,
-      a.min_siblings, baseline);
+      a.min_siblings, baseline, scale);
   a.baseline = parse_baseline(baseline);
+  a.scale = parse_scale(scale);
   const Sizes tokens{a.batch, a.group, a.length};
   call.output(a.advantage, tokens);
   call.output(a.valid, tokens);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .sibling_advantage import sibling_advantage
+from .sibling_advantage import sibling_advantage, tokens_there
 
 
 def prefix_returns(
@@ -19,17 +19,17 @@ def prefix_returns(
     """The dispatcher's signature; see :func:`vstar_ops.prefix_returns`. O(B G^2 (L + E))."""
     batch, group, length = tokens.shape
     result = torch.float64 if embedding.dtype == torch.float64 else torch.float32
-    present = torch.ones(batch, group, dtype=torch.bool, device=tokens.device) if mask is None else mask
-    item = torch.where(present[..., None], embedding.double(), 0)
+    there = tokens_there(tokens, mask)
+    item = embedding.double()
     wanted = target_embedding.double()
-    _, _, node, count = sibling_advantage(
-        tokens, torch.zeros_like(item[..., :1]).sum(2), mask, 1.0, 0, 0.0, 2, "sibling", "none"
-    )
+    zeros = torch.zeros(batch, group, device=tokens.device)
+    _, _, node, count = sibling_advantage(tokens, zeros, mask, 1.0, 0, 0.0, 2, "sibling", "none")
 
     returns = torch.zeros(batch, group, length, dtype=result, device=tokens.device)
     similarity = torch.zeros_like(returns)
     for depth in range(length):
-        same = (node[:, :, None, depth] == node[:, None, :, depth]) & present[:, None] & present[:, :, None]
+        present = there[:, :, depth]
+        same = (node[:, :, None, depth] == node[:, None, :, depth]) & present[:, None]
         # A product with a mask would turn the NaN of one bucket into NaN of all.
         total = (
             torch.stack([torch.where(same[:, g, :, None], item, 0).sum(1) for g in range(group)], 1)

@@ -9,6 +9,7 @@ struct GroupAdvantageArgs {
   MaskView mask;     // [B, G]
   int64_t batch, group, ddof;
   double eps, std_floor;
+  bool scaled;
   float* advantage;  // [B, G]
 };
 

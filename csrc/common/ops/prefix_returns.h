@@ -22,10 +22,8 @@ struct PrefixReturnsArgs : CandidateArgs {
     count[at] = int32_t(its_count);
   }
 
-  // The results of a candidate that the mask leaves out.
-  VSTAR_INLINE_MEMBER void clear(int64_t b, int64_t g) const {
-    for (int64_t d = 0; d < length; ++d) store(slot(b, g) + d, 0.0f, 0.0f, -1, 0);
-  }
+  // The results of a token that the mask leaves out.
+  VSTAR_INLINE_MEMBER void clear(int64_t at) const { store(at, 0.0f, 0.0f, -1, 0); }
 };
 
 // Of a bucket's sum of embeddings x with the target's y: x.y, x.x and |y|.

@@ -23,10 +23,8 @@ struct PrefixTreeArgs : CandidateArgs {
   }
   VSTAR_INLINE_MEMBER void store_unused(int64_t at) const { store(at, -1, -1, 0, -1, 0); }
 
-  // The results of a candidate that the mask leaves out.
-  VSTAR_INLINE_MEMBER void clear(int64_t b, int64_t g) const {
-    for (int64_t d = 0; d < length; ++d) node[slot(b, g) + d] = -1;
-  }
+  // The result of a token that the mask leaves out.
+  VSTAR_INLINE_MEMBER void clear(int64_t at) const { node[at] = -1; }
 };
 
 }  // namespace vstar

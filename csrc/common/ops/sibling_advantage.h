@@ -6,12 +6,14 @@
 namespace vstar {
 
 enum class Baseline { kSibling, kParent, kLeaveOneOut };
+enum class Scale { kSiblings, kGroup, kNone };
 
 struct SiblingAdvantageArgs : CandidateArgs {
   FloatView reward;  // [B, G]
   double eps, std_floor;
   int64_t ddof, min_siblings;
   Baseline baseline;
+  Scale scale;
   float* advantage;  // [B, G, L], as all results
   bool* valid;
   int32_t *node, *count;
@@ -24,10 +26,8 @@ struct SiblingAdvantageArgs : CandidateArgs {
     count[at] = int32_t(its_count);
   }
 
-  // The results of a candidate that the mask leaves out.
-  VSTAR_INLINE_MEMBER void clear(int64_t b, int64_t g) const {
-    for (int64_t d = 0; d < length; ++d) store(slot(b, g) + d, 0.0f, false, -1, 0);
-  }
+  // The results of a token that the mask leaves out.
+  VSTAR_INLINE_MEMBER void clear(int64_t at) const { store(at, 0.0f, false, -1, 0); }
 };
 
 // (mean - base) * scale is the advantage of a child; a scale of 0 means no signal.
@@ -35,16 +35,25 @@ struct SiblingScale {
   double base, scale, total;
 };
 
+// What all advantages of a request of n candidates are multiplied by; siblings find a number of their own.
+template <class Reward>
+VSTAR_INLINE double request_scale(const SiblingAdvantageArgs& a, int64_t n, const Reward& reward) {
+  if (a.scale != Scale::kGroup || n < 2) return 1;
+  return standardizing_scale(moments(n, reward).sum_of_squares, double(n - a.ddof), a.std_floor, a.eps);
+}
+
 // Of the children of one parent: mean(i) is the i-th child's mean reward, count(i) its number of candidates.
 template <class Mean, class Count>
 VSTAR_INLINE SiblingScale sibling_scale(
-    const SiblingAdvantageArgs& a, int64_t siblings, const Mean& mean, const Count& count) {
+    const SiblingAdvantageArgs& a, int64_t siblings, double request_scale, const Mean& mean, const Count& count) {
   if (siblings < a.min_siblings) return {0, 0, 0};
   const Moments m = moments(siblings, mean);
   if (m.equal) return {0, 0, 0};
-  const double scale = standardizing_scale(m.sum_of_squares, double(siblings - a.ddof), a.std_floor, a.eps);
-  double base = m.mean;
-  if (a.baseline == Baseline::kParent) {
+  double scale = request_scale, base = m.mean;
+  if (a.scale == Scale::kSiblings) {
+    scale = standardizing_scale(m.sum_of_squares, double(siblings - a.ddof), a.std_floor, a.eps);
+  }
+  if (a.baseline == Baseline::kParent && base == base) {
     double sum = 0;
     int32_t candidates = 0;
     for (int64_t i = 0; i < siblings; ++i) {
