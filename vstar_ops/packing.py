@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops import prefix_tree, token_logp
-from .ops._checks import INTS, check, check_tokens, validating
+from .ops._checks import INTS, check, check_prefix_mask, check_tokens, validating
 from .trie import Trie
 
 
@@ -35,7 +35,7 @@ class PackedRows:
         outputs: int64 ``[B, 1 + n]``, the column of each output. If the prompts are padded on the left
             these are the last ``1 + n`` columns.
         source: int64 ``[B, G, L]``, the output that predicts token ``l`` of a candidate; -1 where that
-            prefix is not run, and for masked candidates.
+            prefix is not run, and where masked.
         own: int64 ``[B, G, L]``, the output of the candidate's prefix of ``l + 1`` tokens, likewise.
         depth: int64 ``[B, n]``, tokens of each node's prefix, 0 for unused nodes.
         ancestor: int64 ``[B, n, L]``, the nodes on the way to each node, itself the last; -1 past its depth.
@@ -158,8 +158,9 @@ def pack_prompts(
 
     Args:
         prompt: integers ``[B, T]``, padded on either side.
-        tokens: integers ``[B, G, L]``, the candidates, all of ``L`` tokens.
-        mask: bool ``[B, G]``, False for padded candidates.
+        tokens: integers ``[B, G, L]``, the candidates.
+        mask: bool ``[B, G]``, False for padded candidates, or ``[B, G, L]``: a candidate ends before its
+            first masked token, whatever follows.
         prompt_mask: bool or integers ``[B, T]``, False or 0 in padding. Every prompt needs one real token.
         needed: bool ``[B, G, L]``, which prefixes of ``l + 1`` tokens to run (and those above them). For
             example a prefix that only one legal token can follow need not be run: that token is certain.
@@ -189,9 +190,7 @@ def pack_prompts(
     device, batch = prompt.device, len(prompt)
     tokens = check_tokens("tokens", tokens, (batch, None, None), "[B, G, L]", device).long()
     group, length = tokens.shape[1:]
-    if mask is None:
-        mask = torch.ones(batch, group, dtype=torch.bool, device=device)
-    check("mask", mask, (batch, group), "[B, G]", (torch.bool,), device)
+    mask = check_prefix_mask(mask, (batch, group, length), device)
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt)
     check("prompt_mask", prompt_mask, tuple(prompt.shape), "[B, T]", (torch.bool, *INTS), device)
@@ -204,8 +203,10 @@ def pack_prompts(
 
     tree = prefix_tree(tokens, mask)
     node = tree.node.long()
-    needed = needed & (node >= 0)
-    if not leaves:
+    there = node >= 0
+    needed = needed & there
+    if not leaves:  # what no token follows
+        needed[..., :-1] &= there[..., 1:]
         needed[..., length - 1 :] = False
     needed = needed.flip(2).cumsum(2).flip(2) > 0  # a prefix is run for those below it, too
 
@@ -248,7 +249,7 @@ def pack_prompts(
         real=torch.cat([prompt_real, used], 1),
         tokens=tokens,
         outputs=torch.cat([last, prompt.shape[1] + torch.arange(room, device=device).expand(batch, -1)], 1),
-        source=torch.where(mask[..., None], source, -1),
+        source=torch.where(there, source, -1),
         own=own,
         depth=depth,
         ancestor=ancestor,

@@ -117,14 +117,18 @@ def check_int(name: str, value: Any, low: int) -> int:
     return value
 
 
-def check_floats(
-    name: str, value: Any, shape: tuple[int, ...], axes: str, device: torch.device
-) -> Tensor | None:
-    """An optional float argument as float32."""
+def floats_beside(x: Tensor) -> tuple[torch.dtype, ...]:
+    """What other arguments may be: float64 only where ``x`` is."""
+    return FLOATS_OR_DOUBLE if x.dtype is torch.float64 else FLOATS
+
+
+def check_floats(name: str, value: Any, shape: tuple[int, ...], axes: str, like: Tensor) -> Tensor | None:
+    """An optional float argument as float32, or beside float64 as float64."""
     if value is None:
         return None
-    check(name, value, shape, axes, FLOATS, device)
-    return value if value.dtype is torch.float32 else value.float()
+    check(name, value, shape, axes, floats_beside(like), like.device)
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return value if value.dtype is dtype else value.to(dtype)
 
 
 def check_finite(name: str, value: Any) -> float:
@@ -229,9 +233,18 @@ def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """An optional mask of candidates ``[B, G]``, or if the shape is ``[B, G, L]``, of candidates or tokens."""
     if mask is None:
         return
-    by_token = len(shape) == 3 and isinstance(mask, Tensor) and mask.dim() == 3
-    axes = "[B, G] or [B, G, L]" if len(shape) == 3 else "[B, G]"
-    check("mask", mask, shape if by_token else shape[:2], axes, (torch.bool,), device)
+    if len(shape) == 3 and isinstance(mask, Tensor) and mask.dim() == 3:
+        check("mask", mask, shape, "[B, G, L]", (torch.bool,), device)
+    else:
+        check("mask", mask, shape[:2], "[B, G]", (torch.bool,), device)
+
+
+def check_prefix_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """As :func:`check_mask`. Of tokens those before the first masked one, so that all prefixes are there."""
+    check_mask(mask, shape, device)
+    if mask is None or mask.dim() == 2:
+        return mask
+    return mask.to(torch.uint8).cumprod(2, dtype=torch.uint8).to(torch.bool)
 
 
 def check_finite_rewards(rewards: Tensor, mask: Tensor | None) -> None:

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_dynamo_compiling
 
 from .. import _triton
@@ -142,7 +141,8 @@ class Gradient(NamedTuple):
 
     Attributes:
         op: computes the gradient, on the backend that computed the result. None if ``backward`` needs no op.
-        save: ``setup_context(ctx, inputs, output)`` of an autograd function.
+        save: ``setup_context(ctx, inputs, output)`` of an autograd function. It saves the first input, so that
+            a second derivative by it is refused instead of being 0.
         backward: its backward, ``(ctx, op, *gradients)``: a gradient or None for each input.
     """
 
@@ -150,10 +150,31 @@ class Gradient(NamedTuple):
     save: Callable[..., None]
     backward: Callable[..., tuple[Any, ...]]
 
-    def formula(self, backend: str | None, dynamic: bool) -> Callable[..., tuple[Any, ...]]:
-        """The backward of one backend."""
+    def formula(self, name: str, backend: str | None, dynamic: bool) -> Callable[..., tuple[Any, ...]]:
+        """The backward of an op on one backend."""
         op = self.op and (self.op.dynamic if dynamic else self.op.overloads)[backend]
-        return once_differentiable(lambda ctx, *gradients: self.backward(ctx, op, *gradients))
+
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+            with torch.no_grad():
+                first, *others = self.backward(ctx, op, *gradients)
+            if first is not None and torch.is_grad_enabled():
+                first = _Once.apply(name, first, *gradients, *ctx.saved_tensors)
+            return first, *others
+
+        return backward
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as it is, that depends on tensors in a way that is not differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *_: Tensor | None) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.name} has no second derivative")
 
 
 def define(
@@ -212,7 +233,7 @@ def _implement(
     if gradient is None:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
-        backward = gradient.formula(backend, overload in op.dynamic.values())
+        backward = gradient.formula(op.name, backend, overload in op.dynamic.values())
         torch.library.register_autograd(name, backward, setup_context=gradient.save, lib=library)
 
 

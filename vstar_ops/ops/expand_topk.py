@@ -11,7 +11,7 @@ from .. import reference
 from .._deprecated import renamed_arguments, renamed_field
 from ..trie import Trie
 from ._checks import (
-    FLOATS,
+    FLOATS_OR_DOUBLE,
     INTS,
     check,
     check_finite,
@@ -21,9 +21,10 @@ from ._checks import (
     check_range,
     check_seeds,
     check_trie,
+    floats_beside,
     validating,
 )
-from ._registry import define
+from ._registry import define, result_dtype
 
 _SIZES = (int, torch.SymInt)
 
@@ -46,16 +47,17 @@ ExpandTopK.count = renamed_field("num_valid")  # type: ignore[method-assign]
 def _fake(
     logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, row: Tensor | None, k: int, *_: object
 ) -> tuple[Tensor, ...]:
-    batch, width = node.shape
-    score, logp = (logits.new_empty((batch, k), dtype=torch.float32) for _ in range(2))
+    (batch, width), dtype = node.shape, result_dtype(logits)
+    score, logp = (logits.new_empty((batch, k), dtype=dtype) for _ in range(2))
     parent, chosen, child = (logits.new_empty((batch, k), dtype=torch.int32) for _ in range(3))
     count = logits.new_empty((batch,), dtype=torch.int32)
-    return score, logp, parent, chosen, child, count, logits.new_empty((batch, width), dtype=torch.float32)
+    return score, logp, parent, chosen, child, count, logits.new_empty((batch, width), dtype=dtype)
 
 
 _op = define(
     reference.expand_topk,
     _fake,
+    double=("logits",),
 )
 
 
@@ -98,9 +100,10 @@ def expand_topk(
     the result is exact, and no illegal token is ever returned.
 
     Args:
-        logits: float32, bfloat16 or float16 ``[B, W, V]``, or with ``row`` ``[R, V]``, any strides. NaN reads
-            as -inf, +inf as the largest finite float32. With ``"legal"`` only legal children's logits are
-            read.
+        logits: float32, bfloat16, float16 or float64 ``[B, W, V]``, or with ``row`` ``[R, V]``, any strides.
+            NaN reads as -inf, +inf as the largest finite float32. With ``"legal"`` only legal children's
+            logits are read. float64 ones are taken by the reference implementation, which computes in
+            float64; the other floats may then be float64, and the results are.
         trie: the catalogue; its tokens are columns of ``logits``.
         node: int32 or int64 ``[B, W]``, the trie node of each prefix. Whatever is not a node (-1, or out
             of range) is a dead beam: it has no children.
@@ -146,10 +149,10 @@ def expand_topk(
 tensor([2], dtype=torch.int32))
     """
     if row is None:
-        logits = check("logits", logits, (None, None, None), "[B, W, V]", FLOATS)
+        logits = check("logits", logits, (None, None, None), "[B, W, V]", FLOATS_OR_DOUBLE)
         batch, width, columns = logits.shape
     else:
-        logits = check("logits", logits, (None, None), "[R, V]", FLOATS)
+        logits = check("logits", logits, (None, None), "[R, V]", FLOATS_OR_DOUBLE)
         batch, width = check("row", row, (None, None), "[B, W]", INTS, logits.device).shape
         columns = logits.shape[1]
     device = logits.device
@@ -160,12 +163,12 @@ tensor([2], dtype=torch.int32))
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     beams = (batch, width)
-    cum_logp = check_floats("cum_logp", cum_logp, beams, "[B, W]", device)
-    value = check_floats("value", value, beams, "[B, W]", device)
-    bonus = check_floats("bonus", bonus, beams, "[B, W]", device)
+    cum_logp = check_floats("cum_logp", cum_logp, beams, "[B, W]", logits)
+    value = check_floats("value", value, beams, "[B, W]", logits)
+    bonus = check_floats("bonus", bonus, beams, "[B, W]", logits)
     if child_value is not None:
         axes = "[B, W, V]" if row is None else "[R, V]"
-        check("child_value", child_value, logits.shape, axes, FLOATS, device)
+        check("child_value", child_value, logits.shape, axes, floats_beside(logits), device)
     if normalize not in ("legal", "vocab"):
         raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
     temperature = check_positive("temperature", temperature)

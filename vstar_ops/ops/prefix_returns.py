@@ -10,8 +10,15 @@ from torch import Tensor
 
 from .. import reference
 from .._deprecated import renamed_field
-from ._checks import FLOATS, check, check_tokens, level_weights
-from ._registry import define
+from ._checks import (
+    FLOATS_OR_DOUBLE,
+    check,
+    check_prefix_mask,
+    check_tokens,
+    floats_beside,
+    level_weights,
+)
+from ._registry import define, result_dtype
 
 
 class PrefixReturns(NamedTuple):
@@ -26,8 +33,8 @@ class PrefixReturns(NamedTuple):
 PrefixReturns.count = renamed_field("num_candidates")  # type: ignore[method-assign]
 
 
-def _fake(tokens: Tensor, *_: object) -> tuple[Tensor, ...]:
-    floats = tokens.new_empty(tokens.shape, dtype=torch.float32)
+def _fake(tokens: Tensor, embedding: Tensor, *_: object) -> tuple[Tensor, ...]:
+    floats = tokens.new_empty(tokens.shape, dtype=result_dtype(embedding))
     ints = tokens.new_empty(tokens.shape, dtype=torch.int32)
     return floats, torch.empty_like(floats), ints, torch.empty_like(ints)
 
@@ -35,6 +42,7 @@ def _fake(tokens: Tensor, *_: object) -> tuple[Tensor, ...]:
 _op = define(
     reference.prefix_returns,
     _fake,
+    double=("embedding",),
 )
 
 
@@ -60,19 +68,22 @@ def prefix_returns(
 
     Args:
         tokens: integers ``[B, G, L]`` of any value: ``G`` candidates per request.
-        embedding: float32, bfloat16 or float16 ``[B, G, E]``, of the candidates' items.
+        embedding: float32, bfloat16, float16 or float64 ``[B, G, E]``, of the candidates' items.
         target: integers ``[B, L]``, the logged item :math:`y^*`.
-        target_embedding: float32, bfloat16 or float16 ``[B, E]``, of the target.
-        mask: bool ``[B, G]``, False for padded candidates, which take no part.
+        target_embedding: float32, bfloat16 or float16 ``[B, E]``, of the target; float64 beside a float64
+            ``embedding``.
+        mask: bool ``[B, G]``, False for padded candidates, which take no part, or ``[B, G, L]``: a candidate
+            ends before its first masked token, whatever follows.
         weights: :math:`w_\ell`, ``L`` numbers. Default: (0.3, 0.5, 1.0) for three levels, as in the paper;
             for other lengths the same rise from 0.3 to 1, read off at ``L`` equal steps; (1.0,) for one.
 
     Returns:
         A named tuple, each ``[B, G, L]``, entry ``[b, g, l]`` speaking of the prefix of ``l + 1`` tokens;
-        0 for masked candidates, whose ``node`` is -1:
+        0 where masked, and ``node`` is -1:
 
-        - ``returns`` float32, :math:`r_\ell`.
-        - ``similarity`` float32, the cosine; 0 where either embedding is zero, NaN where one holds NaN or
+        - ``returns`` float32, :math:`r_\ell`; float64 for a float64 ``embedding``, which the reference
+          implementation takes.
+        - ``similarity`` of the same dtype, the cosine; 0 where either embedding is zero, NaN where one holds NaN or
           infinity. The return is then NaN too, except for prefixes of the target.
         - ``node`` int32, the number of the distinct prefix, as :func:`sibling_advantage` counts them.
         - ``num_candidates`` int32, candidates in the bucket.
@@ -94,12 +105,11 @@ def prefix_returns(
     tokens = check_tokens("tokens", tokens, (None, None, None), "[B, G, L]")
     batch, group, length = tokens.shape
     device = tokens.device
-    check("embedding", embedding, (batch, group, None), "[B, G, E]", FLOATS, device)
+    check("embedding", embedding, (batch, group, None), "[B, G, E]", FLOATS_OR_DOUBLE, device)
     target = check_tokens("target", target, (batch, length), "[B, L]", device)
     width = embedding.shape[2]
-    check("target_embedding", target_embedding, (batch, width), "[B, E]", FLOATS, device)
-    if mask is not None:
-        check("mask", mask, (batch, group), "[B, G]", (torch.bool,), device)
+    check("target_embedding", target_embedding, (batch, width), "[B, E]", floats_beside(embedding), device)
+    mask = check_prefix_mask(mask, tuple(tokens.shape), device)
     if weights is None:
         weights = _default_weights(length)
     weight = level_weights("weights", weights, length, torch.float64, tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._deprecated import renamed_field
-from ._checks import check, check_tokens
+from ._checks import check_prefix_mask, check_tokens
 from ._registry import define
 
 
@@ -55,7 +55,8 @@ def prefix_tree(tokens: Tensor, mask: Tensor | None = None) -> PrefixTree:
 
     Args:
         tokens: integers ``[B, G, L]`` of any value: ``G`` candidates per request.
-        mask: bool ``[B, G]``, False for padded candidates, which take no part.
+        mask: bool ``[B, G]``, False for padded candidates, which take no part, or ``[B, G, L]``: a candidate
+            ends before its first masked token, whatever follows.
 
     Returns:
         A named tuple of int32 (``token`` as wide as ``tokens``, int32 for narrower ones). There is room for
@@ -67,7 +68,7 @@ def prefix_tree(tokens: Tensor, mask: Tensor | None = None) -> PrefixTree:
         - ``first`` ``[B, N]``: the first candidate through it, so that
           ``tokens[b, first[b, n], : depth[b, n]]`` is the prefix.
         - ``num_candidates`` ``[B, N]``: candidates through it.
-        - ``node`` ``[B, G, L]``: the node of a candidate's prefix of ``l + 1`` tokens, -1 if masked.
+        - ``node`` ``[B, G, L]``: the node of a candidate's prefix of ``l + 1`` tokens, -1 where masked.
         - ``size`` ``[B]``: nodes of the request. Later slots hold -1; 0 in ``depth``, ``num_candidates``.
 
         The same for any number of threads. No gradient flows.
@@ -85,6 +86,5 @@ def prefix_tree(tokens: Tensor, mask: Tensor | None = None) -> PrefixTree:
                 [3, 2, 4, 3]], dtype=torch.int32)
     """
     tokens = check_tokens("tokens", tokens, (None, None, None), "[B, G, L]")
-    if mask is not None:
-        check("mask", mask, tuple(tokens.shape[:2]), "[B, G]", (torch.bool,), tokens.device)
+    mask = check_prefix_mask(mask, tuple(tokens.shape), tokens.device)
     return PrefixTree(*_op(tokens.device, tokens, mask))

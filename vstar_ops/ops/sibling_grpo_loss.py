@@ -43,13 +43,13 @@ def _fake(logp: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(inputs[0], output[2])
     ctx.dtype, ctx.others = inputs[0].dtype, len(inputs) - 1
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx: Any, _: None, grad_loss: Tensor, *__: Tensor) -> tuple[Any, ...]:
-    return (grad_loss * ctx.saved_tensors[0]).to(ctx.dtype), *[None] * ctx.others
+    return (grad_loss * ctx.saved_tensors[1]).to(ctx.dtype), *[None] * ctx.others
 
 
 _op = define(

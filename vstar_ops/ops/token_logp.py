@@ -9,8 +9,17 @@ from torch import Tensor
 
 from .. import reference
 from ..trie import Trie
-from ._checks import FLOATS, INTS, check, check_nodes, check_positive, check_tokens, check_trie, validating
-from ._registry import Gradient, define
+from ._checks import (
+    FLOATS_OR_DOUBLE,
+    INTS,
+    check,
+    check_nodes,
+    check_positive,
+    check_tokens,
+    check_trie,
+    validating,
+)
+from ._registry import Gradient, define, result_dtype
 
 
 class TokenLogp(NamedTuple):
@@ -24,9 +33,9 @@ _ROW = "Tensor logits, Tensor targets, Tensor? offset, Tensor? token, Tensor? no
 
 
 def _fake(logits: Tensor, targets: Tensor, *_: object) -> tuple[Tensor, ...]:
-    rows = logits.shape[:2]
-    logp = logits.new_empty(targets.shape, dtype=torch.float32)
-    return logp, *(logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    rows, dtype = logits.shape[:2], result_dtype(logits)
+    logp = logits.new_empty(targets.shape, dtype=dtype)
+    return logp, *(logits.new_empty(rows, dtype=dtype) for _ in range(3))
 
 
 _backward = define(
@@ -54,6 +63,7 @@ _op = define(
     reference.token_logp,
     _fake,
     Gradient(_backward, _save, _differentiate),
+    double=("logits",),
 )
 
 
@@ -75,12 +85,13 @@ def token_logp(
         H &= -\textstyle\sum_{u \in D} \pi(u) \log\pi(u)
 
     The forward pass keeps two numbers per row, and the backward pass writes the gradient of the logits once:
-    nothing else of the size of the logits is made. Arithmetic is float32 whatever the dtype of the logits.
+    nothing else of the size of the logits is made. Arithmetic is float32 whatever the dtype of the logits, but
+    for float64: the reference implementation takes those, in float64 throughout.
     With a trie only legal columns are read, and the dense gradient is zero outside of them (on the CPU its
     pages come zeroed from the system, so what is not legal is not written either).
 
     Args:
-        logits: float32, bfloat16 or float16 ``[..., V]``, any strides. Up to three dimensions, such as
+        logits: float32, bfloat16, float16 or float64 ``[..., V]``, any strides. Up to three dimensions, such as
             ``logits[:, :-1]``, they are read in place; leading dimensions beyond that are flattened, which
             copies where their strides do not allow it. NaN reads as -inf, +inf as the largest finite float32.
         targets: integers ``[...]``, a token for each row, or ``[..., T]``, ``T`` of them, which may repeat.
@@ -92,9 +103,9 @@ def token_logp(
     Returns:
         A named tuple:
 
-        - ``logp`` float32, of the shape of ``targets``. -inf for a target that is not in :math:`D`, or whose
+        - ``logp`` float32 (float64 for float64 logits), of the shape of ``targets``. -inf for a target that is not in :math:`D`, or whose
           logit reads -inf. Exactly 0 for a single legal child.
-        - ``entropy`` float32 ``[...]``, 0 where nothing is legal.
+        - ``entropy`` of the same dtype ``[...]``, 0 where nothing is legal.
 
     Both are differentiable with respect to the logits, once:
 
@@ -123,7 +134,7 @@ def token_logp(
         error = ValueError if isinstance(logits, Tensor) else TypeError
         raise error(f"logits must be a tensor [..., V], got {given}")
     *rows, columns = logits.shape
-    check("logits", logits, (*rows, columns), "[..., V]", FLOATS)
+    check("logits", logits, (*rows, columns), "[..., V]", FLOATS_OR_DOUBLE)
     device = logits.device
     many = isinstance(targets, Tensor) and targets.dim() == logits.dim()
     shape: tuple[int | None, ...] = (*rows, None) if many else tuple(rows)
