@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 LOWEST = tl.constexpr(-(2**63))  # the key of what is no candidate
+
+
+# What logits are multiplied by; see csrc/common/temperature.h.
+InverseTemperature = namedtuple("InverseTemperature", "first second")
+
+
+def inverse_of(temperature: float) -> InverseTemperature:
+    """1 / temperature as two normal floats, the second 1 for ordinary temperatures."""
+    least, most, largest = 2.0**-126, 2.0**126, 3.4028234663852886e38
+    if 1 / most <= temperature <= 1 / least:
+        return InverseTemperature(1.0 / temperature, 1.0)
+    first = least if temperature > 1 else most
+    return InverseTemperature(first, min(max(1.0 / first / temperature, least), largest))
+
+
+@triton.jit
+def divided(x, inv_temperature):
+    """``x`` divided by a temperature."""
+    return x * inv_temperature.first * inv_temperature.second
 
 
 @triton.jit

@@ -39,7 +39,7 @@ from triton import cdiv, next_power_of_2
 
 from .._triton import Unsupported
 from ._array import Array, load_float, load_int, strided
-from ._floats import LOWEST, cleaned, from_ordered, ordered
+from ._floats import LOWEST, InverseTemperature, cleaned, divided, from_ordered, inverse_of, ordered
 from ._kernel import ADDRESS, ALIGNED, ANY, F32, FLOATS, I32, I64, Specialization, kernel, options, workspace
 from ._trie import edges
 
@@ -90,7 +90,7 @@ def expand_topk(
 
     terms = (
         *strided(cum_logp, 2), *strided(value, 2), *strided(bonus, 2), *strided(child_value, 3),
-        *strided(seed, 1), Weights(logp_weight, value_weight, entropy_weight, 1.0 / temperature),
+        *strided(seed, 1), Weights(logp_weight, value_weight, entropy_weight, inverse_of(temperature)),
     )  # fmt: skip
     if rows:
         _rows[(rows, splits)](
@@ -136,8 +136,8 @@ Children = namedtuple("Children", "token begin count first consecutive")
 def _join(max1, total1, moment1, max2, total2, moment2, inv_temperature):
     """Statistics of two disjoint sets: max z; sums of exp(x) and x exp(x), x = (z - max) / temperature."""
     joint = tl.maximum(max1, max2)
-    shift1 = tl.where(total1 > 0, (max1 - joint) * inv_temperature, 0.0)
-    shift2 = tl.where(total2 > 0, (max2 - joint) * inv_temperature, 0.0)
+    shift1 = tl.where(total1 > 0, divided(max1 - joint, inv_temperature), 0.0)
+    shift2 = tl.where(total2 > 0, divided(max2 - joint, inv_temperature), 0.0)
     scale1, scale2 = tl.exp(shift1), tl.exp(shift2)
     moment1 = tl.where(scale1 > 0, (moment1 + total1 * shift1) * scale1, 0.0)
     moment2 = tl.where(scale2 > 0, (moment2 + total2 * shift2) * scale2, 0.0)
@@ -148,7 +148,7 @@ def _join(max1, total1, moment1, max2, total2, moment2, inv_temperature):
 def _add_block(z, row_max, total, moment, inv_temperature):
     """Take a block of logits into a row's statistics."""
     block_max = tl.max(z, 0)
-    x = (z - tl.where(block_max == float("-inf"), 0.0, block_max)) * inv_temperature
+    x = divided(z - tl.where(block_max == float("-inf"), 0.0, block_max), inv_temperature)
     power = tl.exp(x)
     block_moment = tl.sum(tl.where(power > 0, power * x, 0.0), 0)
     return _join(row_max, total, moment, block_max, tl.sum(power, 0), block_moment, inv_temperature)
@@ -187,7 +187,7 @@ def _load_row(stats, w, inside):
 @triton.jit
 def _score(z, row, extra_score, terms):
     """Score (-inf: no candidate) and log-probability. Without an extra score it never falls as z rises."""
-    logp = ((z - row.row_max) * terms.weights.inv_temperature - row.log_sum) + row.cum_logp
+    logp = (divided(z - row.row_max, terms.weights.inv_temperature) - row.log_sum) + row.cum_logp
     weight = terms.weights.logp_weight
     score = (tl.where(weight == 0, 0.0, weight * logp) + row.constant) + extra_score
     wins = (z > float("-inf")) & (logp > float("-inf")) & (score > float("-inf"))
@@ -539,7 +539,7 @@ def _select(
 
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for logits whose last stride is 1 and whose others are multiples of 16."""
-    weights = Weights(*["fp32"] * len(Weights._fields))
+    weights = Weights("fp32", "fp32", "fp32", InverseTemperature("fp32", "fp32"))
     for (dtype, logits), (block, segment, warps), extra in product(FLOATS.items(), _TILES, (False, True)):
         constants = {"EXTRA": extra, "BLOCK": block, "SEGMENT": segment, "s2": 1}
         name = f"expand_topk rows {block}{', extra score' * extra}, {dtype}"

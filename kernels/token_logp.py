@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ._array import Array, array, load_float, load_int, store_float, strided
-from ._floats import cleaned
+from ._floats import InverseTemperature, cleaned, divided, inverse_of
 from ._kernel import (
     ADDRESS,
     ALIGNED,
@@ -49,7 +49,7 @@ def token_logp(logits, targets, offset, token, node, temperature, max_children):
     results = logp, entropy, row_max, log_mass
     if entropy.numel() == 0:
         return results
-    inv_temperature = min(1.0 / temperature, 3e38)
+    inv_temperature = inverse_of(temperature)
     sizes = (*results, width, columns, number, inv_temperature)
     if offset is None or token is None or node is None:
         _vocab_statistics[(batch * width,)](
@@ -78,7 +78,7 @@ def token_logp_backward(
     gradient = make(logits.shape, dtype=logits.dtype, device=logits.device)
     if gradient.numel() == 0:
         return gradient
-    inv_temperature = min(1.0 / temperature, 3e38)
+    inv_temperature = inverse_of(temperature)
     # All are [B, W] or [B, W, T] and small; contiguous ones need no strides.
     saved = [x.contiguous() for x in (logp, entropy, row_max, log_mass)]
     given = [None if x is None else x.contiguous() for x in (targets, grad_logp, grad_entropy)]
@@ -107,8 +107,8 @@ def _add(z, row_max, mass, weighted, inv_temperature):
     new_max = tl.maximum(row_max, tl.max(z, 0))
     center = tl.where(new_max == float("-inf"), 0.0, new_max)
     # What lies far below is 0 either way; bounded, no product is 0 times infinity.
-    shift = tl.where(row_max == float("-inf"), 0.0, tl.maximum((row_max - center) * inv_temperature, -100.0))
-    x = tl.maximum((z - center) * inv_temperature, -100.0)
+    shift = tl.where(row_max == float("-inf"), 0.0, tl.maximum(divided(row_max - center, inv_temperature), -100.0))
+    x = tl.maximum(divided(z - center, inv_temperature), -100.0)
     power = tl.where(z == float("-inf"), 0.0, tl.exp(x))
     scale = tl.exp(shift)
     return new_max, mass * scale + power, (weighted + shift * mass) * scale + power * x
@@ -131,7 +131,7 @@ def _finish(r, max_value, mass, weighted, entropy, row_max, log_mass):
 def _write_logp(logp, at, inside, target, found, z, max_value, log_total, inv_temperature):
     """Padding has 0, what is not found or at -inf has -inf."""
     possible = found & (z > float("-inf"))
-    value = (tl.where(possible, z, 0.0) - max_value) * inv_temperature - log_total
+    value = divided(tl.where(possible, z, 0.0) - max_value, inv_temperature) - log_total
     value = tl.where(possible, value, float("-inf"))
     tl.store(logp + at, tl.where(target < 0, 0.0, value), inside)
 
@@ -139,7 +139,7 @@ def _write_logp(logp, at, inside, target, found, z, max_value, log_total, inv_te
 @kernel
 def _vocab_statistics(
     logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, t0, t1, t2, logp: F32,
-    entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature: tl.float32,
+    entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature,
     BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     targets = Array(targets, targets_type, t0, t1, t2)
@@ -189,7 +189,7 @@ def _find(token, begin, end, target, bits, TARGETS: tl.constexpr):
 def _legal_statistics(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, t0, t1, t2, offset: I32,
     token: I32, node: ADDRESS, node_type, n0, n1, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width,
-    columns, number, inv_temperature: tl.float32, num_nodes, num_edges, bits, BLOCK: tl.constexpr,
+    columns, number, inv_temperature, num_nodes, num_edges, bits, BLOCK: tl.constexpr,
     TARGETS: tl.constexpr,
 ):  # fmt: skip
     logits, targets = Array(logits, logits_type, z0, z1, z2), Array(targets, targets_type, t0, t1, t2)
@@ -232,7 +232,13 @@ def _target_grad(saved, r, t):
 
 
 @triton.jit
-def _coefficients(saved, r, TARGETS: tl.constexpr):
+def _divided_last(inv_temperature):
+    """Whether a gradient is divided by the temperature last: terms of it that cancel may be infinite."""
+    return (inv_temperature.first > 1e18) | (inv_temperature.second != 1.0)
+
+
+@triton.jit
+def _coefficients(saved, r, inv_temperature, TARGETS: tl.constexpr):
     """``slope`` and ``curve`` of the row's gradient ``p_v (slope + curve log p_v) / tau``, in float64."""
     total = tl.zeros((TARGETS,), tl.float64)
     for start in range(0, saved.number, TARGETS):
@@ -241,24 +247,31 @@ def _coefficients(saved, r, TARGETS: tl.constexpr):
     one = tl.zeros((1,), tl.int64)
     grad_entropy = Array(saved.grad_entropy, saved.grad_entropy_type, 1, 0, 0)
     curve = -tl.sum(load_float(grad_entropy, one + r, 0, 0, True).to(tl.float64), 0)
-    return curve * tl.load(saved.entropy + r).to(tl.float64) - tl.sum(total, 0), curve
+    entropy = tl.load(saved.entropy + r).to(tl.float64)
+    # So little is what bounded exponents leave of 0.
+    entropy = tl.where(_divided_last(inv_temperature) & (entropy < 1e-30), 0.0, entropy)
+    return curve * entropy - tl.sum(total, 0), curve
 
 
 @triton.jit
 def _row_grad(z, max_value, log_total, slope, curve, inv_temperature):
     """The gradient of a block of logits."""
     possible = z > float("-inf")
-    logp = (tl.where(possible, z, 0.0) - max_value) * inv_temperature - log_total
+    logp = divided(tl.where(possible, z, 0.0) - max_value, inv_temperature) - log_total
     logp = tl.maximum(tl.where(possible, logp, -100.0), -100.0)
-    slope, curve = (slope * inv_temperature).to(tl.float32), (curve * inv_temperature).to(tl.float32)
-    return tl.where(possible, tl.exp(logp) * (slope + curve * logp), 0.0)
+    last = _divided_last(inv_temperature)
+    of_terms = tl.where(last, 1.0, inv_temperature.first)
+    slope, curve = (slope * of_terms).to(tl.float32), (curve * of_terms).to(tl.float32)
+    value = tl.exp(logp) * (slope + curve * logp)
+    value = tl.where(last, tl.where(logp > -100.0, divided(value, inv_temperature), 0.0), value)
+    return tl.where(possible, value, 0.0)
 
 
 @kernel
 def _vocab_gradient(
     logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
-    log_mass: F32, width, columns: ALIGNED, number, inv_temperature: tl.float32, gradient: ANY, blocks,
+    log_mass: F32, width, columns: ALIGNED, number, inv_temperature, gradient: ANY, blocks,
     BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
@@ -267,7 +280,7 @@ def _vocab_gradient(
     )  # fmt: skip
     r = (tl.program_id(0) // blocks).to(tl.int64)
     b, w = r // width, r % width
-    slope, curve = _coefficients(saved, r, TARGETS)
+    slope, curve = _coefficients(saved, r, inv_temperature, TARGETS)
     v = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = cleaned(tl.load(logits + b * z0 + w * z1 + v * z2, v < columns, 0.0).to(tl.float32), v < columns)
     value = _row_grad(z, tl.load(row_max + r), tl.load(log_mass + r), slope, curve, inv_temperature)
@@ -278,7 +291,7 @@ def _vocab_gradient(
 def _legal_gradient(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
-    log_mass: F32, width, columns, number, inv_temperature: tl.float32, gradient: ADDRESS, gradient_type,
+    log_mass: F32, width, columns, number, inv_temperature, gradient: ADDRESS, gradient_type,
     offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, num_nodes, num_edges, BLOCK: tl.constexpr,
     TARGETS: tl.constexpr,
 ):  # fmt: skip
@@ -289,7 +302,7 @@ def _legal_gradient(
     logits, node = Array(logits, logits_type, z0, z1, z2), Array(node, node_type, n0, n1, 0)
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
-    slope, curve = _coefficients(saved, r, TARGETS)
+    slope, curve = _coefficients(saved, r, inv_temperature, TARGETS)
     max_value, log_total = tl.load(row_max + r), tl.load(log_mass + r)
     begin, end = edges(offset, load_int(node, b, w, 0, True, -1), num_nodes, num_edges)
     for start in range(begin, end, BLOCK):
@@ -302,14 +315,14 @@ def _legal_gradient(
 def _target_gradient(
     targets: ADDRESS, targets_type, grad_logp: ADDRESS, grad_logp_type, grad_entropy: ADDRESS,
     grad_entropy_type, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width, columns, number,
-    inv_temperature: tl.float32, gradient: ADDRESS, gradient_type, TARGETS: tl.constexpr,
+    inv_temperature, gradient: ADDRESS, gradient_type, TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
         targets, targets_type, grad_logp, grad_logp_type, grad_entropy, grad_entropy_type, logp, entropy,
         number,
     )  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
-    slope, curve = _coefficients(saved, r, TARGETS)
+    slope, curve = _coefficients(saved, r, inv_temperature, TARGETS)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
         target, _ = _target_grad(saved, r, t)
@@ -318,22 +331,23 @@ def _target_gradient(
             other, grad = _target_grad(saved, r, first + tl.arange(0, TARGETS).to(tl.int64))
             total += tl.sum(tl.where(target[:, None] == other[None, :], grad[None, :], 0.0), 1)
         own_logp = tl.load(logp + r * number + t, target >= 0, 0.0).to(tl.float64)
-        value = (tl.exp(own_logp) * (slope + curve * own_logp) + total) * inv_temperature
+        value = divided(tl.exp(own_logp) * (slope + curve * own_logp) + total, inv_temperature)
         # Equal targets write the same number.
         store_float(gradient, gradient_type, r * columns + target, value.to(tl.float32), target >= 0)
 
 
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for logits whose last stride is 1."""
+    inverse = {"inv_temperature": InverseTemperature("fp32", "fp32")}
     targets = {"TARGETS": _TARGETS}
     statistics, gradient = ({"BLOCK": block, "z2": 1} | targets for block in (_BLOCK, _GRADIENT_BLOCK))
     for dtype, floats in FLOATS.items():
-        types = {"logits": floats, "gradient": floats}
+        types = {"logits": floats, "gradient": floats, **inverse}
         yield Specialization(f"token_logp {dtype}", _vocab_statistics, _WARPS, statistics, types)
         name = f"token_logp gradient {dtype}"
         yield Specialization(name, _vocab_gradient, _GRADIENT_WARPS, gradient, types)
     for block, warps in map(block_for, BLOCKS):
         few = {"BLOCK": block} | targets
-        yield Specialization(f"token_logp legal {block}", _legal_statistics, warps, few)
-        yield Specialization(f"token_logp legal gradient {block}", _legal_gradient, warps, few)
-    yield Specialization("token_logp gradient of targets", _target_gradient, 1, targets)
+        yield Specialization(f"token_logp legal {block}", _legal_statistics, warps, few, inverse)
+        yield Specialization(f"token_logp legal gradient {block}", _legal_gradient, warps, few, inverse)
+    yield Specialization("token_logp gradient of targets", _target_gradient, 1, targets, inverse)

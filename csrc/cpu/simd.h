@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/floats.h"
+#include "common/temperature.h"
 
 namespace vstar {
 
@@ -41,14 +42,14 @@ struct RowGradient {
 // each other without gaps, so they are processed in order.
 struct TypedLoops {
   // Fill in the rows' sums over the legal logits, and d. A row without a finite logit has the mass 1.
-  void (*legal_softmaxes)(PrefixRow* rows, int64_t count, int64_t stride, float inverse_temperature, float* d);
+  void (*legal_softmaxes)(PrefixRow* rows, int64_t count, int64_t stride, InverseTemperature inverse_temperature, float* d);
   // The sums over a whole row of n logits, without `weighted`.
-  SoftmaxSums (*vocab_softmax)(const void* row, int64_t stride, int64_t n, float inverse_temperature);
+  SoftmaxSums (*vocab_softmax)(const void* row, int64_t stride, int64_t n, InverseTemperature inverse_temperature);
   // The sums over n logits, entropy's too.
-  SoftmaxSums (*block_softmax)(const void* row, int64_t stride, int64_t n, float inverse_temperature);
+  SoftmaxSums (*block_softmax)(const void* row, int64_t stride, int64_t n, InverseTemperature inverse_temperature);
   // Write n numbers of the logits' type; 0 for logits at -inf.
   void (*softmax_gradient)(
-      const void* row, int64_t stride, int64_t n, float inverse_temperature, const RowGradient& gradient, void* out);
+      const void* row, int64_t stride, int64_t n, InverseTemperature inverse_temperature, const RowGradient& gradient, void* out);
   // out[i] = scale * row[token[i]]
   void (*gather_scaled)(const void* row, int64_t stride, const int32_t* token, int64_t n, float scale, float* out);
 };

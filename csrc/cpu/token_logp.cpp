@@ -51,7 +51,7 @@ void store_targets(const TokenLogpArgs& a, const LogitRow& row, const Legal& leg
 }
 
 // The sums of blocks as if they were one.
-SoftmaxSums merged(const SoftmaxSums* blocks, int64_t count, double inv_temperature) {
+SoftmaxSums merged(const SoftmaxSums* blocks, int64_t count, InverseTemperature inv_temperature) {
   SoftmaxSums all{-kInf, 0, 0};
   for (int64_t i = 0; i < count; ++i) all.top = std::max(all.top, blocks[i].top);
   if (all.top == -kInf) return {-kInf, 1, 0};
@@ -141,7 +141,7 @@ class Backward {
       for (int64_t t = 0; t < a.targets; ++t) c.slope -= weight(row, t);
       if (a.grad_entropy) {
         c.curve = -double(a.grad_entropy.at(row.b, row.w));
-        c.slope += c.curve * a.entropy[r];
+        c.slope += c.curve * a.entropy_of(r);
       }
     }
   }
@@ -154,6 +154,8 @@ class Backward {
       T* to = out + row.r * a.columns + begin;
       if (coefficients_[row.r].none()) {
         memset(static_cast<void*>(to), 0, n * sizeof(T));
+      } else if (a.divided_last()) {
+        for (int64_t i = 0; i < n; ++i) put(entry(row.r, a.logits.at(row.b, row.w, begin + i)), to + i);
       } else {
         loops.softmax_gradient(row.from(begin), a.logits.stride[2], n, a.inv_temperature, of_row(row.r), to);
       }
@@ -180,7 +182,11 @@ class Backward {
             gradient.resize(n);
           }
           loops.gather_scaled(row.from(0), a.logits.stride[2], tokens, n, 1.0f, z.data());
-          float_loops.softmax_gradient(z.data(), 1, n, a.inv_temperature, of_row(r), gradient.data());
+          if (a.divided_last()) {
+            for (int64_t i = 0; i < n; ++i) gradient[i] = entry(r, z[i]);
+          } else {
+            float_loops.softmax_gradient(z.data(), 1, n, a.inv_temperature, of_row(r), gradient.data());
+          }
           for (int64_t i = 0; i < n; ++i) put(gradient[i], to + tokens[i]);
         }
         store_targets(row, to);
@@ -192,6 +198,14 @@ class Backward {
   RowGradient of_row(int64_t r) const {
     const Coefficients& c = coefficients_[r];
     return {a.top[r], a.log_mass[r], float(c.slope / a.temperature), float(c.curve / a.temperature)};
+  }
+
+  // One entry of softmax_gradient, in double.
+  float entry(int64_t r, float z) const {
+    const Coefficients& c = coefficients_[r];
+    const double below = double(clean(z)) - double(a.top[r]);
+    const double logp = below * a.inv_temperature - double(a.log_mass[r]), p = std::exp(logp);
+    return p > 0 ? float(p * (c.slope + c.curve * logp) / a.temperature) : 0.0f;  // NaN where all logits are -inf
   }
 
   // A valid target: padding has no column, and at -inf there is no gradient.

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kShortRows : 32 * kWarps, k
   const T* const from = line >= 0 ? a.logits.pointer<T>(b, line) : reinterpret_cast<const T*>(&kZeroLogit);
   const RowReader<T> reader(from, stride, token, first, last, a.columns, count);
   float* const best = a.best + r * a.plan.segments;
-  const float inv_temperature = a.inv_temperature * 1.44269504088896341f;  // in base 2
+  const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
 
   const RowStats legal = read_row<T, kWarps, kVectors, kLanes>(
       reader, thread, inv_temperature, a.extra_terms ? nullptr : best, a.plan.segments, scratch);

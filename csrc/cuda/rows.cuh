@@ -2,6 +2,7 @@
 // together, and the statistics from which its softmax and entropy are found. One warp per row, or one block.
 #pragma once
 
+#include "common/temperature.h"
 #include "cuda/device.cuh"
 
 namespace vstar {
@@ -23,18 +24,18 @@ struct RowStats {
 };
 
 // x for z; what is infinitely below is far enough below to add nothing.
-VSTAR_DEVICE float below(float z, float top, float inv_temperature) {
+VSTAR_DEVICE float below(float z, float top, InverseTemperature inv_temperature) {
   return fmaxf((z - top) * inv_temperature, -160.0f);
 }
 
-VSTAR_DEVICE RowStats rescaled(const RowStats& s, float top, float inv_temperature) {
+VSTAR_DEVICE RowStats rescaled(const RowStats& s, float top, InverseTemperature inv_temperature) {
   const float off = below(s.top, top, inv_temperature), scale = power_of_2(off);
   return {top, s.total * scale, (s.moment + s.total * off) * scale};
 }
 
 // Joined over the threads of a row. `scratch` holds 3 * kWarps floats.
 template <int kWarps>
-VSTAR_DEVICE RowStats joined(RowStats s, float inv_temperature, float* scratch) {
+VSTAR_DEVICE RowStats joined(RowStats s, InverseTemperature inv_temperature, float* scratch) {
   s = rescaled(s, warp_max(s.top), inv_temperature);
   s.total = warp_sum(s.total);
   s.moment = warp_sum(s.moment);
@@ -186,7 +187,7 @@ VSTAR_DEVICE float segment_max(float x) {
 // Statistics of what `reader` reads; with `best`, also the largest logit of every segment up to the last tile's end.
 template <class T, int kWarps, int kVectors, int kLanes>
 VSTAR_DEVICE RowStats read_row(
-    const RowReader<T>& reader, int thread, float inv_temperature, float* best, int32_t segments, float* scratch) {
+    const RowReader<T>& reader, int thread, InverseTemperature inv_temperature, float* best, int32_t segments, float* scratch) {
   constexpr int kThreads = 32 * kWarps;
   RowStats s;
   for (int32_t tile = 0; tile < reader.count; tile += 8 * kThreads * kVectors) {

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogpArgs a) {
   if (r >= a.rows()) return;  // a whole warp, and no barriers of the block follow
   const TokenRow<T> row(a, r);
   const RowStats s = read_row<T, kWarps, kVectors, 1>(
-      row.reader(a), thread, a.inv_temperature * kLog2e, nullptr, 0, reinterpret_cast<float*>(memory));
+      row.reader(a), thread, in_base_2(a.inv_temperature), nullptr, 0, reinterpret_cast<float*>(memory));
   const float log_mass = s.total > 0 ? logf(s.total) : 0.0f, row_max = s.top > -kInf ? s.top : 0.0f;
   if (thread == 0) {
     const float entropy = log_mass - s.moment * kLn2 / s.total;
@@ -84,13 +84,20 @@ __global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogpArgs a) {
 
 // What the gradient of an entry is made of, but for targets.
 struct EntryGradient {
-  float row_max, log_mass, inv_temperature, grad_logp, grad_entropy, entropy;
+  float row_max, log_mass;
+  InverseTemperature inv_temperature;
+  float grad_logp, grad_entropy, entropy;
+  bool divided_last;
+
+  // What the terms of an entry are multiplied by, and then their sum.
+  VSTAR_DEVICE float of_terms() const { return divided_last ? 1.0f : inv_temperature.first; }
+  VSTAR_DEVICE float summed(float x) const { return divided_last ? x * inv_temperature : x; }
 
   VSTAR_DEVICE float at(float z) const {
     if (!(z > -kInf)) return 0;
     const float logp = (z - row_max) * inv_temperature - log_mass, p = power_of_2(fminf(logp * kLog2e, 0.0f));
     if (!(p > 0)) return 0;  // where logp may be -inf
-    return (-p * grad_logp - grad_entropy * (p * (logp + entropy))) * inv_temperature;
+    return (-p * grad_logp - grad_entropy * (p * (logp + entropy))) * of_terms();
   }
 };
 
@@ -148,7 +155,7 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
   const float top = a.top[r];
   const EntryGradient gradient{
       top > -kInf ? top : 0.0f, a.log_mass[r], a.inv_temperature, float(total[0]),
-      a.grad_entropy ? a.grad_entropy.at(row.b, row.w) : 0.0f, a.entropy[r]};
+      a.grad_entropy ? a.grad_entropy.at(row.b, row.w) : 0.0f, a.entropy_of(r), a.divided_last()};
 
   const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0;
   if (row.token == nullptr) {
@@ -158,7 +165,7 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
       float x[8];
       reader.read(int32_t(first), z);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = gradient.at(cleaned(z.at(i)));
+      for (int i = 0; i < 8; ++i) x[i] = gradient.summed(gradient.at(cleaned(z.at(i))));
       write_eight(to + first, x, aligned && first + 8 <= count, count - first);
     }
   } else {
@@ -169,7 +176,7 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
     __syncthreads();  // legal entries are other threads'
     for (int32_t c = thread; c < count; c += kThreads) {
       const int64_t v = row.token[c];
-      if (v >= 0 && v < a.columns) put(count > 1 ? gradient.at(row.at(v)) : 0.0f, to + v);
+      if (v >= 0 && v < a.columns) put(count > 1 ? gradient.summed(gradient.at(row.at(v))) : 0.0f, to + v);
     }
   }
   if (!a.grad_logp || (row.token != nullptr && count < 2)) return;
@@ -182,7 +189,7 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
     if (!first) continue;
     double own = 0;
     for (int64_t u = t; u < a.targets; ++u) own += a.target.at(row.b, row.w, u) == v ? weight(u) : 0.0;
-    put(float(own) * a.inv_temperature + gradient.at(row.at(v)), to + v);
+    put(gradient.summed(float(own) * gradient.of_terms() + gradient.at(row.at(v))), to + v);
   }
 }
 

@@ -13,7 +13,6 @@ namespace vstar {
 struct Cpu {
   static constexpr const char *kLibrary = "vstar_ops", *kKey = "CPU";
   static constexpr bool kHostMemory = true;
-  static constexpr double kMaxInverseTemperature = 3e38;
   static constexpr int64_t kMaxGrid = INT64_MAX;
 
   explicit Cpu(const Tensor&) {}

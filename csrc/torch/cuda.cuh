@@ -55,7 +55,6 @@ class CurrentDevice {
 class Cuda final : public CurrentDevice, public Gpu {
  public:
   static constexpr const char* kLibrary = "vstar_ops_cuda";
-  static constexpr double kMaxInverseTemperature = 2e38;  // finite in base 2 too
   static constexpr int64_t kMaxGrid = int64_t(1) << 31;
 
   explicit Cuda(const Tensor& like) : CurrentDevice(like), Gpu(launcher()) {}

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <algorithm>
-
 #include "common/ops/expand_topk.h"
 #include "torch/glue.h"
 
@@ -16,7 +14,7 @@ void expand_topk(Call<Device>& call) {
       optional(a.cum_logp), optional(a.value), optional(a.bonus), optional(a.child_value), optional(a.seed),
       a.logp_weight, a.value_weight, a.entropy_weight, temperature, a.vocab, a.max_children);
   if (a.value_weight == 0) a.value.data = nullptr, a.child_value.data = nullptr;
-  a.inv_temperature = float(std::min(1.0 / temperature, Device::kMaxInverseTemperature));
+  a.inv_temperature = inverse_of(temperature);
   STD_TORCH_CHECK(
       fits(call.device(), a), "logits must have fewer than 2^32 legal children per request and 2^31 rows and columns, got W = ",
       a.width, ", V = ", a.columns, " and up to ", a.max_children, " children per prefix");

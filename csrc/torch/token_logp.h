@@ -1,7 +1,5 @@
 #pragma once
 
-#include <algorithm>
-
 #include "common/ops/token_logp.h"
 #include "torch/glue.h"
 
@@ -9,7 +7,7 @@ namespace vstar {
 
 template <class Device>
 void finish_rows(LogitRows& a) {
-  a.inv_temperature = float(std::min(1.0 / a.temperature, Device::kMaxInverseTemperature));
+  a.inv_temperature = inverse_of(a.temperature);
   STD_TORCH_CHECK(
       a.columns < Device::kMaxGrid && a.rows() < Device::kMaxGrid,
       "logits must have fewer than 2^31 columns and rows, got V = ", a.columns, " and ", a.rows(), " rows");

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/temperature.h"
 #include "common/trie.h"
 #include "common/views.h"
 
@@ -12,7 +13,8 @@ struct ExpandTopKArgs {
   StridedView<float> cum_logp, value, bonus;  // [B, W]
   FloatView child_value;                      // as logits
   StridedView<int64_t> seed;                  // [B]
-  float logp_weight, value_weight, entropy_weight, inv_temperature;
+  float logp_weight, value_weight, entropy_weight;
+  InverseTemperature inv_temperature;
   bool vocab;  // normalized over all columns
   int64_t batch, width, rows, columns, k, max_children;
   float *score, *logp;              // [B, k]
