@@ -97,15 +97,32 @@ def rewarded(batch: int, group: int = 12, *, masked: bool = False, **options: An
     return Call(vstar_ops.group_advantage, {"rewards": rewards, "mask": mask, **options})
 
 
-def siblings(batch: int, group: int = 12, tokens: int = 4, *, masked: bool = False, **options: Any) -> Call:
+def siblings(
+    batch: int,
+    group: int = 12,
+    tokens: int = 4,
+    *,
+    masked: bool = False,
+    by_token: bool = False,
+    **options: Any,
+) -> Call:
     """``sibling_advantage``."""
     given = rewarded(batch, group, masked=masked).arguments
+    if by_token:
+        given["mask"] = random_mask(3, batch, group, 3)
     sids = random_tokens(4, batch, group, 3, tokens)
     return Call(vstar_ops.sibling_advantage, {"tokens": sids, **given, **options})
 
 
 def embedded(
-    batch: int, group: int = 12, width: int = 7, tokens: int = 4, *, masked: bool = False, **options: Any
+    batch: int,
+    group: int = 12,
+    width: int = 7,
+    tokens: int = 4,
+    *,
+    masked: bool = False,
+    by_token: bool = False,
+    **options: Any,
 ) -> Call:
     """``prefix_returns``."""
     sids = random_tokens(5, batch, group + 1, 3, tokens)
@@ -113,12 +130,14 @@ def embedded(
     arguments = {"tokens": sids[:, 1:], "embedding": item[:, 1:]}
     arguments |= {"target": sids[:, 0], "target_embedding": item[:, 0]}
     arguments["mask"] = random_mask(7, batch, group) if masked else None
+    if by_token:
+        arguments["mask"] = random_mask(7, batch, group, 3)
     return Call(vstar_ops.prefix_returns, arguments | options)
 
 
-def tree(batch: int, group: int = 12, tokens: int = 4, *, masked: bool = False) -> Call:
+def tree(batch: int, group: int = 12, tokens: int = 4, **masks: bool) -> Call:
     """``prefix_tree``."""
-    arguments = siblings(batch, group, tokens, masked=masked).arguments
+    arguments = siblings(batch, group, tokens, **masks).arguments
     del arguments["rewards"]
     return Call(vstar_ops.prefix_tree, arguments)
 
@@ -267,13 +286,26 @@ def ranking(batch: int, rounds: int = 4, **options: Any) -> Call:
 BFLOAT16 = {"dtype": torch.bfloat16}
 CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     "expand_topk": {"plain": expansion, "options": partial(expansion, options=True)},
-    "group_advantage": {"plain": rewarded, "options": partial(rewarded, masked=True, ddof=0, std_floor=0.1)},
+    "group_advantage": {
+        "plain": rewarded,
+        "options": partial(rewarded, masked=True, ddof=0, std_floor=0.1),
+        "not scaled": partial(rewarded, scale="none"),
+    },
     "sibling_advantage": {
         "plain": siblings,
         "options": partial(siblings, masked=True, ddof=1, min_siblings=3, baseline="parent"),
+        "tokens": partial(siblings, by_token=True, scale="group"),
     },
-    "prefix_returns": {"plain": embedded, "options": partial(embedded, masked=True, weights=(0.1, 0.2, 0.3))},
-    "prefix_tree": {"plain": tree, "options": partial(tree, masked=True)},
+    "prefix_returns": {
+        "plain": embedded,
+        "options": partial(embedded, masked=True, weights=(0.1, 0.2, 0.3)),
+        "tokens": partial(embedded, by_token=True),
+    },
+    "prefix_tree": {
+        "plain": tree,
+        "options": partial(tree, masked=True),
+        "tokens": partial(tree, by_token=True),
+    },
     "token_logp": {"plain": partial(scored, targets=1, **BFLOAT16), "legal": partial(scored, legal=True)},
     "token_logp_backward": {
         "plain": partial(differentiated, **BFLOAT16),

@@ -167,25 +167,45 @@ def expand_topk(
 # ---------------------------------------------------------------- advantages
 
 
-def _std(values: Sequence[Fraction], ddof: int) -> float:
-    mean = sum(values, Fraction(0)) / len(values)
-    return math.sqrt(sum(((v - mean) ** 2 for v in values), Fraction(0)) / max(len(values) - ddof, 1))
+def _mean(values: Sequence[float | Fraction]) -> Fraction | float:
+    """Exact; NaN if one of the values is NaN or infinite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return sum(map(Fraction, values), Fraction(0)) / len(values)
+
+
+def _std(values: Sequence[float | Fraction], ddof: int) -> float:
+    mean = _mean(values)
+    if not isinstance(mean, Fraction):
+        return math.nan
+    squares = [(Fraction(v) - mean) ** 2 for v in values]
+    return math.sqrt(sum(squares, Fraction(0)) / max(len(values) - ddof, 1))
+
+
+def tokens_there(shape: tuple[int, ...], mask: np.ndarray | None, *, ended: bool = False) -> np.ndarray:
+    """A mask ``[B, G]`` or ``[B, G, L]`` as one of tokens; ``ended``, with nothing behind a masked one."""
+    there = np.ones(shape, bool) if mask is None else mask if mask.ndim == 3 else mask[:, :, None] & np.ones(shape, bool)
+    return np.logical_and.accumulate(there, 2) if ended else there
 
 
 def group_advantage(
-    rewards: np.ndarray, mask: np.ndarray | None, eps: float, ddof: int, std_floor: float
+    rewards: np.ndarray,
+    mask: np.ndarray | None,
+    eps: float,
+    ddof: int,
+    std_floor: float,
+    scale: str = "group",
 ) -> np.ndarray:
     """Standardized rewards within each row, exact until the last step."""
     out = np.zeros(rewards.shape)
     for b, row in enumerate(rewards):
-        present = [g for g in range(len(row)) if mask is None or mask[b, g]]
-        values = {g: Fraction(float(row[g])) for g in present}
-        if len(present) <= ddof or len(set(values.values())) < 2:
+        values = {g: float(row[g]) for g in range(len(row)) if mask is None or mask[b, g]}
+        mean = _mean(list(values.values())) if values else 0
+        if len(values) < 2 or (math.isfinite(mean) and len(set(values.values())) < 2):
             continue
-        mean = sum(values.values(), Fraction(0)) / len(values)
-        std = max(_std(list(values.values()), ddof), std_floor) + eps
-        for g in present:
-            out[b, g] = float(values[g] - mean) / std
+        std = 1.0 if scale == "none" else max(_std(list(values.values()), ddof), std_floor) + eps
+        for g, value in values.items():
+            out[b, g] = float(Fraction(value) - mean) / std if math.isfinite(mean) else math.nan
     return out
 
 
@@ -198,44 +218,44 @@ def sibling_advantage(
     std_floor: float,
     min_siblings: int,
     baseline: str,
+    scale: str = "siblings",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Advantage, valid, node and count, each ``[B, G, L]``, by dictionaries of prefixes."""
+    """Advantage, valid, node and count, each ``[B, G, L]``, level by level in dictionaries of prefixes."""
     batch, group, length = tokens.shape
+    there = tokens_there(tokens.shape, mask)
     advantage, valid = np.zeros(tokens.shape), np.zeros(tokens.shape, bool)
     node, count = np.full(tokens.shape, -1), np.zeros(tokens.shape, np.int64)
     for b in range(batch):
-        rows = {g: tuple(int(t) for t in tokens[b, g]) for g in range(group) if mask is None or mask[b, g]}
-        reward = {g: Fraction(float(rewards[b, g])) for g in rows}
-        total: dict[tuple[int, ...], Fraction] = {}
-        number: dict[tuple[int, ...], int] = {}
-        for g, row in rows.items():
-            for depth in range(length + 1):
-                total[row[:depth]] = total.get(row[:depth], Fraction(0)) + reward[g]
-                number[row[:depth]] = number.get(row[:depth], 0) + 1
-        mean = {p: total[p] / number[p] for p in total}
-        siblings: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        ids: dict[tuple[int, ...], int] = {}
-        for p in sorted(mean, key=lambda p: (len(p), p)):
-            if p:
-                siblings.setdefault(p[:-1], []).append(p)
-                ids[p] = len(ids)
-        for p, n in ids.items():
-            brothers = siblings[p[:-1]]
-            a = 0.0
-            means = [mean[q] for q in brothers]
-            if len(brothers) >= min_siblings and len(set(means)) > 1:
-                if baseline == "sibling":
-                    base = sum(means, Fraction(0)) / len(means)
-                elif baseline == "parent":
-                    base = mean[p[:-1]]
-                else:
-                    base = (sum(means, Fraction(0)) - mean[p]) / (len(means) - 1)
-                a = float(mean[p] - base) / (max(_std(means, ddof), std_floor) + eps)
-            for g, row in rows.items():
-                if row[: len(p)] == p:
-                    at = (b, g, len(p) - 1)
-                    advantage[at], valid[at] = a, len(brothers) >= min_siblings
-                    node[at], count[at] = n, number[p]
+        reward = [float(x) for x in rewards[b]]
+        request = _std([reward[g] for g in range(group) if there[b, g].any()] or [0.0], ddof)
+        number = 0
+        for depth in range(1, length + 1):
+            through: dict[tuple[int, ...], list[int]] = {}
+            for g in range(group):
+                if there[b, g, depth - 1]:
+                    through.setdefault(tuple(int(t) for t in tokens[b, g, :depth]), []).append(g)
+            families: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+            for p in sorted(through):
+                families.setdefault(p[:-1], []).append(p)
+                node[b, through[p], depth - 1], count[b, through[p], depth - 1] = number, len(through[p])
+                number += 1
+            for family in families.values():
+                mean = {p: _mean([reward[g] for g in through[p]]) for p in family}
+                std = {"siblings": _std(list(mean.values()), ddof), "group": request, "none": 0.0}[scale]
+                divisor = 1.0 if scale == "none" else float(np.fmax(std, std_floor) if std == std else std) + eps
+                for p in family:
+                    if baseline == "sibling":
+                        base = _mean(list(mean.values()))
+                    elif baseline == "parent":
+                        base = _mean([reward[g] for q in family for g in through[q]])
+                    else:
+                        base = _mean([mean[q] for q in family if q != p] or [0])
+                    enough = len(family) >= min_siblings
+                    valid[b, through[p], depth - 1] = enough
+                    if not all(map(math.isfinite, mean.values())):
+                        advantage[b, through[p], depth - 1] = math.nan if enough else 0
+                    elif enough and len(set(mean.values())) > 1:
+                        advantage[b, through[p], depth - 1] = float(mean[p] - base) / divisor
     return advantage, valid, node, count
 
 
@@ -250,10 +270,11 @@ def prefix_returns(
     """Returns and similarity, each ``[B, G, L]``, bucket by bucket."""
     batch, group, length = tokens.shape
     returns, similarity = np.zeros(tokens.shape), np.zeros(tokens.shape)
+    there = tokens_there(tokens.shape, mask, ended=True)
     for b in range(batch):
-        present = [g for g in range(group) if mask is None or mask[b, g]]
-        for g in present:
-            for depth in range(1, length + 1):
+        for depth in range(1, length + 1):
+            present = [g for g in range(group) if there[b, g, depth - 1]]
+            for g in present:
                 bucket = [h for h in present if tuple(tokens[b, h, :depth]) == tuple(tokens[b, g, :depth])]
                 mean = sum(embedding[b, h] for h in bucket) / len(bucket)
                 norm = math.sqrt(float(mean @ mean)) * math.sqrt(
@@ -425,9 +446,10 @@ def prefix_tree(tokens: np.ndarray, mask: np.ndarray | None) -> dict[str, np.nda
     out = {name: np.full((batch, group * length), -1, np.int64) for name in ("parent", "token", "first")}
     out |= {name: np.zeros((batch, group * length), np.int64) for name in ("depth", "num_candidates")}
     out |= {"node": np.full(tokens.shape, -1), "size": np.zeros(batch, np.int64)}
+    ends = tokens_there(tokens.shape, mask, ended=True).sum(2)
     for b in range(batch):
-        rows = {g: tuple(int(t) for t in tokens[b, g]) for g in range(group) if mask is None or mask[b, g]}
-        prefixes = {row[:depth] for row in rows.values() for depth in range(1, length + 1)}
+        rows = {g: tuple(int(t) for t in tokens[b, g, : ends[b, g]]) for g in range(group)}
+        prefixes = {row[:depth] for row in rows.values() for depth in range(1, len(row) + 1)}
         number = {p: n for n, p in enumerate(sorted(prefixes, key=lambda p: (len(p), p)))}
         out["size"][b] = len(number)
         for p, n in number.items():

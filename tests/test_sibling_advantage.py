@@ -37,6 +37,7 @@ class Example(NamedTuple):
 
 
 HALF, TWO_THIRDS = 0.5**0.5, (2 / 3) ** 0.5
+NAN, INF = float("nan"), float("inf")
 EXAMPLES = [
     Example(
         "Two children of the root, of mean rewards 1 and 0: mean 1/2, population standard deviation 1/2.",
@@ -69,6 +70,41 @@ EXAMPLES = [
         "mask: nobody is left.",
         [(0,), (1,)], [1, 0], [[None], [None]], {"mask": [False, False]},
         node=[[-1], [-1]], num_candidates=[[0], [0]],
+    ),
+    Example(
+        "mask of tokens: a completion that ends early has no sibling behind its end, whatever the padding.",
+        [(1, 5, 0), (1, 6, 7), (1, 6, 0)], [1, 0, 1],
+        [[None, 1.0, None], [None, -1.0, -1.0], [None, -1.0, 1.0]],
+        {"mask": [[True, True, False], [True, True, True], [True, True, True]]},
+        node=[[0, 1, -1], [0, 2, 4], [0, 2, 3]], num_candidates=[[3, 1, 0], [3, 2, 1], [3, 2, 1]],
+    ),
+    Example(
+        "mask of tokens: a masked token is in no mean, but still tells the prefixes behind it apart.",
+        [(1, 5), (1, 6), (2, 5), (2, 6)], [1, 0, 0, 0], [[1.0, 1.0], [1.0, -1.0], [None, 0.0], [-1.0, 0.0]],
+        {"mask": [[True, True], [True, True], [False, True], [True, True]]},
+        node=[[0, 2], [0, 3], [-1, 4], [1, 5]], num_candidates=[[2, 1], [2, 1], [0, 1], [1, 1]],
+    ),
+    Example(
+        "A NaN reward: all that is compared with it is NaN, 1 against 2 and (1, 5) against (1, 6). Below 2 it"
+        " does not matter.",
+        [(1, 5), (1, 6), (2, 5), (2, 6)], [NAN, 1, 0, 1], [[NAN, NAN], [NAN, NAN], [NAN, -1.0], [NAN, 1.0]],
+    ),
+    Example(
+        "Infinity is no number to compare with either, not even with itself.",
+        [(1, 5), (1, 6), (2, 5), (2, 6)], [INF, INF, 0, 1], [[NAN, NAN], [NAN, NAN], [NAN, -1.0], [NAN, 1.0]],
+    ),
+    Example(
+        "A NaN reward without siblings is compared with nothing.", [(3,), (3,)], [NAN, 1], [[None], [None]],
+    ),
+    Example(
+        "scale='none': the difference of the means itself, 1/2.",
+        [(7,), (8,)], [1, 0], [[0.5], [-0.5]], {"scale": "none"},
+    ),
+    Example(
+        "scale='group': one standard deviation per request, that of its rewards, which is 1 here. So the children"
+        " of 8, whose difference is smaller, keep it.",
+        [(7, 1), (7, 2), (8, 1), (8, 2)], [1.4, -1.4, 0.2, -0.2],
+        [[0.0, 1.4], [0.0, -1.4], [0.0, 0.2], [0.0, -0.2]], {"scale": "group"},
     ),
     Example(
         "eps is added to the standard deviation, 1/2 here.",
@@ -113,7 +149,7 @@ def test_by_hand(backend, example):
         torch.tensor([example.tokens]), torch.tensor([example.rewards]).float(), **options
     )
     for got, want in zip(out.advantage[0].tolist(), example.advantage, strict=True):
-        assert got == pytest.approx([x or 0.0 for x in want], rel=1e-6, abs=1e-30)
+        assert got == pytest.approx([x or 0.0 for x in want], rel=1e-6, abs=1e-30, nan_ok=True)
     assert out.valid[0].tolist() == [[x is not None for x in row] for row in example.advantage]
     if example.node is not None:
         assert out.node[0].tolist() == example.node
@@ -124,13 +160,29 @@ def test_by_hand(backend, example):
 # ---------------------------------------------------------------- against the oracle
 
 DEFAULTS = {"eps": 1e-4, "ddof": 0, "std_floor": 0.0, "min_siblings": 2, "baseline": "sibling"}
-REWARDS = {"few": [0.0, 1.0, 0.35], "one": [0.35], "many": None}
+REWARDS = {
+    "few": [0.0, 1.0, 0.35],
+    "one": [0.35],
+    "many": None,
+    "broken": [0.0, 1.0, 0.5, 2.0, -1.0, NAN, INF, -INF],
+}
+MASKS = ["none", "candidates", "tokens", "ends"]
+
+
+def make_mask(rng, kind, batch, group, length):
+    """Of candidates; of tokens, with holes; of tokens at the end of each candidate."""
+    if kind == "none":
+        return None
+    ends = rng.integers(0, length + 1, (batch, group, 1)) > np.arange(length)
+    holes = rng.random((batch, group, length)) < rng.random()
+    return torch.from_numpy({"candidates": rng.random((batch, group)) < rng.random(), "tokens": holes, "ends": ends}[kind])
 
 
 def compare(got, tokens, rewards, mask, options):
+    length = tokens.shape[2]
     want = oracles.sibling_advantage(
         tokens.numpy(),
-        np.nan_to_num(rewards.double().numpy()),
+        rewards.double().numpy(),
         None if mask is None else mask.numpy(),
         **{**DEFAULTS, **options},
     )
@@ -140,12 +192,12 @@ def compare(got, tokens, rewards, mask, options):
     assert torch.equal(got.valid, valid)
     assert torch.equal(got.node.long(), node)
     assert torch.equal(got.num_candidates.long(), count)
-    torch.testing.assert_close(got.advantage, advantage.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.advantage, advantage.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
     # Elsewhere a child at the mean of unequal siblings may be off by a rounding error.
-    kept = rewards if mask is None else rewards.masked_fill(~mask, float("nan"))
-    if kept.numel():
-        highest = kept.nan_to_num(-torch.inf).amax(1, keepdim=True)
-        equal = ((kept == highest) | kept.isnan()).all(1)
+    if rewards.numel() and length:
+        present = torch.from_numpy(oracles.tokens_there(tokens.shape, mask if mask is None else mask.numpy())).any(2)
+        highest = rewards.masked_fill(~present, -INF).amax(1, keepdim=True)
+        equal = ((rewards == highest) | ~present).all(1) & highest[:, 0].isfinite()
         assert not got.advantage[equal].any(), "equal rewards must give exactly 0"
 
 
@@ -158,13 +210,14 @@ def compare(got, tokens, rewards, mask, options):
     kind=st.sampled_from([torch.int64, torch.int32, torch.int16]),
     pool=st.sampled_from(sorted(REWARDS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    masked=st.booleans(),
+    masked=st.sampled_from(MASKS),
     strided=st.booleans(),
     eps=st.sampled_from([1e-4, 1e-6, 0.5]),
     ddof=st.sampled_from([0, 1]),
     std_floor=st.sampled_from([0.0, 0.2]),
     min_siblings=st.integers(2, 4),
     baseline=st.sampled_from(["sibling", "parent", "leave_one_out"]),
+    scale=st.sampled_from(["siblings", "group", "none"]),
 )
 def test_oracle(
     backend,
@@ -183,6 +236,7 @@ def test_oracle(
     std_floor,
     min_siblings,
     baseline,
+    scale,
 ):
     check_case(
         seed,
@@ -201,6 +255,7 @@ def test_oracle(
             "std_floor": std_floor,
             "min_siblings": min_siblings,
             "baseline": baseline,
+            "scale": scale,
         },
     )
 
@@ -210,8 +265,11 @@ def test_oracle(
 @pytest.mark.parametrize("group", [33, 65, 130])
 def test_oracle_wide(backend, group, tokens, baseline):
     """Groups too large for hypothesis to draw often."""
-    case = (group, 2, group, 3, tokens, torch.int64, "many", torch.float32, True, False)
-    check_case(*case, {"baseline": baseline})
+    masked = MASKS[(group + len(baseline)) % 4]
+    pool = "broken" if tokens == 8 else "many"
+    case = (group, 2, group, 3, tokens, torch.int64, pool, torch.float32, masked, False)
+    scale = {"sibling": "siblings", "parent": "group", "leave_one_out": "none"}[baseline]
+    check_case(*case, {"baseline": baseline, "scale": scale})
 
 
 def check_case(seed, batch, group, length, tokens, kind, pool, dtype, masked, strided, options):
@@ -223,9 +281,10 @@ def check_case(seed, batch, group, length, tokens, kind, pool, dtype, masked, st
     shape = (batch, group)
     values = rng.normal(size=shape) if REWARDS[pool] is None else rng.choice(REWARDS[pool], shape)
     rewards = torch.tensor(values, dtype=torch.float32).reshape(shape).to(dtype)
-    mask = torch.from_numpy(rng.random(shape) < rng.random()).reshape(shape) if masked else None
-    if masked:
-        rewards = rewards.masked_fill(~mask, float("nan"))  # a padded candidate takes no part
+    mask = make_mask(rng, masked, batch, group, length)
+    if mask is not None:
+        present = mask if mask.dim() == 2 else mask.any(2)
+        rewards = rewards.masked_fill(~present, NAN)  # a padded candidate takes no part
     compare(sibling_advantage(sids, rewards, mask, **options), sids, rewards, mask, options)
 
 
@@ -247,6 +306,46 @@ def test_equal_means_are_exactly_zero(backend, children, baseline):
     tokens = torch.arange(children).repeat_interleave(3).view(1, -1, 1)
     out = sibling_advantage(tokens, rewards, eps=1e-30, baseline=baseline)
     assert out.valid.all() and not out.advantage.any()
+
+
+@pytest.mark.parametrize("scale", ["siblings", "none"])
+@pytest.mark.parametrize("baseline", ["sibling", "parent", "leave_one_out"])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_other_parents_do_not_notice(backend, bad, baseline, scale):
+    """What is not compared with a reward has the same bits whatever that reward is."""
+    tokens = random_tokens(5, 2, 30, 3, 3)
+    rewards = torch.randn(2, 30, generator=torch.Generator().manual_seed(5))
+    broken = rewards.clone()
+    broken[1, 7] = bad
+    plain = sibling_advantage(tokens, rewards, baseline=baseline, scale=scale)
+    got = sibling_advantage(tokens, broken, baseline=baseline, scale=scale)
+    compared = torch.zeros(tokens.shape, dtype=torch.bool)
+    for depth in range(3):
+        compared[1, :, depth] = (tokens[1, :, :depth] == tokens[1, 7, :depth]).all(1)
+    assert torch.equal(got.advantage.isnan(), compared & plain.valid)
+    assert torch.equal(got.advantage[~compared], plain.advantage[~compared])
+    assert all(torch.equal(x, y) for x, y in zip(got[1:], plain[1:]))
+
+
+def test_the_largest_rewards_are_compared(backend):
+    tokens, rewards = torch.tensor([[[0], [0], [1], [2]]]), torch.tensor([[3e38, 3e38, -3e38, 3.4e38]])
+    got, small = sibling_advantage(tokens, rewards), sibling_advantage(tokens, rewards / 1e38)
+    torch.testing.assert_close(got.advantage, small.advantage, rtol=1e-3, atol=0)
+
+
+def test_padding_may_hold_anything(backend):
+    """Masked tokens at the end decide nothing; a mask of whole candidates says the same by token."""
+    tokens = random_tokens(6, 3, 40, 4, 3)
+    rewards = torch.randn(3, 40, generator=torch.Generator().manual_seed(6))
+    mask = make_mask(np.random.default_rng(6), "ends", 3, 40, 4)
+    want = sibling_advantage(tokens, rewards, mask)
+    assert not want.valid.logical_and(~mask).any() and (want.node[~mask] == -1).all()
+    for padding in (0, 1, -100):
+        got = sibling_advantage(tokens.masked_fill(~mask, padding), rewards, mask)
+        assert all(map(torch.equal, got, want))
+    whole = mask[:, :, 0]
+    by_token = whole[:, :, None].expand(tokens.shape).contiguous()
+    assert all(map(torch.equal, *(sibling_advantage(tokens, rewards, m) for m in (whole, by_token))))
 
 
 def test_tokens_that_collide_in_32_bits(backend):
@@ -319,7 +418,9 @@ BAD = [
     ({"min_siblings": 1}, ValueError, "min_siblings"),
     ({"min_siblings": "two"}, TypeError, "min_siblings"),
     ({"min_siblings": 2.5}, TypeError, "min_siblings"),
+    ({"mask": torch.ones(2, 3, 3, dtype=torch.bool)}, ValueError, "mask"),
     ({"baseline": "median"}, ValueError, "baseline"),
+    ({"scale": "request"}, ValueError, "scale"),
 ]
 
 
