@@ -111,6 +111,33 @@ def test_log_probabilities_and_gradients_in_double(
         assert torch.equal(logits[:, -packed.outputs.shape[1] :], packed.select(logits))
 
 
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    leaves=st.booleans(),
+    compact=st.booleans(),
+)
+def test_candidates_that_end_early(seed, leaves, compact) -> None:
+    """What lies behind an end is in no row, is not predicted, and changes nothing."""
+    torch.manual_seed(seed)
+    model = Decoder().double()
+    prompt, prompt_mask, tokens, _ = make(seed, 2, 5, 4, 3, "left")
+    there = torch.arange(4) < torch.randint(0, 5, (2, 5, 1))
+    whole = pack_prompts(prompt, tokens, prompt_mask=prompt_mask)
+    want = whole.logp(whole.select(model(whole.input_ids, whole.position_ids, whole.mask())).float())
+    options = {"prompt_mask": prompt_mask, "leaves": leaves, "compact": compact}
+    rows = [pack_prompts(prompt, tokens.masked_fill(~there, pad), there, **options) for pad in (0, 2)]
+    for packed in rows:
+        logits = model(packed.input_ids, packed.position_ids, packed.mask())
+        torch.testing.assert_close(packed.logp(packed.select(logits).float()), want * there, rtol=1e-5, atol=1e-5)
+        assert torch.equal(packed.source >= 0, there)
+    assert torch.equal(rows[0].input_ids, rows[1].input_ids)
+    nodes = [
+        {tuple(tokens[b, g, :n].tolist()) for g in range(5) for n in range(1, int(there[b, g].sum()) + leaves)}
+        for b in range(2)
+    ]
+    assert (packed.depth > 0).sum(1).tolist() == [len(x) for x in nodes]
+
+
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_gradients_in_float32(padding: str) -> None:
     torch.manual_seed(0)

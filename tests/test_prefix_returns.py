@@ -73,6 +73,12 @@ EXAMPLES = [
         [[0.0], [0.0]], [[1.0], [0.0]], {"weights": (1.0,), "mask": [True, False]},
     ),
     Example(
+        "mask of tokens: a candidate that ends early is in the means of the prefixes that it has.",
+        [(1, 7), (1, 7)], [EAST, NORTH], (1, 7), EAST,
+        [[0.5, 1.0], [0.5, 0.0]], [[DIAGONAL, 1.0], [DIAGONAL, 0.0]],
+        {"weights": (0.5, 1.0), "mask": [[True, True], [True, False]]},
+    ),
+    Example(
         "Unless they are given, the weights of three levels are 0.3, 0.5 and 1 (V-STAR, Eq. 8).",
         [(1, 2, 3), (1, 2, 4)], [EAST, NORTH], (1, 2, 3), EAST,
         [[0.3, 0.5, 1.0], [0.3, 0.5, -1.0]], [[DIAGONAL, DIAGONAL, 1.0], [DIAGONAL, DIAGONAL, 0.0]], {},
@@ -125,6 +131,8 @@ def compare(got, sids, item, target, wanted, mask, weights):
     assert all(x.shape == sids.shape for x in got)
     torch.testing.assert_close(got.returns, torch.from_numpy(want[0]).float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.similarity, torch.from_numpy(want[1]).float(), rtol=1e-5, atol=1e-5)
+    if mask is not None:
+        mask = torch.from_numpy(oracles.tokens_there(sids.shape, mask.numpy(), ended=True))
     buckets = sibling_advantage(sids, torch.zeros(sids.shape[:2]), mask)
     assert torch.equal(got.node, buckets.node)
     assert torch.equal(got.num_candidates, buckets.num_candidates)
@@ -138,16 +146,17 @@ def compare(got, sids, item, target, wanted, mask, weights):
     width=st.sampled_from([0, 1, 3, 8, 20]),
     tokens=st.sampled_from([1, 2, 5, "huge"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    masked=st.booleans(),
+    masked=st.sampled_from(["", "candidates", "tokens"]),
     strided=st.booleans(),
 )
 def test_oracle(backend, seed, batch, group, length, width, tokens, dtype, masked, strided):
     sids, item, target, wanted, mask = make(seed, batch, group, length, width, tokens, dtype)
-    mask = mask if masked else None
+    mask = {"": None, "candidates": mask, "tokens": random_mask(seed, batch, group, length)}[masked]
+    there = torch.from_numpy(oracles.tokens_there(sids.shape, mask if mask is None else mask.numpy(), ended=True))
     item[:, ::3] = item[:, :1].clone()  # the same item several times, and zero vectors
     item[:, 5::7] = 0
-    if masked:
-        item[~mask] = float("nan")  # a padded candidate takes no part
+    if masked and length:
+        item[~there[:, :, 0]] = float("nan")  # a padded candidate takes no part
     if strided:
         sids, item = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (sids, item))
         wanted = torch.stack([wanted, wanted], 2)[..., 0]
@@ -155,8 +164,7 @@ def test_oracle(backend, seed, batch, group, length, width, tokens, dtype, maske
     got = prefix_returns(
         sids, item, target.int() if tokens != "huge" else target, wanted, mask, weights=weights
     )
-    clean = item if mask is None else item.masked_fill(~mask[..., None], 0)
-    compare(got, sids, clean, target, wanted, mask, weights)
+    compare(got, sids, item, target, wanted, mask, weights)
 
 
 @pytest.mark.parametrize(

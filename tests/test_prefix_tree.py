@@ -31,7 +31,7 @@ class Example(NamedTuple):
     tokens: list[tuple[int, ...]]
     nodes: list[tuple[int, int, int, int, int]]
     node: list[tuple[int, ...]]
-    mask: list[bool] | None = None
+    mask: list[bool] | list[list[bool]] | None = None
 
 
 EXAMPLES = [
@@ -59,6 +59,21 @@ EXAMPLES = [
     Example(
         "mask: a candidate that is left out is in no node.",
         [(1, 5), (2, 6)], [(2, -1, 1, 1, 1), (6, 0, 2, 1, 1)], [(-1, -1), (0, 1)], [False, True],
+    ),
+    Example(
+        "mask of tokens: a candidate that ends early has no node behind its end, whatever the padding.",
+        [(1, 5), (1, 0)], [(1, -1, 1, 0, 2), (5, 0, 2, 0, 1)], [(0, 1), (0, -1)],
+        [[True, True], [True, False]],
+    ),
+    Example(
+        "mask of tokens: a parent's number counts all nodes of its level, also those that nothing follows.",
+        [(1, 0), (2, 5)], [(1, -1, 1, 0, 1), (2, -1, 1, 1, 1), (5, 1, 2, 1, 1)], [(0, -1), (1, 2)],
+        [[True, False], [True, True]],
+    ),
+    Example(
+        "mask of tokens: it ends before its first masked token.",
+        [(1, 5), (2, 6)], [(2, -1, 1, 1, 1), (6, 0, 2, 1, 1)], [(-1, -1), (0, 1)],
+        [[False, True], [True, True]],
     ),
     Example("mask: nobody is left.", [(1, 5), (2, 6)], [], [(-1, -1), (-1, -1)], [False, False]),
 ]  # fmt: skip
@@ -90,6 +105,8 @@ def compare(got, tokens, mask):
         wide = name == "token" and tokens.dtype == torch.int64
         assert field.dtype == (torch.int64 if wide else torch.int32)
         assert field.is_contiguous() and torch.equal(field.long(), torch.from_numpy(array)), name
+    if mask is not None:
+        mask = torch.from_numpy(oracles.tokens_there(tokens.shape, mask.numpy(), ended=True))
     buckets = sibling_advantage(tokens, torch.zeros(tokens.shape[:2]), mask)
     assert torch.equal(got.node, buckets.node)
 
@@ -101,22 +118,23 @@ def compare(got, tokens, mask):
     length=st.integers(0, 4),
     tokens=st.sampled_from([1, 2, 5, 100, "huge"]),
     dtype=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
-    masked=st.booleans(),
+    masked=st.sampled_from(["", "candidates", "tokens"]),
     strided=st.booleans(),
 )
 def test_oracle(backend, seed, batch, group, length, tokens, dtype, masked, strided):
     sids, mask = make(seed, batch, group, length, tokens, dtype)
-    mask = mask if masked else None
+    mask = {"": None, "candidates": mask, "tokens": random_mask(seed, batch, group, length)}[masked]
     if strided:
         sids = sids.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-        mask = mask if mask is None else mask.T.contiguous().T
+        mask = mask if mask is None else mask.transpose(0, 1).contiguous().transpose(0, 1)
     compare(prefix_tree(sids, mask), sids, mask)
 
 
 @pytest.mark.parametrize("group", [64, 65, 129, 200])
 def test_groups_of_several_programs(backend, group):
     sids, mask = make(group, 2, group, 3, 6)
-    compare(prefix_tree(sids, mask), sids, mask)
+    for mask in (mask, random_mask(group, 2, group, 3)):
+        compare(prefix_tree(sids, mask), sids, mask)
 
 
 def test_order_of_candidates_does_not_matter(backend):
