@@ -241,7 +241,8 @@ def _siblings(
     tokens: ADDRESS, tokens_type, t0, t1, t2, rewards: ADDRESS, rewards_type, r0, r1, mask: ADDRESS,
     mask_type, m0, m1, m2, prefix: I32, earlier: ANY, mean: ANY, advantage: ANY, valid: ANY, node: I32,
     count: I32, group, length, blocks, first, last, ragged, eps: tl.float64, std_floor: tl.float64, ddof,
-    min_siblings, baseline, scale, PHASES: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    min_siblings, baseline, scale, PHASES: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     tokens = Array(tokens, tokens_type, t0, t1, t2)
     rewards = Array(rewards, rewards_type, r0, r1, 0)

@@ -107,7 +107,9 @@ def _add(z, row_max, mass, weighted, inv_temperature):
     new_max = tl.maximum(row_max, tl.max(z, 0))
     center = tl.where(new_max == float("-inf"), 0.0, new_max)
     # What lies far below is 0 either way; bounded, no product is 0 times infinity.
-    shift = tl.where(row_max == float("-inf"), 0.0, tl.maximum(divided(row_max - center, inv_temperature), -100.0))
+    shift = tl.where(
+        row_max == float("-inf"), 0.0, tl.maximum(divided(row_max - center, inv_temperature), -100.0)
+    )
     x = tl.maximum(divided(z - center, inv_temperature), -100.0)
     power = tl.where(z == float("-inf"), 0.0, tl.exp(x))
     scale = tl.exp(shift)

@@ -184,7 +184,13 @@ def _std(values: Sequence[float | Fraction], ddof: int) -> float:
 
 def tokens_there(shape: tuple[int, ...], mask: np.ndarray | None, *, ended: bool = False) -> np.ndarray:
     """A mask ``[B, G]`` or ``[B, G, L]`` as one of tokens; ``ended``, with nothing behind a masked one."""
-    there = np.ones(shape, bool) if mask is None else mask if mask.ndim == 3 else mask[:, :, None] & np.ones(shape, bool)
+    there = (
+        np.ones(shape, bool)
+        if mask is None
+        else mask
+        if mask.ndim == 3
+        else mask[:, :, None] & np.ones(shape, bool)
+    )
     return np.logical_and.accumulate(there, 2) if ended else there
 
 
@@ -242,7 +248,9 @@ def sibling_advantage(
             for family in families.values():
                 mean = {p: _mean([reward[g] for g in through[p]]) for p in family}
                 std = {"siblings": _std(list(mean.values()), ddof), "group": request, "none": 0.0}[scale]
-                divisor = 1.0 if scale == "none" else float(np.fmax(std, std_floor) if std == std else std) + eps
+                divisor = (
+                    1.0 if scale == "none" else float(np.fmax(std, std_floor) if std == std else std) + eps
+                )
                 for p in family:
                     if baseline == "sibling":
                         base = _mean(list(mean.values()))

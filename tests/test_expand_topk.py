@@ -445,6 +445,31 @@ def test_a_single_child_is_certain(backend, logit, temperature):
     assert out.num_valid.tolist() == [1]
 
 
+@pytest.mark.parametrize("normalize", ["legal", "vocab"])
+@pytest.mark.parametrize(
+    "temperature", [5e-324, 1e-300, 1e-45, 1e-39, 1.1e-38, 1e-20, 1e30, 8.6e37, 1e39, 1e300]
+)
+def test_every_temperature(backend, temperature, normalize):
+    """At 1e-39 a logit that is 0.1 lower has the log-probability -1e38, one that is 0.5 lower has none."""
+    logits = torch.tensor([[[0.0, -0.5, -0.1, -INF, -1e38, -0.05], [1.0, 1.0, NAN, 2.0, 0.0, INF]]])
+    items = [[v] for v in range(5)]
+    out = expand_topk(
+        logits, Trie.from_sequences(items), torch.zeros(1, 2, dtype=torch.int64), 12,
+        temperature=temperature, normalize=normalize,
+    )  # fmt: skip
+    winners, entropy = oracles.expand_topk(
+        logits.numpy(), oracles.DictTrie(items, 1), np.zeros((1, 2), int),
+        temperature=temperature, normalize=normalize,
+    )  # fmt: skip
+    found = len(winners[0])
+    assert out.num_valid.tolist() == [found]
+    assert out.logp[0, :found].tolist() == pytest.approx([x.logp for x in winners[0]], rel=1e-5)
+    assert out.entropy[0].tolist() == pytest.approx(entropy[0].tolist(), rel=1e-5, abs=1e-6)
+    if temperature < 1:
+        got = list(zip(out.parent[0, :found].tolist(), out.token[0, :found].tolist()))
+        assert got == [(x.parent, x.token) for x in winners[0]]
+
+
 def test_infinite_logits_share_the_mass(backend):
     trie = Trie.from_sequences([[0], [1], [2]])
     logits = torch.tensor([[[INF, 3.0, INF]]])
@@ -666,7 +691,7 @@ def arguments(**change: Any) -> dict[str, Any]:
 BY_ROW = {"row": torch.zeros(2, 3, dtype=torch.int64)}
 BAD = [
     ({"logits": [[[0.0]]]}, TypeError, "logits"),
-    ({"logits": torch.zeros(2, 3, 5, dtype=torch.float64)}, TypeError, "logits"),
+    ({"cum_logp": torch.zeros(2, 3, dtype=torch.float64)}, TypeError, "cum_logp"),
     ({"logits": torch.zeros(2, 3, 5, dtype=torch.int64)}, TypeError, "logits"),
     ({"logits": torch.zeros(6, 5)}, ValueError, "logits"),
     ({"logits": torch.zeros(2, 3, 4)}, ValueError, "logits"),

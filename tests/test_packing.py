@@ -128,11 +128,17 @@ def test_candidates_that_end_early(seed, leaves, compact) -> None:
     rows = [pack_prompts(prompt, tokens.masked_fill(~there, pad), there, **options) for pad in (0, 2)]
     for packed in rows:
         logits = model(packed.input_ids, packed.position_ids, packed.mask())
-        torch.testing.assert_close(packed.logp(packed.select(logits).float()), want * there, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            packed.logp(packed.select(logits).float()), want * there, rtol=1e-5, atol=1e-5
+        )
         assert torch.equal(packed.source >= 0, there)
     assert torch.equal(rows[0].input_ids, rows[1].input_ids)
     nodes = [
-        {tuple(tokens[b, g, :n].tolist()) for g in range(5) for n in range(1, int(there[b, g].sum()) + leaves)}
+        {
+            tuple(tokens[b, g, :n].tolist())
+            for g in range(5)
+            for n in range(1, int(there[b, g].sum()) + leaves)
+        }
         for b in range(2)
     ]
     assert (packed.depth > 0).sum(1).tolist() == [len(x) for x in nodes]

@@ -152,7 +152,9 @@ def compare(got, sids, item, target, wanted, mask, weights):
 def test_oracle(backend, seed, batch, group, length, width, tokens, dtype, masked, strided):
     sids, item, target, wanted, mask = make(seed, batch, group, length, width, tokens, dtype)
     mask = {"": None, "candidates": mask, "tokens": random_mask(seed, batch, group, length)}[masked]
-    there = torch.from_numpy(oracles.tokens_there(sids.shape, mask if mask is None else mask.numpy(), ended=True))
+    there = torch.from_numpy(
+        oracles.tokens_there(sids.shape, mask if mask is None else mask.numpy(), ended=True)
+    )
     item[:, ::3] = item[:, :1].clone()  # the same item several times, and zero vectors
     item[:, 5::7] = 0
     if masked and length:

@@ -133,8 +133,8 @@ def test_oracle(backend, seed, batch, group, length, tokens, dtype, masked, stri
 @pytest.mark.parametrize("group", [64, 65, 129, 200])
 def test_groups_of_several_programs(backend, group):
     sids, mask = make(group, 2, group, 3, 6)
-    for mask in (mask, random_mask(group, 2, group, 3)):
-        compare(prefix_tree(sids, mask), sids, mask)
+    for each in (mask, random_mask(group, 2, group, 3)):
+        compare(prefix_tree(sids, each), sids, each)
 
 
 def test_order_of_candidates_does_not_matter(backend):

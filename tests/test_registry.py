@@ -8,6 +8,8 @@ import warnings
 
 import pytest
 import torch
+from cases import CASES
+from helpers import op_arguments, tensors
 from torch.func import grad, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,6 +65,73 @@ def test_vmap_is_a_loop(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_of_a_differentiable_op(backend):
+    """Right numbers and a right gradient, or an error; see below for what is refused."""
+    x, targets = torch.rand(3, 2, 5, requires_grad=True), torch.tensor([1, 4])
+    with vstar_ops.use_backend(backend), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a loop
+        together = vmap(lambda row: vstar_ops.token_logp(row, targets).logp)(x)
+        alone = vstar_ops.token_logp(x, targets.expand(3, 2)).logp
+    assert torch.equal(together, alone)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (together, alone)))
+
+
+class Recorded(TorchDispatchMode):
+    """The names of all ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def in_double(op, label):
+    return CASES[op][label](3).map(lambda x: x.double() if x.is_floating_point() else x)
+
+
+DOUBLE = [
+    pytest.param(op, label, id=f"{op}-{label}") for op in CASES if OPS[op].double for label in CASES[op]
+]
+
+
+@pytest.mark.parametrize(("op", "label"), DOUBLE)
+def test_float64_runs_on_the_reference(op, label):
+    """Silently, with results in float64, compiled too."""
+    call, names = in_double(op, label), [name for name, _ in OPS[op].double]
+    with Recorded() as recorded, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = call()
+    assert [x for x in recorded.names if x.startswith("vstar_ops")] == [f"vstar_ops_reference.{op}.default"]
+    assert {x.dtype for x in tensors(got) if x.is_floating_point()} == {torch.float64}
+    single = call.map(lambda x: x.float() if x.is_floating_point() else x)()
+    for x, y in zip(tensors(got), tensors(single), strict=True):
+        assert x.shape == y.shape
+        if y.is_floating_point():
+            torch.testing.assert_close(x.float(), y, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager")(**call.arguments)
+    assert all(map(torch.equal, tensors(compiled), tensors(got)))
+    for backend in set(BACKENDS) - {"reference"}:
+        message = rf"^{names[0]} must be .* on the backend '{backend}', got float64"
+        with vstar_ops.use_backend(backend), pytest.raises(TypeError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(("op", "label"), DOUBLE)
+def test_opcheck_in_float64(op, label):
+    arguments = op_arguments(op, CASES[op][label](3))
+    arguments = [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments
+    ]
+    if OPS[op].differentiable:
+        arguments[0].requires_grad_()
+    torch.library.opcheck(OPS[op].overloads["reference"], tuple(arguments))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_forced_backend_compiles(backend):
     """The choice is made while tracing, and a graph of one choice is not taken for another."""
     seen = []
@@ -109,18 +178,6 @@ def test_a_backend_is_asked_for_by_a_thread():
         thread.join()
         assert active_backend(CPU) == "reference"
     assert found == [None]
-
-
-class Recorded(TorchDispatchMode):
-    """The names of all ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

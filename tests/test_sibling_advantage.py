@@ -101,8 +101,8 @@ EXAMPLES = [
         [(7,), (8,)], [1, 0], [[0.5], [-0.5]], {"scale": "none"},
     ),
     Example(
-        "scale='group': one standard deviation per request, that of its rewards, which is 1 here. So the children"
-        " of 8, whose difference is smaller, keep it.",
+        "scale='group': one standard deviation per request, that of its rewards, which is 1 here. So the"
+        " children of 8, whose difference is smaller, keep it.",
         [(7, 1), (7, 2), (8, 1), (8, 2)], [1.4, -1.4, 0.2, -0.2],
         [[0.0, 1.4], [0.0, -1.4], [0.0, 0.2], [0.0, -0.2]], {"scale": "group"},
     ),
@@ -175,7 +175,9 @@ def make_mask(rng, kind, batch, group, length):
         return None
     ends = rng.integers(0, length + 1, (batch, group, 1)) > np.arange(length)
     holes = rng.random((batch, group, length)) < rng.random()
-    return torch.from_numpy({"candidates": rng.random((batch, group)) < rng.random(), "tokens": holes, "ends": ends}[kind])
+    return torch.from_numpy(
+        {"candidates": rng.random((batch, group)) < rng.random(), "tokens": holes, "ends": ends}[kind]
+    )
 
 
 def compare(got, tokens, rewards, mask, options):
@@ -195,7 +197,9 @@ def compare(got, tokens, rewards, mask, options):
     torch.testing.assert_close(got.advantage, advantage.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
     # Elsewhere a child at the mean of unequal siblings may be off by a rounding error.
     if rewards.numel() and length:
-        present = torch.from_numpy(oracles.tokens_there(tokens.shape, mask if mask is None else mask.numpy())).any(2)
+        present = torch.from_numpy(
+            oracles.tokens_there(tokens.shape, mask if mask is None else mask.numpy())
+        ).any(2)
         highest = rewards.masked_fill(~present, -INF).amax(1, keepdim=True)
         equal = ((rewards == highest) | ~present).all(1) & highest[:, 0].isfinite()
         assert not got.advantage[equal].any(), "equal rewards must give exactly 0"

@@ -313,7 +313,7 @@ def test_leading_dimensions_and_strides(backend):
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_gradcheck(entropy):
-    """The reference's closed form against finite differences, in double."""
+    """The closed form against finite differences, in double; a second derivative is refused."""
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(1, 3, 7, dtype=torch.float64, generator=generator, requires_grad=True)
     trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
@@ -321,12 +321,14 @@ def test_gradcheck(entropy):
         torch.tensor([[[1, 1, -1], [0, 6, 2], [5, -2, 5]]]),
         torch.tensor([[[2, 0, -1], [3, 4, 4], [3, 3, -1]]]),
     )
-    node = torch.tensor([[0, 1, 2]])
-    with vstar_ops.use_backend("reference"):
-        for rest in ((some, None, None, None, 0.7, 0), (legal, trie.offset, trie.token, node, 0.7, 2)):
-            assert torch.autograd.gradcheck(
-                lambda z, rest=rest: OP(z.device, z, *rest)[1 if entropy else 0], (logits,)
-            )
+    for rest in ((some,), (legal, trie, torch.tensor([[0, 1, 2]]))):
+
+        def call(z, rest=rest):
+            return token_logp(z, *rest, temperature=0.7)[1 if entropy else 0]
+
+        assert torch.autograd.gradcheck(call, (logits,), check_batched_grad=True)
+        with pytest.raises(NotImplementedError, match="token_logp has no second derivative"):
+            torch.autograd.gradgradcheck(call, (logits,))
 
 
 def test_the_backward_pass_keeps_the_backend_of_the_forward_pass():
@@ -348,14 +350,46 @@ def test_no_gradient_where_none_is_asked(backend):
 def test_second_derivative_is_refused(backend):
     z = torch.randn(2, 5, requires_grad=True)
     (gradient,) = torch.autograd.grad(token_logp(z, torch.tensor([1, 2])).logp.sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.square().sum().backward()
+    for second in (
+        gradient.sum().backward,
+        lambda: torch.autograd.grad(gradient.sum(), z, allow_unused=True),
+    ):
+        with pytest.raises(NotImplementedError, match="token_logp has no second derivative"):
+            second()
+
+
+TEMPERATURES = [5e-324, 1e-300, 1e-45, 1e-39, 1.1e-38, 1e-30, 1e-18, 1e20, 8.6e37, 1e39, 1e300]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("legal", [False, True])
+def test_every_temperature(backend, legal, temperature):
+    """Quotients and not products with a rounded 1 / temperature, which no float holds at both ends."""
+    rows = [[0.0, -0.5, -0.1, 0.0, -1e30], [3.0, 2.0, 1.0, -math.inf, 2.9], [0.0, 1e38, -1e30, math.inf, 1.0]]
+    targets = [[0, 2], [0, 4], [1, 3]]
+    trie = Trie.from_sequences([[0], [2], [3], [4]])
+    domain = [0, 2, 3, 4] if legal else range(5)
+    generator = torch.Generator().manual_seed(1)
+    grad_logp, grad_entropy = torch.randn(3, 2, generator=generator), torch.randn(3, generator=generator)
+    rest = (trie, torch.zeros(3, dtype=torch.int32)) if legal else ()
+    got = gradients(
+        torch.tensor(rows), torch.tensor(targets), *rest,
+        grad_logp=grad_logp, grad_entropy=grad_entropy, temperature=temperature,
+    )  # fmt: skip
+    for r, row in enumerate(rows):
+        given = grad_logp[r].tolist(), grad_entropy[r].item(), temperature
+        logp, entropy, gradient = oracles.token_logp(row, domain, targets[r], *given)
+        want = [oracles.float32(gradient.get(v, 0.0)) for v in range(5)]
+        assert got[0][r].tolist() == pytest.approx([oracles.float32(x) for x in logp], rel=1e-5, abs=1e-6)
+        assert got[1][r].item() == pytest.approx(entropy, rel=1e-5, abs=1e-6)
+        rounding = 1e-6 / temperature if temperature > 1e-30 else 1e-6  # of terms that cancel
+        assert got[2][r].tolist() == pytest.approx(want, rel=1e-4, abs=rounding)
 
 
 BAD = [
     ({"logits": [1.0]}, TypeError, "logits"),
     ({"logits": torch.tensor(1.0)}, ValueError, "logits"),
-    ({"logits": torch.zeros(2, 5, dtype=torch.float64)}, TypeError, "logits"),
+    ({"logits": torch.zeros(2, 5, dtype=torch.int64)}, TypeError, "logits"),
     ({"targets": [1, 2]}, TypeError, "targets"),
     ({"targets": torch.zeros(2)}, TypeError, "targets"),
     ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, "targets"),

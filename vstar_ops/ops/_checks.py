@@ -230,7 +230,7 @@ def standardizer_options(eps: Any, ddof: Any, std_floor: Any, *, scaled: bool) -
 
 
 def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> None:
-    """An optional mask of candidates ``[B, G]``, or if the shape is ``[B, G, L]``, of candidates or tokens."""
+    """An optional mask of candidates ``[B, G]``; where the shape is ``[B, G, L]``, perhaps of tokens."""
     if mask is None:
         return
     if len(shape) == 3 and isinstance(mask, Tensor) and mask.dim() == 3:

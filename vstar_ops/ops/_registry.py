@@ -141,8 +141,8 @@ class Gradient(NamedTuple):
 
     Attributes:
         op: computes the gradient, on the backend that computed the result. None if ``backward`` needs no op.
-        save: ``setup_context(ctx, inputs, output)`` of an autograd function. It saves the first input, so that
-            a second derivative by it is refused instead of being 0.
+        save: ``setup_context(ctx, inputs, output)`` of an autograd function. It saves the first input, so
+            that a second derivative by it is refused instead of being 0.
         backward: its backward, ``(ctx, op, *gradients)``: a gradient or None for each input.
     """
 

@@ -83,8 +83,8 @@ def prefix_returns(
 
         - ``returns`` float32, :math:`r_\ell`; float64 for a float64 ``embedding``, which the reference
           implementation takes.
-        - ``similarity`` of the same dtype, the cosine; 0 where either embedding is zero, NaN where one holds NaN or
-          infinity. The return is then NaN too, except for prefixes of the target.
+        - ``similarity`` of the same dtype, the cosine; 0 where either embedding is zero, NaN where one
+          holds NaN or infinity. The return is then NaN too, except for prefixes of the target.
         - ``node`` int32, the number of the distinct prefix, as :func:`sibling_advantage` counts them.
         - ``num_candidates`` int32, candidates in the bucket.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -85,26 +84,26 @@ def token_logp(
         H &= -\textstyle\sum_{u \in D} \pi(u) \log\pi(u)
 
     The forward pass keeps two numbers per row, and the backward pass writes the gradient of the logits once:
-    nothing else of the size of the logits is made. Arithmetic is float32 whatever the dtype of the logits, but
-    for float64: the reference implementation takes those, in float64 throughout.
-    With a trie only legal columns are read, and the dense gradient is zero outside of them (on the CPU its
-    pages come zeroed from the system, so what is not legal is not written either).
+    nothing else of the size of the logits is made. Arithmetic is float32 for all dtypes of the logits but
+    float64: those are taken by the reference implementation, which computes in float64. With a trie only
+    legal columns are read, and the dense gradient is zero outside of them (on the CPU its pages come zeroed
+    from the system, so what is not legal is not written either).
 
     Args:
-        logits: float32, bfloat16, float16 or float64 ``[..., V]``, any strides. Up to three dimensions, such as
-            ``logits[:, :-1]``, they are read in place; leading dimensions beyond that are flattened, which
+        logits: float32, bfloat16, float16 or float64 ``[..., V]``, any strides. Up to three dimensions, such
+            as ``logits[:, :-1]``, they are read in place; leading dimensions beyond that are flattened, which
             copies where their strides do not allow it. NaN reads as -inf, +inf as the largest finite float32.
         targets: integers ``[...]``, a token for each row, or ``[..., T]``, ``T`` of them, which may repeat.
             Negative ones (-1, -100) are padding: log-probability 0, no gradient.
         trie: the catalogue; its tokens are columns of ``logits``. Together with ``node`` or not at all.
         node: int32 or int64 ``[...]``, the trie node of each row. Whatever is not a node has no children.
-        temperature: :math:`\tau > 0`.
+        temperature: any finite :math:`\tau > 0`. A log-probability beyond float32 is -inf.
 
     Returns:
         A named tuple:
 
-        - ``logp`` float32 (float64 for float64 logits), of the shape of ``targets``. -inf for a target that is not in :math:`D`, or whose
-          logit reads -inf. Exactly 0 for a single legal child.
+        - ``logp`` float32 (float64 for float64 logits), of the shape of ``targets``. -inf for a target that
+          is not in :math:`D`, or whose logit reads -inf. Exactly 0 for a single legal child.
         - ``entropy`` of the same dtype ``[...]``, 0 where nothing is legal.
 
     Both are differentiable with respect to the logits, once:
