@@ -39,13 +39,9 @@ def _load(rewards, mask, b, g, group):
     return load_float(rewards, b, g, 0, valid).to(tl.float64), valid
 
 
-@kernel
-def _group_advantage(
-    advantage: F32, rewards: ADDRESS, rewards_type, r0, r1, mask: ADDRESS, mask_type, m0, m1, group,
-    eps: tl.float64, std_floor: tl.float64, ddof, scaled, BLOCK: tl.constexpr,
-):  # fmt: skip
-    rewards, mask = Array(rewards, rewards_type, r0, r1, 0), Array(mask, mask_type, m0, m1, 0)
-    b = tl.program_id(0).to(tl.int64)
+@triton.jit
+def statistics(rewards, mask, b, group, ddof, BLOCK: tl.constexpr):
+    """Mean and standard deviation of a request's rewards, NaN unless all are finite; whether they differ."""
     step = tl.arange(0, BLOCK).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float64)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -60,18 +56,34 @@ def _group_advantage(
     n = tl.sum(count, 0)
     mean = tl.sum(total, 0) / tl.maximum(n, 1).to(tl.float64)
     finite = tl.abs(mean) < float("inf")
-    signal = (n >= 2) & ((tl.max(largest, 0) != tl.min(smallest, 0)) | (finite == 0))
+    mean = tl.where(finite, mean, float("nan"))
     squares = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, group, BLOCK):
         x, valid = _load(rewards, mask, b, start + step, group)
         squares += tl.where(valid, (x - mean) * (x - mean), 0.0)
     std = tl.sqrt(tl.sum(squares, 0) / tl.maximum(n - ddof, 1).to(tl.float64))
-    divisor = tl.where(scaled != 0, tl.maximum(std, std_floor) + eps, 1.0)
-    divisor = tl.where(finite, divisor, float("nan"))
+    return mean, std, (n >= 2) & ((tl.max(largest, 0) != tl.min(smallest, 0)) | (finite == 0))
+
+
+@triton.jit
+def divisor_of(std, std_floor, eps):
+    """What is divided by; NaN for NaN."""
+    return tl.where(std == std, tl.maximum(std, std_floor) + eps, float("nan"))
+
+
+@kernel
+def _group_advantage(
+    advantage: F32, rewards: ADDRESS, rewards_type, r0, r1, mask: ADDRESS, mask_type, m0, m1, group,
+    eps: tl.float64, std_floor: tl.float64, ddof, scaled, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rewards, mask = Array(rewards, rewards_type, r0, r1, 0), Array(mask, mask_type, m0, m1, 0)
+    b = tl.program_id(0).to(tl.int64)
+    mean, std, differ = statistics(rewards, mask, b, group, ddof, BLOCK)
+    divisor = tl.where(scaled != 0, divisor_of(std, std_floor, eps), 1.0)
     for start in range(0, group, BLOCK):
-        g = start + step
+        g = start + tl.arange(0, BLOCK).to(tl.int64)
         x, valid = _load(rewards, mask, b, g, group)
-        result = tl.where(valid & signal, (x - mean) / divisor, 0.0)
+        result = tl.where(valid & differ, (x - mean) / divisor, 0.0)
         tl.store(advantage + b * group + g, result.to(tl.float32), g < group)
 
 

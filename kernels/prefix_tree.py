@@ -2,8 +2,8 @@
 
 A program looks, level by level, for the first candidate of each of its candidates' nodes; where that is the
 candidate itself it writes the node, so every slot has one writer. The slots past the last node are cleared by
-all programs of the request, each a share. Two launches. The one workspace, int32 ``[B, G, L]`` and
-``[B, G]``, holds the size of every candidate's nodes, and what the numbering needs.
+all programs of the request, each a share. Two launches, and more for a mask of tokens. The one workspace
+holds the size of every candidate's nodes, int32 ``[B, G, L]``, and what the numbering needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._kernel import ANY, I32, Specialization, kernel, options, workspace
-from .sibling_advantage import number_prefixes
+from .sibling_advantage import number_prefixes, sizes
 
 # Candidates per program; candidates that they are compared with together; slots that are cleared together.
 _BLOCK = 32
@@ -34,8 +34,10 @@ def prefix_tree(
     if not tokens.numel():
         return parent, token, depth, first, count, node, tokens.new_zeros(batch, dtype=torch.int32)
     size = tokens.new_empty(batch, dtype=torch.int32)
-    members, earlier = workspace(tokens.device, (node.numel(), torch.int32), (batch * group, torch.int32))
-    number_prefixes(tokens, mask, earlier, node, members)
+    members, earlier, prefix = workspace(
+        tokens.device, *((size, torch.int32) for size in (node.numel(), *sizes(tokens, mask)))
+    )  # fmt: skip
+    number_prefixes(tokens, mask, earlier, prefix, node, members)
     blocks = triton.cdiv(group, _BLOCK)
     _prefix_tree[(batch * blocks,)](
         tokens, *tokens.stride(), node, members, parent, token, depth, first, count, size, group, length,

@@ -3,7 +3,8 @@
 A program takes a block of a request's candidates (the columns of a tile) and runs through all candidates of
 the request in chunks (the rows), so that sums over the rows stay within a thread. The number of the parent
 prefix stands for all tokens before: two candidates share a prefix if they share that number and the token.
-Where a mask tells tokens apart, prefixes are numbered without it first: a masked token has no node.
+With a mask of tokens all prefixes are numbered first, as a masked token has no node but tells the prefixes
+behind it apart; in the end the nodes are numbered without gaps.
 
 A level has two phases: (1) the bucket of each candidate: its size, its mean reward, and how many of its
 members come earlier (none: the candidate represents the bucket's node); (2) the nodes against each other:
@@ -15,8 +16,9 @@ The statistics are taken of the differences to the candidate's own mean, in one 
 exactly 0, and since that mean is one of the sample, its distance from the center, squared, is at most n
 times the variance, so nothing cancels.
 
-Workspace: float64 ``[2, B, G]``, the earlier members and the mean of each candidate's bucket; with a mask of
-tokens also int32 ``[B, G, L]``, the numbers of all prefixes.
+Workspace: float64 ``[2, B, G]``, the earlier members and the mean of each candidate's bucket; for
+``scale="group"`` float64 ``[B]``, what a request is divided by; for a mask of tokens int32 ``[B, G, L]``, the
+numbers of all prefixes.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ._array import Array, load_float, load_int, strided
-from ._kernel import ADDRESS, ANY, I32, Specialization, kernel, options, workspace
+from ._kernel import ADDRESS, ANY, BLOCKS, F64, I32, Specialization, block_for, kernel, options, workspace
+from .group_advantage import divisor_of, statistics
 
 FUSED = 128  # candidates that one program can hold
 _BASELINES = {"sibling": 0, "parent": 1, "leave_one_out": 2}
@@ -47,48 +50,66 @@ def sibling_advantage(tokens, rewards, mask, eps, ddof, std_floor, min_siblings,
     node = tokens.new_empty(batch, group, length, dtype=torch.int32)
     count = torch.empty_like(node)
     if advantage.numel():
-        prefixes = tokens.numel() if mask is not None and mask.dim() == 3 else 0
-        earlier, mean, prefix = workspace(
-            tokens.device, *[(batch * group, torch.float64)] * 2, (prefixes, torch.int32)
-        )
-        if prefixes:
-            number_prefixes(tokens, None, earlier.view(torch.int32), prefix, count)
+        members, prefixes = sizes(tokens, mask)
+        earlier, mean, request, prefix = workspace(
+            tokens.device, *[(members, torch.float64)] * 2,
+            (batch if scale == "group" else 0, torch.float64), (prefixes, torch.int32),
+        )  # fmt: skip
+        if scale == "group":
+            block, warps = block_for(group)
+            present = mask.any(2) if prefixes else mask
+            _request_divisors[(batch,)](
+                *strided(rewards, 2), *strided(present, 2), request, group, eps, std_floor, ddof, BLOCK=block,
+                **options(warps),
+            )  # fmt: skip
         enough = min(min_siblings, group + 1)  # any more are as many, and this fits in int32
         _launch(
-            tokens, rewards, mask, prefix if prefixes else node, earlier, mean, advantage, valid, node, count,
-            eps=eps, std_floor=std_floor, ddof=ddof, min_siblings=enough, baseline=_BASELINES[baseline],
+            tokens, rewards, mask, earlier, mean, request, prefix, advantage, valid, node, count, eps=eps,
+            std_floor=std_floor, ddof=ddof, min_siblings=enough, baseline=_BASELINES[baseline],
             scale=_SCALES[scale], STATISTICS=True,
         )  # fmt: skip
     return advantage, valid, node, count
 
 
 def number_prefixes(
-    tokens: Tensor, mask: Tensor | None, earlier: Tensor, node: Tensor, count: Tensor
+    tokens: Tensor, mask: Tensor | None, earlier: Tensor, prefix: Tensor, node: Tensor, count: Tensor
 ) -> None:
-    """Only ``node`` and ``count``. ``earlier`` is workspace, ``B * G`` int32.
-
-    What a mask of tokens leaves of a candidate must be its first tokens.
-    """
+    """Only ``node`` and ``count``; of workspace :func:`sizes` int32."""
     # Nothing reads the rewards, nothing writes the mean and the advantage.
     _launch(
-        tokens, None, mask, node, earlier, earlier, earlier, earlier, node, count, eps=0.0, std_floor=0.0,
-        ddof=0, min_siblings=0, baseline=0, scale=0, STATISTICS=False,
+        tokens, None, mask, earlier, earlier, earlier, prefix, earlier, earlier, node, count, eps=0.0,
+        std_floor=0.0, ddof=0, min_siblings=0, baseline=0, scale=0, STATISTICS=False,
     )  # fmt: skip
 
 
-def _launch(tokens, rewards, mask, *outputs, **rest):
+def sizes(tokens: Tensor, mask: Tensor | None) -> tuple[int, int]:
+    """Of ``earlier`` and ``prefix``."""
+    batch, group, _length = tokens.shape
+    return batch * group, tokens.numel() if mask is not None and mask.dim() == 3 else 0
+
+
+def _launch(tokens, rewards, mask, earlier, mean, request, prefix, advantage, valid, node, count, **rest):
     batch, group, length = tokens.shape
-    ragged = mask is not None and mask.dim() == 3
-    if mask is not None and not ragged:
-        mask = mask[:, :, None].expand(tokens.shape)
+    by_token = mask is not None and mask.dim() == 3
+    if by_token:
+        number_prefixes(tokens, None, earlier.view(torch.int32), prefix, prefix, count)
+        # The number of a prefix is read by the tokens behind it alone.
+        prefix[: tokens.numel()].view(tokens.shape)[:, :, :-1].masked_fill_(~mask[:, :, 1:], -1)
+        mask = mask[:, :, 0]
+    else:
+        prefix = node
     block, chunk, warps, fused = _plan(group)
     blocks = triton.cdiv(group, block)
     launches = [(3, 0, length)] if fused else [(p, d, d + 1) for d in range(length) for p in (1, 2)]
     for phases, first, last in launches:
         _siblings[(batch * blocks,)](
-            *strided(tokens, 3), *strided(rewards, 2), *strided(mask, 3), *outputs, group, length, blocks,
-            first, last, int(ragged), **rest, PHASES=phases, BLOCK=block, CHUNK=chunk, **options(warps),
+            *strided(tokens, 3), *strided(rewards, 2), *strided(mask, 2), prefix, earlier, mean, request,
+            advantage, valid, node, count, group, length, blocks, first, last, **rest, PHASES=phases,
+            BLOCK=block, CHUNK=chunk, **options(warps),
         )  # fmt: skip
+    if by_token:
+        width, warps = block_for(group)
+        _renumber[(batch,)](node, group, length, BLOCK=width, **options(warps))
 
 
 def _plan(group: int) -> tuple[int, int, int, bool]:
@@ -107,50 +128,9 @@ def _prefixes(tokens, mask, prefix, b, g, group, length, depth):
     parent = tl.where(inside, 0, _INT32_MAX)
     if depth > 0:
         parent = tl.load(prefix + (b * group + g) * length + depth - 1, inside, _INT32_MAX)
-    level = tl.cast(depth, tl.int64)
-    parent = tl.where(load_int(mask, b, g, level, inside, 1) != 0, parent, -1)
-    return parent, load_int(tokens, b, g, level, inside, 0)
-
-
-@triton.jit
-def _nodes_above(node, b, group, length, depth, ragged, BLOCK: tl.constexpr):
-    """Nodes of shorter prefixes; a level that is masked as a whole has none."""
-    highest = tl.full((BLOCK,), -1, tl.int32)
-    for level in range(tl.where(ragged != 0, 0, tl.maximum(depth - 1, 0)), depth):
-        for start in range(0, group, BLOCK):
-            j = start + tl.arange(0, BLOCK).to(tl.int64)
-            highest = tl.maximum(highest, tl.load(node + (b * group + j) * length + level, j < group, -1))
-    return tl.max(highest, 0) + 1
-
-
-@triton.jit
-def _present_rewards(rewards, mask, b, g, group, length):
-    """float64 rewards of the candidates with any token, and which these are."""
-    inside = g < group
-    present = g < 0
-    for level in range(0, length):
-        present |= inside & (load_int(mask, b, g, tl.cast(level, tl.int64), inside, 1) != 0)
-    return load_float(rewards, b, g, 0, present).to(tl.float64), present
-
-
-@triton.jit
-def _request_divisor(rewards, mask, b, group, length, eps, std_floor, ddof, BLOCK: tl.constexpr):
-    """Of the standard deviation of all rewards of a request."""
-    step = tl.arange(0, BLOCK).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float64)
-    count = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, group, BLOCK):
-        x, present = _present_rewards(rewards, mask, b, start + step, group, length)
-        total += x
-        count += present.to(tl.int32)
-    n = tl.sum(count, 0)
-    mean = tl.sum(total, 0) / tl.maximum(n, 1).to(tl.float64)
-    squares = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, group, BLOCK):
-        x, present = _present_rewards(rewards, mask, b, start + step, group, length)
-        squares += tl.where(present, (x - mean) * (x - mean), 0.0)
-    std = tl.sqrt(tl.sum(squares, 0) / tl.maximum(n - ddof, 1).to(tl.float64))
-    return tl.where(tl.abs(mean) < float("inf"), tl.maximum(std, std_floor) + eps, float("nan"))
+    else:
+        parent = tl.where(load_int(mask, b, g, 0, inside, 1) != 0, parent, -1)
+    return parent, load_int(tokens, b, g, tl.cast(depth, tl.int64), inside, 0)
 
 
 @triton.jit
@@ -182,14 +162,15 @@ def _buckets(
 
 @triton.jit
 def _nodes(
-    tokens, rewards, mask, prefix, earlier, mean, advantage, valid, node, b, g, group, length, depth, ragged,
-    eps, std_floor, ddof, min_siblings, baseline, scale, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    tokens, rewards, mask, prefix, earlier, mean, request, advantage, valid, node, b, g, group, length,
+    depth, eps, std_floor, ddof, min_siblings, baseline, scale, STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Phase 2 for the candidates g: ``node``, ``advantage`` and ``valid``."""
     candidate = b * group + g
     parent, token = _prefixes(tokens, mask, prefix, b, g, group, length, depth)
     rank = tl.zeros((BLOCK,), tl.int32)
+    highest = tl.full((CHUNK,), -1, tl.int32)
     siblings = tl.zeros((BLOCK,), tl.int32)
     family = tl.zeros((BLOCK,), tl.int32)  # candidates below the parent
     family_total = tl.zeros((BLOCK,), tl.float64)
@@ -201,6 +182,7 @@ def _nodes(
         j = start + tl.arange(0, CHUNK).to(tl.int64)
         parent_j, token_j = _prefixes(tokens, mask, prefix, b, j, group, length, depth)
         is_first = (tl.load(earlier + b * group + j, j < group, 1) == 0) & (parent_j >= 0)
+        highest = tl.maximum(highest, tl.where(j < group, parent_j, -1))
         same_parent = parent_j[:, None] == parent[None, :]
         less = (parent_j[:, None] < parent[None, :]) | (same_parent & (token_j[:, None] < token[None, :]))
         rank += tl.sum((less & is_first[:, None]).to(tl.int32), 0)
@@ -214,7 +196,7 @@ def _nodes(
             siblings += tl.sum(sibling.to(tl.int32), 0)
             difference_sum += tl.sum(difference, 0)
             squares += tl.sum(difference * difference, 0)
-    first = _nodes_above(node, b, group, length, depth, ragged, BLOCK)
+    first = tl.where(depth > 0, tl.max(highest, 0) + 1, 0)
     slot = candidate * length + depth
     tl.store(node + slot, tl.where(parent < 0, -1, first + rank), g < group)
     if STATISTICS:
@@ -227,7 +209,7 @@ def _nodes(
         over = tl.where(baseline == 1, own_mean - parent_mean, over)
         divisor = tl.full((), 1.0, tl.float64)
         if scale == 1:
-            divisor = _request_divisor(rewards, mask, b, group, length, eps, std_floor, ddof, BLOCK)
+            divisor = tl.load(request + b)
         over = over / tl.where(scale == 0, tl.maximum(std, std_floor) + eps, divisor)
         # One sibling that is not finite makes all differences so.
         over = tl.where(tl.abs(difference_sum) < float("inf"), over, float("nan"))
@@ -239,14 +221,14 @@ def _nodes(
 @kernel
 def _siblings(
     tokens: ADDRESS, tokens_type, t0, t1, t2, rewards: ADDRESS, rewards_type, r0, r1, mask: ADDRESS,
-    mask_type, m0, m1, m2, prefix: I32, earlier: ANY, mean: ANY, advantage: ANY, valid: ANY, node: I32,
-    count: I32, group, length, blocks, first, last, ragged, eps: tl.float64, std_floor: tl.float64, ddof,
-    min_siblings, baseline, scale, PHASES: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    mask_type, m0, m1, prefix: I32, earlier: ANY, mean: ANY, request: ANY, advantage: ANY,
+    valid: ANY, node: I32, count: I32, group, length, blocks, first, last, eps: tl.float64,
+    std_floor: tl.float64, ddof, min_siblings, baseline, scale, PHASES: tl.constexpr,
+    STATISTICS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     tokens = Array(tokens, tokens_type, t0, t1, t2)
     rewards = Array(rewards, rewards_type, r0, r1, 0)
-    mask = Array(mask, mask_type, m0, m1, m2)
+    mask = Array(mask, mask_type, m0, m1, 0)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     g = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     for depth in range(first, last):
@@ -259,23 +241,61 @@ def _siblings(
             tl.debug_barrier()
         if PHASES & 2:
             _nodes(
-                tokens, rewards, mask, prefix, earlier, mean, advantage, valid, node, b, g, group, length,
-                depth, ragged, eps, std_floor, ddof, min_siblings, baseline, scale, STATISTICS, BLOCK, CHUNK,
+                tokens, rewards, mask, prefix, earlier, mean, request, advantage, valid, node, b, g,
+                group, length, depth, eps, std_floor, ddof, min_siblings, baseline, scale,
+                STATISTICS, BLOCK, CHUNK,
             )  # fmt: skip
         if PHASES == 3:
             tl.debug_barrier()
 
 
+@kernel
+def _renumber(node: I32, group, length, BLOCK: tl.constexpr):
+    """Let the numbers of each level, which rise by 1, follow those above; one program per request."""
+    node += tl.program_id(0).to(tl.int64) * group * length
+    step = tl.arange(0, BLOCK).to(tl.int64)
+    above = 0
+    for level in range(0, length):
+        lowest = tl.full((BLOCK,), 2147483647, tl.int32)
+        highest = tl.full((BLOCK,), -1, tl.int32)
+        for start in range(0, group, BLOCK):
+            number = tl.load(node + (start + step) * length + level, start + step < group, -1)
+            lowest = tl.minimum(lowest, tl.where(number < 0, 2147483647, number))
+            highest = tl.maximum(highest, number)
+        least, most = tl.min(lowest, 0), tl.max(highest, 0)
+        for start in range(0, group, BLOCK):
+            at = node + (start + step) * length + level
+            number = tl.load(at, start + step < group, -1)
+            tl.store(at, number - least + above, number >= 0)
+        above += tl.where(most < 0, 0, most - least + 1)
+
+
+@kernel
+def _request_divisors(
+    rewards: ADDRESS, rewards_type, r0, r1, mask: ADDRESS, mask_type, m0, m1, request: F64, group,
+    eps: tl.float64, std_floor: tl.float64, ddof, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What ``scale="group"`` divides by, one program per request."""
+    rewards, mask = Array(rewards, rewards_type, r0, r1, 0), Array(mask, mask_type, m0, m1, 0)
+    b = tl.program_id(0).to(tl.int64)
+    _, std, _ = statistics(rewards, mask, b, group, ddof, BLOCK)
+    tl.store(request + b, divisor_of(std, std_floor, eps))
+
+
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
     types = {
-        True: {"earlier": "*fp64", "mean": "*fp64", "advantage": "*fp32", "valid": "*u1"},
-        False: dict.fromkeys(("earlier", "mean", "advantage", "valid"), "*i32"),
+        True: {"earlier": "*fp64", "mean": "*fp64", "request": "*fp64", "advantage": "*fp32", "valid": "*u1"},
+        False: dict.fromkeys(("earlier", "mean", "request", "advantage", "valid"), "*i32"),
     }
     for group in (16, 32, 64, FUSED, FUSED + 1):
         block, chunk, warps, fused = _plan(group)
-        for phases, statistics in product((3,) if fused else (1, 2), (True, False)):
-            constants = {"PHASES": phases, "STATISTICS": statistics, "BLOCK": block, "CHUNK": chunk}
-            what = "" if statistics else ", numbers only"
+        for phases, whole in product((3,) if fused else (1, 2), (True, False)):
+            constants = {"PHASES": phases, "STATISTICS": whole, "BLOCK": block, "CHUNK": chunk}
+            what = "" if whole else ", numbers only"
             name = f"sibling_advantage {block}{'' if fused else f', phase {phases}'}{what}"
-            yield Specialization(name, _siblings, warps, constants, types[statistics])
+            yield Specialization(name, _siblings, warps, constants, types[whole])
+    for block, warps in map(block_for, BLOCKS):
+        name = f"sibling_advantage {block}, scale of a request"
+        yield Specialization(name, _request_divisors, warps, {"BLOCK": block})
+        yield Specialization(f"sibling_advantage {block}, renumbered", _renumber, warps, {"BLOCK": block})

@@ -261,11 +261,13 @@ def _row_grad(z, max_value, log_total, slope, curve, inv_temperature):
     possible = z > float("-inf")
     logp = divided(tl.where(possible, z, 0.0) - max_value, inv_temperature) - log_total
     logp = tl.maximum(tl.where(possible, logp, -100.0), -100.0)
-    last = _divided_last(inv_temperature)
-    of_terms = tl.where(last, 1.0, inv_temperature.first)
-    slope, curve = (slope * of_terms).to(tl.float32), (curve * of_terms).to(tl.float32)
-    value = tl.exp(logp) * (slope + curve * logp)
-    value = tl.where(last, tl.where(logp > -100.0, divided(value, inv_temperature), 0.0), value)
+    p = tl.exp(logp)
+    if _divided_last(inv_temperature):
+        value = divided(p * (slope.to(tl.float32) + curve.to(tl.float32) * logp), inv_temperature)
+        value = tl.where(logp > -100.0, value, 0.0)
+    else:
+        slope, curve = slope * inv_temperature.first, curve * inv_temperature.first
+        value = p * (slope.to(tl.float32) + curve.to(tl.float32) * logp)
     return tl.where(possible, value, 0.0)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops import prefix_tree, token_logp
-from .ops._checks import INTS, check, check_prefix_mask, check_tokens, validating
+from .ops._checks import INTS, check, check_tokens, validating
 from .trie import Trie
 
 
@@ -190,7 +190,6 @@ def pack_prompts(
     device, batch = prompt.device, len(prompt)
     tokens = check_tokens("tokens", tokens, (batch, None, None), "[B, G, L]", device).long()
     group, length = tokens.shape[1:]
-    mask = check_prefix_mask(mask, (batch, group, length), device)
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt)
     check("prompt_mask", prompt_mask, tuple(prompt.shape), "[B, T]", (torch.bool, *INTS), device)
