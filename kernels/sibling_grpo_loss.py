@@ -1,14 +1,17 @@
 """``sibling_grpo_loss``: one program per block of tokens, of any requests, and one to add up.
 
-What the terms are divided by is known before: from the sizes, or where a mask is given from a launch that
-counts each request's tokens and sequences. So the launch over the tokens writes the gradient along with its
-block's sums, and the last one adds these in order and writes loss and terms. Two launches, three with a mask.
+What the terms are divided by is known before: from the sizes, or where a mask is given, or ratios of whole
+sequences are asked for, from a launch that counts each request's tokens and sequences. So the launch over
+the tokens writes the gradient along with its block's sums, and the last one adds these in order and writes
+loss and terms. Two launches, three with a mask or for ratios of whole sequences.
 
-Workspace: float64 ``[blocks, 8]``, and int32 ``[B, G + 2]`` with a mask.
+Workspace: float64 ``[blocks, 8]``, where tokens are counted int32 ``[B, G + 2]``, and for ratios of whole
+sequences float64 ``[B, G]``.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator
 
 import torch
@@ -21,11 +24,21 @@ from ._kernel import ADDRESS, BOOL, F32, F64, I32, Specialization, kernel, optio
 _BLOCK, _WARPS = 512, 4  # tokens
 _SEQUENCES = 128  # counted together
 _REQUESTS = 256  # and blocks, added up together
+# Log-ratios and advantages of at most so much are computed in float32, as in csrc.
+_MOST, _MOST_ADVANTAGE = tl.constexpr(80.0), tl.constexpr(1024.0)
+
+# What the means divide by, float64.
+Counts = namedtuple("Counts", "requests candidates sequences tokens")
+# Of tokens: the advantages, and the weights of both in the loss, float64.
+Advantages = namedtuple("Advantages", "whole apart whole_weight apart_weight")
+# Bounds of the ratio; ``cap`` where the advantage is negative.
+Bounds = namedtuple("Bounds", "low high cap")
 
 
 def sibling_grpo_loss(
-    logp, old_logp, ref_logp, advantage, valid, count, group_advantage, mask, depth_weight, global_weight,
-    sibling_weight, kl_weight, clip_low, clip_high, kl, by_node, loss_type,
+    logp, old_logp, ref_logp, advantage, valid, count, group_advantage, mask, depth_weight, normalizer,
+    global_weight, sibling_weight, kl_weight, clip_low, clip_high, dual_clip, log_ratio_bound, kl, by_node,
+    by_sequence, joint, loss_type, horizon,
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.sibling_grpo_loss`."""
     sizes = batch, group, _ = logp.shape
@@ -34,22 +47,30 @@ def sibling_grpo_loss(
     if logp.numel() == 0:
         return torch.zeros((), device=device), torch.zeros(7, device=device), gradient
     loss, terms = torch.empty((), device=device), torch.empty(7, device=device)
-    blocks, masked = triton.cdiv(logp.numel(), _BLOCK), mask is not None
-    counted = batch * (group + 2) if masked else 0
-    sums, counts = workspace(device, (8 * blocks, torch.float64), (counted, torch.int32))
-    if masked:
-        _count[(batch,)](*strided(mask, 3), counts, *sizes, SEQUENCES=_SEQUENCES, **options(1))
+    averaged = by_sequence and old_logp is not None
+    blocks, counted = triton.cdiv(logp.numel(), _BLOCK), averaged or mask is not None
+    sums, averages, counts = workspace(
+        device, (8 * blocks, torch.float64), (batch * group * averaged, torch.float64),
+        (batch * (group + 2) * counted, torch.int32),
+    )  # fmt: skip
     optional = [x if x is None else x.contiguous() for x in (logp, old_logp, ref_logp, depth_weight)]
     arrays = [part for x in optional for part in array(x)]
+    if counted:
+        _count[(batch,)](
+            *strided(mask, 3), *arrays[:4], counts, averages, *sizes, averaged=int(averaged),
+            SEQUENCES=_SEQUENCES, **options(1),
+        )  # fmt: skip
     others = [x.contiguous() for x in (advantage, valid, count, group_advantage)]
+    window, _ = array(None if normalizer is None else normalizer.contiguous())
     weights = {
         "global_weight": global_weight, "sibling_weight": sibling_weight, "kl_weight": kl_weight,
-        "MASKED": masked, "REQUESTS": _REQUESTS,
+        "joint": int(joint), "COUNTED": counted, "REQUESTS": _REQUESTS,
     }  # fmt: skip
     _tokens[(blocks,)](
-        *arrays, *strided(mask, 3), *others, counts, gradient, sums, *sizes, low=1 - clip_low,
-        high=1 + clip_high, kl_type=kl, by_node=int(by_node), loss_type=loss_type, **weights, BLOCK=_BLOCK,
-        **options(_WARPS),
+        *arrays, *strided(mask, 3), *others, counts, averages, window, gradient, sums, *sizes,
+        low=1 - clip_low, high=1 + clip_high, cap=dual_clip, log_bound=log_ratio_bound, kl_type=kl,
+        by_node=int(by_node), averaged=int(averaged), loss_type=loss_type, horizon=float(horizon), **weights,
+        BLOCK=_BLOCK, **options(_WARPS),
     )  # fmt: skip
     _add_up[(1,)](sums, counts, loss, terms, blocks, *sizes, **weights, **options(1))
     return loss, terms, gradient
@@ -57,9 +78,13 @@ def sibling_grpo_loss(
 
 @kernel
 def _count(
-    mask: ADDRESS, mask_type, m0, m1, m2, counts: I32, batch, group, length, SEQUENCES: tl.constexpr,
+    mask: ADDRESS, mask_type, m0, m1, m2, logp: ADDRESS, logp_type, old: ADDRESS, old_type, counts: I32,
+    averages: F64, batch, group, length, averaged, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
-    """``counts``: tokens ``[B]`` and sequences ``[B]`` of requests, then tokens ``[B, G]`` of sequences."""
+    """``counts``: tokens ``[B]`` and sequences ``[B]`` of requests, then tokens ``[B, G]`` of sequences.
+
+    ``averages`` ``[B, G]``: of the log-ratios of a sequence, if it is asked for.
+    """
     mask = Array(mask, mask_type, m0, m1, m2)
     b = tl.program_id(0).to(tl.int64)
     tokens = tl.zeros((SEQUENCES,), tl.int32)
@@ -67,9 +92,17 @@ def _count(
     for start in range(0, group, SEQUENCES):
         g = start + tl.arange(0, SEQUENCES).to(tl.int64)
         number = tl.zeros((SEQUENCES,), tl.int32)
+        total = tl.zeros((SEQUENCES,), tl.float64)
         for d in range(length):
-            number += (load_int(mask, b, g, tl.cast(d, tl.int64), g < group, 0) != 0).to(tl.int32)
+            there = (g < group) & (load_int(mask, b, g, tl.cast(d, tl.int64), g < group, 1) != 0)
+            number += there.to(tl.int32)
+            if averaged:
+                i = (b * group + g) * length + d
+                x = load_float(Array(logp, logp_type, 1, 0, 0), i, 0, 0, there)
+                total += x.to(tl.float64) - load_float(Array(old, old_type, 1, 0, 0), i, 0, 0, there)
         tl.store(counts + 2 * batch + b * group + g, number, g < group)
+        if averaged:
+            tl.store(averages + b * group + g, total / tl.maximum(number, 1), g < group)
         tokens += number
         sequences += (number > 0).to(tl.int32)
     tl.store(counts + b, tl.sum(tokens, 0))
@@ -77,13 +110,13 @@ def _count(
 
 
 @triton.jit
-def _totals(counts, batch, group, length, MASKED: tl.constexpr, REQUESTS: tl.constexpr):
+def _totals(counts, batch, group, length, COUNTED: tl.constexpr, REQUESTS: tl.constexpr):
     """Tokens and sequences of the whole batch, as float64."""
     tokens = tl.zeros((REQUESTS,), tl.int64)
     sequences = tl.zeros((REQUESTS,), tl.int64)
     for start in range(0, batch, REQUESTS):
         b = start + tl.arange(0, REQUESTS)
-        if MASKED:
+        if COUNTED:
             tokens += tl.load(counts + b, b < batch, 0)
             sequences += tl.load(counts + batch + b, b < batch, 0)
         else:
@@ -93,43 +126,95 @@ def _totals(counts, batch, group, length, MASKED: tl.constexpr, REQUESTS: tl.con
 
 
 @triton.jit
-def _surrogate(ratio, low, high, a):
-    """PPO's bound of ``ratio * a``, its derivative by the log-probability, and where it is cut."""
-    plain = ratio * a
-    bounded = tl.minimum(tl.maximum(ratio, low), high) * a
-    cut = bounded < plain
-    return tl.where(cut, bounded, plain), tl.where(cut, 0.0, plain), cut
+def _loss_counts(window, counts, batch, group, length, COUNTED: tl.constexpr, REQUESTS: tl.constexpr):
+    """What the means divide by: of ``window``, or of this call where its address is 0."""
+    requests = tl.cast(batch, tl.float64)
+    candidates = (batch * tl.cast(group, tl.int64)).to(tl.float64)
+    tokens, sequences = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
+    if window == 0:
+        tokens, sequences = _totals(counts, batch, group, length, COUNTED, REQUESTS)
+    else:
+        given = window.to(tl.pointer_type(tl.int64))
+        requests, candidates = tl.load(given).to(tl.float64), tl.load(given + 1).to(tl.float64)
+        sequences, tokens = tl.load(given + 2).to(tl.float64), tl.load(given + 3).to(tl.float64)
+    return Counts(requests, candidates, sequences, tokens)
 
 
 @triton.jit
-def _shares(
-    counts, sequence, b, inside, batch, group, length, loss_type, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    REQUESTS: tl.constexpr,
+def _mean_shares(
+    all_counts, counts, sequence, b, inside, batch, group, length, loss_type, horizon, COUNTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What a token counts in the mean over tokens, and a node in the mean over nodes; float64."""
-    all_tokens, all_sequences = _totals(counts, batch, group, length, MASKED, REQUESTS)
     tokens = tl.zeros((BLOCK,), tl.int32) + length  # of this sequence
     sequences = tl.zeros((BLOCK,), tl.int32) + group  # of this request
-    if MASKED:
+    if COUNTED:
         tokens = tl.load(counts + 2 * batch + sequence, inside, 1)
         sequences = tl.load(counts + batch + b, inside, 1)
-    token_share = 1.0 / (tl.maximum(tokens, 1).to(tl.float64) * tl.maximum(all_sequences, 1.0))
-    node_share = 1.0 / (tl.maximum(sequences, 1).to(tl.float64) * batch)
+    requests = tl.maximum(all_counts.requests, 1.0)
+    all_sequences = tl.maximum(all_counts.sequences, 1.0)
+    token_share = 1.0 / (tl.maximum(tokens, 1).to(tl.float64) * all_sequences)
+    node_share = 1.0 / (tl.maximum(sequences, 1).to(tl.float64) * requests)
     if loss_type == 1:
-        token_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / tl.maximum(all_tokens, 1.0)
-        node_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / tl.maximum(all_sequences, 1.0)
+        token_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / tl.maximum(all_counts.tokens, 1.0)
+        node_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / all_sequences
     elif loss_type == 2:
-        candidates = batch * tl.cast(group, tl.int64)
-        token_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / (candidates * length).to(tl.float64)
-        node_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / candidates.to(tl.float64)
+        candidates = tl.maximum(all_counts.candidates, 1.0)
+        token_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / (candidates * horizon)
+        node_share = tl.zeros((BLOCK,), tl.float64) + 1.0 / candidates
     return token_share, node_share
+
+
+@triton.jit
+def _weighted(weight, x):
+    """A weight of 0 turns a term off, even one that is infinite."""
+    return tl.where(weight == 0, 0.0, weight * x)
+
+
+@triton.jit
+def _times(factor, advantage):
+    """An advantage of 0 has no term, even if the ratio is infinite."""
+    return tl.where((advantage == 0) & (factor == factor), 0.0, factor * advantage)
+
+
+@triton.jit
+def _factor(ratio, bounds, a):
+    """What multiplies an advantage, the ratio or a bound in its place, and where it is a bound."""
+    low, high, cap = bounds.low.to(ratio.dtype), bounds.high.to(ratio.dtype), bounds.cap.to(ratio.dtype)
+    bounded = tl.minimum(tl.maximum(ratio, low), high)
+    cut = bounded * a < ratio * a
+    factor = tl.where(cut, bounded, ratio)
+    capped = (a < 0) & (factor * a < cap * a)
+    return tl.where(capped, cap, factor), cut | capped
+
+
+@triton.jit
+def _objective(ratio, advantages, bounds, joint):
+    """Both terms before their weights, where they are cut, their weighted sum if it is clipped as one, and
+    the derivative by the log-probability. Terms are of the type of ``ratio``, a sum of both is float64."""
+    whole, apart = advantages.whole.to(ratio.dtype), advantages.apart.to(ratio.dtype)
+    factor, cut = _factor(ratio, bounds, whole)
+    over_sequences = _times(factor, whole).to(tl.float64)
+    slope = _weighted(advantages.whole_weight, tl.where(cut, 0.0, over_sequences))
+    factor, apart_cut = _factor(ratio, bounds, apart)
+    over_nodes = _times(factor, apart).to(tl.float64)
+    slope += _weighted(advantages.apart_weight, tl.where(apart_cut, 0.0, over_nodes))
+    both = tl.zeros(ratio.shape, tl.float64)
+    if joint:
+        whole_wide, apart_wide = advantages.whole.to(tl.float64), advantages.apart.to(tl.float64)
+        a = _weighted(advantages.whole_weight, whole_wide) + _weighted(advantages.apart_weight, apart_wide)
+        wide, cut = _factor(ratio.to(tl.float64), bounds, a)
+        over_sequences, over_nodes, both = _times(wide, whole_wide), _times(wide, apart_wide), _times(wide, a)
+        slope = tl.where(cut, 0.0, both)
+        apart_cut = cut
+    return over_sequences, over_nodes, cut, apart_cut, both, slope
 
 
 @triton.jit
 def _divergence(difference, kl_type):
     """The estimate of the KL divergence from ``ref_logp - logp``, and its derivative by ``logp``."""
     kl = -difference
-    dkl = tl.full(difference.shape, 1.0, tl.float32)
+    dkl = tl.full(difference.shape, 1.0, difference.dtype)
     if kl_type == 1:
         kl = 0.5 * difference * difference
         dkl = -difference
@@ -140,17 +225,24 @@ def _divergence(difference, kl_type):
         rise = tl.where(small, difference + series, tl.exp(difference) - 1.0)
         kl = tl.where(small, series, rise - difference)
         dkl = -rise
-    return kl, dkl
+    return kl.to(tl.float64), dkl.to(tl.float64)
+
+
+@triton.jit
+def _hold(x, bound):
+    """Keep ``x`` within the bound, NaN as it is; and where it was beyond."""
+    beyond = tl.abs(x) > bound
+    return tl.where(beyond, tl.where(x < 0, -bound, bound), x), beyond
 
 
 @kernel
 def _tokens(
     logp: ADDRESS, logp_type, old: ADDRESS, old_type, ref: ADDRESS, ref_type, depth_weight: ADDRESS,
     depth_weight_type, mask: ADDRESS, mask_type, m0, m1, m2, advantage: F32, valid: BOOL, count: I32,
-    group_advantage: F32, counts: I32, gradient: F32, sums: F64, batch, group, length,
-    global_weight: tl.float64, sibling_weight: tl.float64, kl_weight: tl.float64, low: tl.float32,
-    high: tl.float32, kl_type, by_node, loss_type, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    REQUESTS: tl.constexpr,
+    group_advantage: F32, counts: I32, averages: F64, window: ADDRESS, gradient: F32, sums: F64, batch, group,
+    length, global_weight: tl.float64, sibling_weight: tl.float64, kl_weight: tl.float64, low: tl.float64,
+    high: tl.float64, cap: tl.float64, log_bound: tl.float64, kl_type, by_node, averaged, joint, loss_type,
+    horizon: tl.float64, COUNTED: tl.constexpr, BLOCK: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < batch * (tl.cast(group, tl.int64) * length)
@@ -158,8 +250,9 @@ def _tokens(
     b, g = sequence // group, sequence % group
     present = inside & (load_int(Array(mask, mask_type, m0, m1, m2), b, g, d, inside, 1) != 0)
     usable = present & (tl.load(valid + i, present, 0) != 0)
-    token_share, node_share = _shares(
-        counts, sequence, b, inside, batch, group, length, loss_type, MASKED, BLOCK, REQUESTS
+    all_counts = _loss_counts(window, counts, batch, group, length, COUNTED, REQUESTS)
+    token_share, node_share = _mean_shares(
+        all_counts, counts, sequence, b, inside, batch, group, length, loss_type, horizon, COUNTED, BLOCK
     )
     if by_node:
         node_share = node_share / tl.maximum(tl.load(count + i, present, 1), 1).to(tl.float64)
@@ -170,33 +263,57 @@ def _tokens(
     node_share = tl.where(usable, node_share, 0.0)
 
     x = load_float(Array(logp, logp_type, 1, 0, 0), i, 0, 0, present)
+    log_ratio, exact_log_ratio = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float64)
     ratio = tl.full((BLOCK,), 1.0, tl.float32)
     if old_type >= 0:
-        ratio = tl.exp(x - load_float(Array(old, old_type, 1, 0, 0), i, 0, 0, present))
-    a = tl.load(group_advantage + sequence, present, 0.0)
-    value, slope, cut = _surrogate(ratio, low, high, a)
-    grad = global_weight * token_share * slope
-    over_sequences = tl.sum(token_share * value, 0)
-    global_cuts = tl.sum((cut & present).to(tl.int32), 0)
-    value, slope, cut = _surrogate(ratio, low, high, tl.load(advantage + i, usable, 0.0))
-    grad += tl.where(usable, sibling_weight * node_share * slope, 0.0)
-    over_nodes = tl.sum(tl.where(usable, node_share * value, 0.0), 0)
-    sibling_cuts = tl.sum((cut & usable).to(tl.int32), 0)
+        other = load_float(Array(old, old_type, 1, 0, 0), i, 0, 0, present)
+        log_ratio, exact_log_ratio = x - other, x.to(tl.float64) - other
+        ratio = tl.exp(log_ratio)
+    if averaged:
+        exact_log_ratio = tl.load(averages + sequence, present, 0.0)
+    difference, exact_difference = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float64)
+    if ref_type >= 0:
+        other = load_float(Array(ref, ref_type, 1, 0, 0), i, 0, 0, present)
+        difference, exact_difference = other - x, other.to(tl.float64) - x
+    whole = tl.load(group_advantage + sequence, present, 0.0)
+    apart = tl.load(advantage + i, usable, 0.0)
+    advantages = Advantages(whole, apart, global_weight * token_share, sibling_weight * node_share)
+    bounds = Bounds(*[tl.full((), x, tl.float64) for x in (low, high, cap)])
+
+    over_sequences, over_nodes, cut, apart_cut, both, slope = _objective(ratio, advantages, bounds, joint)
+    kl, dkl = _divergence(difference, kl_type)
+    rho = ratio.to(tl.float64)
+    limit = tl.full((), log_bound, tl.float64)
+    most = tl.minimum(limit, _MOST)
+    ordinary = (tl.abs(exact_log_ratio) <= most) & (tl.abs(exact_difference) <= most)
+    ordinary = ordinary & (tl.abs(whole) <= _MOST_ADVANTAGE) & (tl.abs(apart) <= _MOST_ADVANTAGE)
+    wide = present & ((averaged != 0) | (ordinary == 0))
+    if tl.max(wide.to(tl.int32), 0) > 0:
+        exact_log_ratio, held = _hold(exact_log_ratio, limit)
+        exact_difference, difference_held = _hold(exact_difference, limit)
+        exact_ratio = tl.exp(exact_log_ratio)
+        one, two, three, four, five, six = _objective(exact_ratio, advantages, bounds, joint)
+        over_sequences, over_nodes = tl.where(wide, one, over_sequences), tl.where(wide, two, over_nodes)
+        cut, apart_cut = tl.where(wide, three, cut), tl.where(wide, four, apart_cut)
+        both, slope = tl.where(wide, five, both), tl.where(wide, tl.where(held, 0.0, six), slope)
+        one, two = _divergence(exact_difference, kl_type)
+        kl, dkl = tl.where(wide, one, kl), tl.where(wide, tl.where(difference_held, 0.0, two), dkl)
+        rho = tl.where(wide, exact_ratio, rho)
     divergence = tl.zeros((), tl.float64)
     if ref_type >= 0:
-        kl, dkl = _divergence(load_float(Array(ref, ref_type, 1, 0, 0), i, 0, 0, present) - x, kl_type)
-        grad -= kl_weight * token_share * dkl
+        slope -= _weighted(kl_weight * token_share, dkl)
         divergence = tl.sum(token_share * kl, 0)
-    tl.store(gradient + i, tl.where(present, 0.0 - grad, 0.0).to(tl.float32), inside)
+    tl.store(gradient + i, tl.where(present, 0.0 - slope, 0.0).to(tl.float32), inside)
 
     row = sums + tl.program_id(0).to(tl.int64) * 8
-    tl.store(row, over_sequences)
-    tl.store(row + 1, over_nodes)
+    tl.store(row, tl.sum(token_share * over_sequences, 0))
+    tl.store(row + 1, tl.sum(_weighted(node_share, over_nodes), 0))
     tl.store(row + 2, divergence)
-    tl.store(row + 3, tl.sum(tl.where(present, ratio, 0.0).to(tl.float64), 0))
-    tl.store(row + 4, global_cuts.to(tl.float64))
-    tl.store(row + 5, sibling_cuts.to(tl.float64))
+    tl.store(row + 3, tl.sum(tl.where(present, rho, 0.0), 0))
+    tl.store(row + 4, tl.sum((cut & present).to(tl.int32), 0).to(tl.float64))
+    tl.store(row + 5, tl.sum((apart_cut & usable).to(tl.int32), 0).to(tl.float64))
     tl.store(row + 6, tl.sum(usable.to(tl.int32), 0).to(tl.float64))
+    tl.store(row + 7, tl.sum(both, 0))
 
 
 @triton.jit
@@ -211,15 +328,19 @@ def _column(sums, blocks, column: tl.constexpr, REQUESTS: tl.constexpr):
 @kernel
 def _add_up(
     sums: F64, counts: I32, loss: F32, terms: F32, blocks, batch, group, length, global_weight: tl.float64,
-    sibling_weight: tl.float64, kl_weight: tl.float64, MASKED: tl.constexpr, REQUESTS: tl.constexpr,
+    sibling_weight: tl.float64, kl_weight: tl.float64, joint, COUNTED: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
-    tokens, _ = _totals(counts, batch, group, length, MASKED, REQUESTS)
+    tokens, _ = _totals(counts, batch, group, length, COUNTED, REQUESTS)
     tokens = tl.maximum(tokens, 1.0)
     over_sequences = _column(sums, blocks, 0, REQUESTS)
     over_nodes = _column(sums, blocks, 1, REQUESTS)
     divergence = _column(sums, blocks, 2, REQUESTS)
     valid = _column(sums, blocks, 6, REQUESTS)
-    value = kl_weight * divergence - global_weight * over_sequences - sibling_weight * over_nodes
+    value = _weighted(kl_weight, divergence)
+    if joint:
+        value -= _column(sums, blocks, 7, REQUESTS)
+    else:
+        value = value - _weighted(global_weight, over_sequences) - _weighted(sibling_weight, over_nodes)
     tl.store(loss, value.to(tl.float32))
     tl.store(terms, over_sequences.to(tl.float32))
     tl.store(terms + 1, over_nodes.to(tl.float32))
@@ -233,8 +354,8 @@ def _add_up(
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled."""
     yield Specialization("sibling_grpo_loss count", _count, 1, {"SEQUENCES": _SEQUENCES})
-    for masked in (False, True):
-        constants = {"MASKED": masked, "REQUESTS": _REQUESTS}
-        name = f"sibling_grpo_loss{', masked' * masked}"
+    for counted in (False, True):
+        constants = {"COUNTED": counted, "REQUESTS": _REQUESTS}
+        name = f"sibling_grpo_loss{', masked' * counted}"
         yield Specialization(name, _tokens, _WARPS, constants | {"BLOCK": _BLOCK})
         yield Specialization(f"{name}, sum", _add_up, 1, constants)

@@ -28,9 +28,10 @@ class Loss {
       for (int64_t b = first; b < last; ++b) count_tokens(b);
     });
     for (const TokenCounts& request : count_) {
-      all_.tokens += request.tokens;
-      all_.sequences += request.sequences;
+      own_.tokens += request.tokens;
+      own_.sequences += request.sequences;
     }
+    all_ = loss_counts(a_, own_);
     for_requests([&](int64_t first, int64_t last) {
       Scratch scratch(size_);
       for (int64_t b = first; b < last; ++b) request(b, scratch);
@@ -39,13 +40,13 @@ class Loss {
     for (const Sums& sums : sums_) {
       for (size_t i = 0; i < sums.size(); ++i) total[i] += sums[i];
     }
-    store_loss(a_, total.data(), all_.tokens);
+    store_loss(a_, total.data(), own_.tokens);
   }
 
  private:
   struct Scratch {
-    explicit Scratch(int64_t size) : logp(size), other(size), ratio(size, 1.0f), difference(size), exp_difference(size) {}
-    std::vector<float> logp, other, ratio, difference, exp_difference;  // [G, L]
+    explicit Scratch(int64_t size) : logp(size), old(size), ref(size), ratio(size, 1.0f), exp_difference(size) {}
+    std::vector<float> logp, old, ref, ratio, exp_difference;  // [G, L]
   };
 
   void count_tokens(int64_t b) {
@@ -71,14 +72,34 @@ class Loss {
   void prepare(int64_t b, Scratch& s) const {
     copy(a_.logp, b, s.logp.data());
     if (a_.old_logp) {
-      copy(a_.old_logp, b, s.other.data());
-      simd().exp_differences(s.logp.data(), s.other.data(), size_, s.ratio.data());
+      copy(a_.old_logp, b, s.old.data());
+      simd().exp_differences(s.logp.data(), s.old.data(), size_, s.ratio.data());
     }
     if (a_.ref_logp) {
-      copy(a_.ref_logp, b, s.other.data());
-      for (int64_t i = 0; i < size_; ++i) s.difference[i] = s.other[i] - s.logp[i];
-      if (a_.divergence == kK3) simd().exp_differences(s.other.data(), s.logp.data(), size_, s.exp_difference.data());
+      copy(a_.ref_logp, b, s.ref.data());
+      if (a_.divergence == kK3) simd().exp_differences(s.ref.data(), s.logp.data(), size_, s.exp_difference.data());
     }
+  }
+
+  // Of a sequence with so many tokens.
+  double mean_log_ratio(int64_t b, int64_t g, int64_t tokens) const {
+    double sum = 0;
+    for (int64_t d = 0; d < a_.length; ++d) {
+      if (a_.mask.at(b, g, d)) sum += double(a_.logp.at(b, g, d)) - double(a_.old_logp.at(b, g, d));
+    }
+    return sum / double(tokens);
+  }
+
+  TokenTerms terms(const LossToken& token, int64_t b, int64_t g, int64_t d, const Scratch& s, double average) {
+    const int64_t i = g * a_.length + d;
+    const double log_ratio = a_.averages_ratios() ? average : a_.old_logp ? double(s.logp[i]) - double(s.old[i]) : 0;
+    const double difference = a_.ref_logp ? double(s.ref[i]) - double(s.logp[i]) : 0;
+    if (is_ordinary(a_, token, log_ratio, difference)) {
+      const Ratios<float> r{s.ratio[i], float(difference), false, false};
+      return token_terms(a_, token, r, [&] { return s.exp_difference[i]; });
+    }
+    const Ratios<double> r = exact_ratios(a_, log_ratio, difference);
+    return token_terms(a_, token, r, [&] { return exp(r.difference); });
   }
 
   void request(int64_t b, Scratch& scratch) {
@@ -86,26 +107,26 @@ class Loss {
     const double weight_of_node = node_weight(a_, count_[b].sequences, all_);
     Sums sums{};
     for (int64_t g = 0; g < a_.group; ++g) {
-      const double weight = token_weight(a_, tokens_[b * a_.group + g], all_);
+      const int64_t tokens = tokens_[b * a_.group + g];
+      const double weight = token_weight(a_, tokens, all_);
+      const double average = a_.averages_ratios() ? mean_log_ratio(b, g, tokens) : 0;
       const float group_advantage = a_.group_advantage.at(b, g);
       double global = 0, kl = 0;
       for (int64_t d = 0; d < a_.length; ++d) {
-        const int64_t i = g * a_.length + d;
-        float& gradient = a_.gradient[b * size_ + i];
+        float& gradient = a_.gradient[b * size_ + g * a_.length + d];
         gradient = 0;
         if (!a_.mask.at(b, g, d)) continue;
-        const float ratio = scratch.ratio[i];
-        const TokenTerms t = token_terms(
-            a_, b, g, d, group_advantage, ratio, scratch.difference[i], [&] { return scratch.exp_difference[i]; },
-            weight, weight_of_node);
+        const LossToken token = loss_token(a_, b, g, d, group_advantage, weight, weight_of_node);
+        const TokenTerms t = terms(token, b, g, d, scratch, average);
         gradient = t.gradient;
-        global += t.global.value;
+        global += t.global;
         kl += t.kl;
-        sums[kRatio] += ratio;
-        sums[kGlobalClipped] += t.global.clipped;
-        if (!t.valid) continue;
-        sums[kSibling] += t.node_weight * t.sibling.value;
-        sums[kSiblingClipped] += t.sibling.clipped;
+        sums[kJoint] += t.joint;
+        sums[kRatio] += t.ratio;
+        sums[kGlobalClipped] += t.global_clipped;
+        if (!token.valid) continue;
+        sums[kSibling] += weighted(token.node_weight, t.sibling);
+        sums[kSiblingClipped] += t.sibling_clipped;
         sums[kValid] += 1;
       }
       sums[kGlobal] += weight * global;
@@ -119,7 +140,8 @@ class Loss {
   const int64_t size_;           // tokens of a request
   std::vector<int64_t> tokens_;  // [B, G] of a sequence
   std::vector<TokenCounts> count_;
-  TokenCounts all_{};
+  TokenCounts own_{};
+  LossCounts all_{};
   std::vector<Sums> sums_;
 };
 

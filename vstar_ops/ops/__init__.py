@@ -7,7 +7,7 @@ from .group_advantage import group_advantage
 from .prefix_returns import PrefixReturns, prefix_returns
 from .prefix_tree import PrefixTree, prefix_tree
 from .sibling_advantage import SiblingAdvantage, sibling_advantage
-from .sibling_grpo_loss import SiblingGRPOLoss, sibling_grpo_loss, sibling_grpo_loss_from_logits
+from .sibling_grpo_loss import SiblingGRPOLoss, loss_counts, sibling_grpo_loss, sibling_grpo_loss_from_logits
 from .token_logp import TokenLogp, token_logp
 from .ved import (
     LeafCandidates,
@@ -33,6 +33,7 @@ __all__ = [
     "TokenLogp",
     "expand_topk",
     "group_advantage",
+    "loss_counts",
     "prefix_returns",
     "prefix_tree",
     "sibling_advantage",

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from .._deprecated import renamed_arguments
 from ..trie import Trie
-from ._checks import FLOATS, INTS, check, check_finite, check_tokens, level_weights, validating
+from ._checks import FLOATS, INTS, check, check_finite, check_int, check_tokens, level_weights, validating
 from ._registry import Gradient, define
 from .group_advantage import group_advantage as _group_advantage
 from .sibling_advantage import SiblingAdvantage
@@ -76,14 +76,21 @@ def sibling_grpo_loss(
     mask: Tensor | None = None,
     sibling_advantage: SiblingAdvantage | None = None,
     group_advantage: Tensor | None = None,
+    scale: str = "std",
     global_weight: float = 1.0,
     sibling_weight: float = 1.0,
     kl_weight: float = 1e-3,
     clip: tuple[float, float] | None = None,
+    dual_clip: float | None = None,
+    clip_terms: str = "separate",
+    importance_sampling_level: str = "token",
+    log_ratio_bound: float | None = None,
     kl: str = "k3",
     weighting: str = "node",
     depth_weights: Tensor | Sequence[float] | None = None,
     loss_type: str = "grpo",
+    horizon: int | None = None,
+    normalizer: Tensor | None = None,
 ) -> SiblingGRPOLoss:
     r"""The loss of a policy on ``G`` candidates per request: GRPO, Sibling-GRPO and a KL term.
 
@@ -123,12 +130,32 @@ def sibling_grpo_loss(
             is there still tells siblings apart.)
         sibling_advantage: the result of :func:`sibling_advantage`, with options of its own.
         group_advantage: float32 ``[B, G]``, advantages of whole candidates.
-        global_weight, sibling_weight, kl_weight: weights of the terms.
+        scale: of the advantages that are computed here: ``"std"``, divided by a standard deviation as their
+            ops do by default, or ``"none"``: rewards minus their mean.
+        global_weight, sibling_weight, kl_weight: weights of the terms. 0 turns a term off, even one that is
+            infinite.
         clip: None, or ``(low, high)``, both >= 0; ``math.inf`` leaves a side open.
+        dual_clip: None, or :math:`c > 1`: where :math:`A < 0`, :math:`s` is at least :math:`c A`, and has no
+            gradient there (arXiv 1912.09729). With or without ``clip``.
+        clip_terms: ``"separate"``, or ``"joint"``: a token has one :math:`s`, of the weighted sum of its
+            advantages :math:`w_{global} c_{bg} A_{bg} + w_{sib} \frac{u_b w_\ell}{n_{bg\ell}} A_{bg\ell}`,
+            as in trainers that add up the advantages. :math:`J_{global}` and :math:`J_{sib}` are its parts.
+        importance_sampling_level: ``"token"``, or ``"sequence"``: all tokens of a sequence have the ratio
+            :math:`r = \exp(\text{mean of } \log\pi - \log\pi_{old} \text{ over its tokens})`, with the
+            derivative :math:`r` by each token's :math:`\log\pi` (GSPO-token, arXiv 2507.18071). Where a
+            sequence has one advantage, as in the global term, the gradient is that of GSPO.
+        log_ratio_bound: None, the exact formulas, whose exponentials overflow as float64 does; or a number
+            > 0 that bounds the exponent of :math:`\rho`, and :math:`d`, to plus and minus itself, without
+            gradient beyond it, as ``torch.clamp``. verl has 20.
         kl: ``"k1"``, ``"k2"`` or ``"k3"``.
         weighting: ``"node"``, or ``"candidate"``: :math:`n = 1`, every candidate counts once.
         depth_weights: :math:`w_\ell`, ``L`` numbers (1), or a tensor of them.
         loss_type: ``"grpo"``, ``"bnpo"`` or ``"dr_grpo"``.
+        horizon: of ``"dr_grpo"``, in place of :math:`L`.
+        normalizer: None, or :func:`loss_counts` of several calls, added up: the :math:`B`, :math:`B \, G`,
+            :math:`\sum_b G_b` and :math:`\sum_{bg} T_{bg}` of all of them. Then the losses and gradients of
+            the calls add up to those of one call with all requests: for gradient accumulation and data
+            parallelism. ``"dr_grpo"`` needs the same ``L`` in all of them, or a ``horizon``.
 
     Returns:
         A named tuple of float32 scalars on the device, so that nothing waits for them; only ``loss`` is
@@ -136,12 +163,16 @@ def sibling_grpo_loss(
 
         - ``loss``, and :math:`J_{global}` as ``global_term``, :math:`J_{sib}` as ``sibling_term``, ``kl``
         - ``ratio``: mean of :math:`\rho` over the tokens that are there
-        - ``global_clip_fraction``: share of these tokens at which clipping cuts the global term
+        - ``global_clip_fraction``: share of these tokens at which a clip cuts the global term, or the sum of
+          both terms
         - ``sibling_clip_fraction``: the same of the sibling term, among tokens with a valid sibling advantage
         - ``valid_fraction``: share of the tokens with a valid sibling advantage
 
+        The last four are of this call, whatever the ``normalizer``.
+
     Sums are float64 in a fixed order: the same bits for any number of threads. NaN or infinity among the
-    values that take part goes into the loss.
+    values that take part goes into the loss, but an advantage of 0, as in groups without signal, gives
+    exactly 0 even where the ratio is infinite.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
@@ -154,6 +185,14 @@ def sibling_grpo_loss(
         tensor([[[-0.1666, -0.3333],
                  [-0.1666,  0.3333],
                  [ 0.3332,  0.0000]]])
+
+        One step over the micro-batches of a window, on several processes. (Where gradients are averaged over
+        processes, as in DistributedDataParallel, multiply the loss by their number.)
+
+        >>> counts = sum(vstar_ops.loss_counts(x.tokens, x.mask) for x in window)
+        >>> torch.distributed.all_reduce(counts)
+        >>> for x in window:
+        ...     sibling_grpo_loss(..., mask=x.mask, normalizer=counts).loss.backward()
     """
     check("logp", logp, (None, None, None), _AXES, FLOATS)
     shape, device = tuple(logp.shape), logp.device
@@ -161,58 +200,118 @@ def sibling_grpo_loss(
         if value is not None:
             check(name, value, shape, _AXES, FLOATS, device)
     candidates, tokens_there = _masks(mask, shape, device)
-    if (sibling_advantage is None or group_advantage is None) and rewards is None:
-        raise ValueError("rewards must be given where sibling_advantage or group_advantage is not, got None")
-    if sibling_advantage is None:
-        if tokens is None:
-            raise ValueError("tokens must be given where sibling_advantage is not, got None")
-        check("tokens", tokens, shape, _AXES, (*INTS, torch.int16, torch.int8, torch.uint8), device)
-        sibling_advantage = _sibling_advantage(tokens, rewards, candidates)  # type: ignore[arg-type]
-    elif not isinstance(sibling_advantage, SiblingAdvantage):
-        raise TypeError(
-            f"sibling_advantage must be a vstar_ops.SiblingAdvantage, got {type(sibling_advantage).__name__}"
-        )
-    check("sibling_advantage.advantage", sibling_advantage.advantage, shape, _AXES, (torch.float32,), device)
-    check("sibling_advantage.valid", sibling_advantage.valid, shape, _AXES, (torch.bool,), device)
-    check(
-        "sibling_advantage.num_candidates",
-        sibling_advantage.num_candidates,
-        shape,
-        _AXES,
-        (torch.int32,),
-        device,
-    )
-    if group_advantage is None:
-        check("rewards", rewards, shape[:2], "[B, G]", FLOATS, device)
-        group_advantage = _group_advantage(rewards, candidates)  # type: ignore[arg-type]
-    check("group_advantage", group_advantage, shape[:2], "[B, G]", (torch.float32,), device)
     for name, choice, choices in (
+        ("scale", scale, ("std", "none")),
+        ("clip_terms", clip_terms, ("separate", "joint")),
+        ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
         ("kl", kl, _KL),
         ("weighting", weighting, ("node", "candidate")),
         ("loss_type", loss_type, _LOSS_TYPES),
     ):
         if choice not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {choice!r}")
+    siblings, group_advantage = _advantages(
+        sibling_advantage, group_advantage, tokens, rewards, mask, candidates, scale, logp
+    )
+    if normalizer is not None:
+        check("normalizer", normalizer, (4,), "[4]", (torch.int64,), device)
+        if validating() and bool((normalizer < loss_counts(logp, mask)).any()):
+            raise ValueError("normalizer must count this call's requests too, got less than their counts")
     loss, terms, _ = _op(
         device,
         logp,
         old_logp,
         ref_logp,
-        sibling_advantage.advantage,
-        sibling_advantage.valid,
-        sibling_advantage.num_candidates,
+        siblings.advantage,
+        siblings.valid,
+        siblings.num_candidates,
         group_advantage,
         tokens_there,
         _depth_weights(depth_weights, logp),
+        normalizer,
         check_finite("global_weight", global_weight),
         check_finite("sibling_weight", sibling_weight),
         check_finite("kl_weight", kl_weight),
         *_clip(clip),
+        _bound("dual_clip", dual_clip, 1),
+        _bound("log_ratio_bound", log_ratio_bound, 0),
         _KL.index(kl),
         weighting == "node",
+        importance_sampling_level == "sequence",
+        clip_terms == "joint",
         _LOSS_TYPES.index(loss_type),
+        _horizon(horizon, loss_type, shape[2]),
     )
     return SiblingGRPOLoss(loss, *terms.unbind())
+
+
+def loss_counts(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""What the means of :func:`sibling_grpo_loss` divide by, for its ``normalizer``.
+
+    Counts of several calls add up, on one device or by ``torch.distributed.all_reduce``.
+
+    Args:
+        tokens: ``[B, G, L]``, the candidates' tokens, or any tensor of their shape, such as ``logp``.
+        mask: as in :func:`sibling_grpo_loss`.
+
+    Returns:
+        int64 ``[4]`` on the device, for which nothing waits: the requests :math:`B`, their candidates
+        :math:`B \, G` with those that are masked, the sequences :math:`\sum_b G_b` with a token that is
+        there, and the tokens :math:`\sum_{bg} T_{bg}` that are.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape or device, by name.
+    """
+    if not isinstance(tokens, Tensor) or tokens.dim() != 3:
+        given = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        error = ValueError if isinstance(tokens, Tensor) else TypeError
+        raise error(f"tokens must be a tensor {_AXES}, got {given}")
+    _, there = _masks(mask, tuple(tokens.shape), tokens.device)
+    if there is None:
+        there = torch.ones_like(tokens, dtype=torch.bool)
+    lengths = there.sum(2)
+    batch, group = lengths.shape
+    # Filled in on the device: numbers from the host would wait for it.
+    sizes = lengths.new_full((), batch), lengths.new_full((), batch * group)
+    return torch.stack([*sizes, (lengths > 0).sum(), lengths.sum()])
+
+
+def _advantages(
+    siblings: SiblingAdvantage | None,
+    group: Tensor | None,
+    tokens: Tensor | None,
+    rewards: Tensor | None,
+    mask: Tensor | None,
+    candidates: Tensor | None,
+    scale: str,
+    logp: Tensor,
+) -> tuple[SiblingAdvantage, Tensor]:
+    """Both advantages, given or computed."""
+    shape, device = tuple(logp.shape), logp.device
+    if siblings is not None and group is not None:
+        if scale != "std":
+            raise ValueError(
+                f"scale must be 'std' where sibling_advantage and group_advantage are given, got {scale!r}"
+            )
+    elif rewards is None:
+        raise ValueError("rewards must be given where sibling_advantage or group_advantage is not, got None")
+    options: Any = {"scale": scale} if scale != "std" else {}
+    if siblings is None:
+        if tokens is None:
+            raise ValueError("tokens must be given where sibling_advantage is not, got None")
+        check("tokens", tokens, shape, _AXES, (*INTS, torch.int16, torch.int8, torch.uint8), device)
+        siblings = _sibling_advantage(tokens, rewards, candidates, **options)  # type: ignore[arg-type]
+    elif not isinstance(siblings, SiblingAdvantage):
+        raise TypeError(
+            f"sibling_advantage must be a vstar_ops.SiblingAdvantage, got {type(siblings).__name__}"
+        )
+    for name, dtype in (("advantage", torch.float32), ("valid", torch.bool), ("num_candidates", torch.int32)):
+        check(f"sibling_advantage.{name}", getattr(siblings, name), shape, _AXES, (dtype,), device)
+    if group is None:
+        check("rewards", rewards, shape[:2], "[B, G]", FLOATS, device)
+        group = _group_advantage(rewards, candidates, **options)  # type: ignore[arg-type]
+    check("group_advantage", group, shape[:2], "[B, G]", (torch.float32,), device)
+    return siblings, group
 
 
 def _masks(
@@ -235,6 +334,23 @@ def _clip(clip: Any) -> tuple[float, float]:
         if side != math.inf and check_finite("clip", side) < 0:
             raise ValueError(f"clip must be >= 0, got {clip!r}")
     return float(clip[0]), float(clip[1])
+
+
+def _bound(name: str, value: Any, low: int) -> float:
+    """An optional number above ``low``; infinite without one."""
+    if value is None:
+        return math.inf
+    if check_finite(name, value) <= low:
+        raise ValueError(f"{name} must be None or > {low}, got {value}")
+    return float(value)
+
+
+def _horizon(horizon: Any, loss_type: str, length: int) -> int:
+    if horizon is None:
+        return length
+    if loss_type != "dr_grpo":
+        raise ValueError(f"horizon must be None where loss_type is {loss_type!r}, got {horizon!r}")
+    return check_int("horizon", horizon, 1)
 
 
 def _depth_weights(weights: Any, logp: Tensor) -> Tensor | None:

@@ -18,67 +18,82 @@ def sibling_grpo_loss(
     group_advantage: Tensor,
     mask: Tensor | None,
     depth_weight: Tensor | None,
+    normalizer: Tensor | None,
     global_weight: float,
     sibling_weight: float,
     kl_weight: float,
     clip_low: float,
     clip_high: float,
+    dual_clip: float,
+    log_ratio_bound: float,
     kl: int,
     by_node: bool,
+    by_sequence: bool,
+    joint: bool,
     loss_type: int,
+    horizon: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dispatcher's signature; see :func:`vstar_ops.sibling_grpo_loss`.
 
     Returns the loss, the seven terms in the order of its result, and the gradient of ``logp``.
     """
-    batch, group, length = logp.shape
     result = torch.float64 if logp.dtype == torch.float64 else torch.float32
     present = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-
-    def there(x: Tensor) -> Tensor:
-        return torch.where(present, x.to(torch.float64), 0)
-
-    # How much a token of a sequence counts, and how much a node of a request.
-    tokens = present.sum(2, keepdim=True).to(torch.float64)
-    sequences = (tokens > 0).sum(1, keepdim=True).to(torch.float64)
-    if loss_type == GRPO:
-        token_weight = 1 / (tokens.clamp(min=1) * sequences.sum().clamp(min=1))
-        node_weight = 1 / (sequences.clamp(min=1) * max(batch, 1))
-    elif loss_type == BNPO:
-        token_weight = 1 / tokens.sum().clamp(min=1)
-        node_weight = 1 / sequences.sum().clamp(min=1)
-    else:
-        token_weight = tokens.new_tensor(1 / max(batch * group * length, 1))
-        node_weight = tokens.new_tensor(1 / max(batch * group, 1))
-    token_weight = token_weight * present
     used = valid & present
-    node_weight = node_weight * used
+
+    def there(x: Tensor, where: Tensor = present) -> Tensor:
+        return torch.where(where, x.to(torch.float64), 0)
+
+    token_weight, node_weight = _weights(present, normalizer, loss_type, horizon)
     if by_node:
         node_weight = node_weight / count.clamp(min=1)
     if depth_weight is not None:
         node_weight = node_weight * depth_weight.to(torch.float64)
+    token_weight, node_weight = there(token_weight), there(node_weight, used)
 
-    ratio = torch.ones_like(there(logp)) if old_logp is None else (there(logp) - there(old_logp)).exp()
+    log_ratio = torch.zeros_like(there(logp)) if old_logp is None else there(logp) - there(old_logp)
+    if by_sequence:
+        mean = log_ratio.sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
+        log_ratio = there(mean)
+    held = log_ratio.abs() > log_ratio_bound  # does not change with logp
+    ratio = log_ratio.clamp(-log_ratio_bound, log_ratio_bound).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
 
-    def surrogate(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """PPO's bound, its derivative by ``logp``, and where it is cut."""
+    def surrogate(a: Tensor) -> tuple[Tensor, Tensor]:
+        """What multiplies an advantage, the ratio or a bound in its place, and where it is a bound."""
         cut = clipped * a < ratio * a
-        return torch.where(cut, clipped * a, ratio * a), torch.where(cut, 0, ratio * a), cut
+        factor = torch.where(cut, clipped, ratio)
+        capped = (a < 0) & (factor * a < dual_clip * a)
+        return torch.where(capped, dual_clip, factor), cut | capped
 
-    over_sequences, global_slope, global_cut = surrogate(there(group_advantage.unsqueeze(2)))
-    over_nodes, sibling_slope, sibling_cut = surrogate(there(advantage))
-    gradient = global_weight * token_weight * global_slope + sibling_weight * node_weight * sibling_slope
+    whole, apart = there(group_advantage.unsqueeze(2)), there(advantage, used)
+    global_share, sibling_share = global_weight * token_weight, sibling_weight * node_weight
+    if joint:
+        both = _weighted(global_share, whole) + _weighted(sibling_share, apart)
+        factor, cut = surrogate(both)
+        over_sequences, over_nodes, objective = (_times(factor, a) for a in (whole, apart, both))
+        gradient, global_cut, sibling_cut = torch.where(cut | held, 0, objective), cut, cut
+    else:
+        factor, global_cut = surrogate(whole)
+        over_sequences = _times(factor, whole)
+        factor, sibling_cut = surrogate(apart)
+        over_nodes = _times(factor, apart)
+        gradient = _weighted(global_share, torch.where(global_cut | held, 0, over_sequences))
+        gradient = gradient + _weighted(sibling_share, torch.where(sibling_cut | held, 0, over_nodes))
     divergence = torch.zeros_like(ratio)
     if ref_logp is not None:
-        d = there(ref_logp) - there(logp)
-        divergence, slope = ((-d, torch.ones_like(d)), (d * d / 2, -d), (d.expm1() - d, -d.expm1()))[kl]
-        gradient = gradient - kl_weight * token_weight * slope
+        divergence, slope = _divergence(there(ref_logp) - there(logp), log_ratio_bound, kl)
+        gradient = gradient - _weighted(kl_weight * token_weight, slope)
 
     global_term = (token_weight * over_sequences).sum()
-    sibling_term = (node_weight * over_nodes).sum()
+    sibling_term = _weighted(node_weight, over_nodes).sum()
     kl_term = (token_weight * divergence).sum()
-    loss = kl_weight * kl_term - global_weight * global_term - sibling_weight * sibling_term
+    loss = kl_weight * kl_term if kl_weight else torch.zeros_like(kl_term)
+    if joint:
+        loss = loss - objective.sum()
+    else:
+        parts = (global_weight, global_term), (sibling_weight, sibling_term)
+        loss = loss - sum(weight * term for weight, term in parts if weight)
     number = present.sum().clamp(min=1)
     terms = [
         *(global_term, sibling_term, kl_term),
@@ -86,3 +101,41 @@ def sibling_grpo_loss(
         *((sibling_cut & used).sum() / used.sum().clamp(min=1), used.sum() / number),
     ]
     return loss.to(result), torch.stack([x.to(result) for x in terms]), (0.0 - gradient).to(result)
+
+
+def _weights(
+    present: Tensor, normalizer: Tensor | None, loss_type: int, horizon: int
+) -> tuple[Tensor, Tensor]:
+    """How much a token of a sequence counts, and how much a node of a request."""
+    batch, group, _ = present.shape
+    tokens = present.sum(2, keepdim=True).to(torch.float64)
+    sequences = (tokens > 0).sum(1, keepdim=True).to(torch.float64)
+    if normalizer is None:
+        sizes = tokens.new_tensor([batch, batch * group])
+        normalizer = torch.cat([sizes, torch.stack([sequences.sum(), tokens.sum()])])
+    requests, candidates, all_sequences, all_tokens = normalizer.to(torch.float64).unbind()
+    if loss_type == GRPO:
+        numbers = tokens.clamp(min=1) * all_sequences.clamp(min=1), sequences.clamp(min=1) * requests
+    elif loss_type == BNPO:
+        numbers = all_tokens, all_sequences
+    else:
+        numbers = candidates * horizon, candidates
+    over_tokens, over_nodes = (1 / x.clamp(min=1) for x in numbers)
+    return over_tokens, over_nodes
+
+
+def _divergence(difference: Tensor, bound: float, kl: int) -> tuple[Tensor, Tensor]:
+    """The estimate of the KL divergence from ``ref_logp - logp``, and its derivative by ``logp``."""
+    d = difference.clamp(-bound, bound)
+    value, slope = ((-d, torch.ones_like(d)), (d * d / 2, -d), (d.expm1() - d, -d.expm1()))[kl]
+    return value, torch.where(difference.abs() > bound, 0, slope)
+
+
+def _weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight of 0 turns a term off, even one that is infinite."""
+    return torch.where(weight == 0, 0, weight * x)
+
+
+def _times(factor: Tensor, advantage: Tensor) -> Tensor:
+    """An advantage of 0 has no term, even if the ratio is infinite."""
+    return torch.where((advantage == 0) & ~factor.isnan(), 0, factor * advantage)

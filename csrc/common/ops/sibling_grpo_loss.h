@@ -15,49 +15,80 @@ struct SiblingGRPOLossArgs {
   StridedView<float> advantage;        // [B, G, L], as valid, mask and count
   MaskView valid, mask;
   StridedView<int32_t> count;
-  FloatView group_advantage;        // [B, G]
-  StridedView<float> depth_weight;  // [L]
+  FloatView group_advantage;         // [B, G]
+  StridedView<float> depth_weight;   // [L]
+  StridedView<int64_t> normalizer;   // LossCounts
   double global_weight, sibling_weight, kl_weight;
-  float low, high;  // bounds of the ratio
+  double low, high, cap;  // bounds of the ratio; `cap` where the advantage is negative
+  double log_bound;       // of both log-ratios
   int64_t divergence;
-  bool by_node;
-  int64_t loss_type;
+  bool by_node, by_sequence, joint;
+  int64_t loss_type, horizon;
   int64_t batch, group, length;
   float *loss, *terms, *gradient;  // [], [7], [B, G, L]
+
+  // Whether a sequence's log-ratios are averaged.
+  VSTAR_INLINE_MEMBER bool averages_ratios() const { return by_sequence && old_logp; }
 };
 
-// What is summed over all tokens; the first three are terms of the loss.
-enum LossSum { kGlobal, kSibling, kKl, kRatio, kGlobalClipped, kSiblingClipped, kValid, kNumLossSums };
+// What is summed over all tokens; the first three are terms of the loss. With joint clipping the loss has a sum of
+// its own, since its two shares may be infinite and cancel.
+enum LossSum { kGlobal, kSibling, kKl, kRatio, kGlobalClipped, kSiblingClipped, kValid, kJoint, kNumLossSums };
+constexpr int kNumLossTerms = kJoint;
 
 // How many tokens, and sequences with a token, the mask leaves.
 struct TokenCounts {
   int64_t tokens, sequences;
 };
 
+// What the means divide by: of this call, or of a window of several.
+struct LossCounts {
+  int64_t requests, candidates, sequences, tokens;
+};
+
+VSTAR_INLINE LossCounts loss_counts(const SiblingGRPOLossArgs& a, const TokenCounts& own) {
+  const auto& n = a.normalizer;
+  if (n) return {n.at(0), n.at(1), n.at(2), n.at(3)};
+  return {a.batch, a.batch * a.group, own.sequences, own.tokens};
+}
+
 VSTAR_INLINE double reciprocal(int64_t n) { return 1.0 / double(n > 1 ? n : 1); }
 
 // The weight of a token of a sequence with so many tokens.
-VSTAR_INLINE double token_weight(const SiblingGRPOLossArgs& a, int64_t tokens, const TokenCounts& all) {
+VSTAR_INLINE double token_weight(const SiblingGRPOLossArgs& a, int64_t tokens, const LossCounts& all) {
   if (a.loss_type == kGrpo) return reciprocal(tokens) * reciprocal(all.sequences);
-  return reciprocal(a.loss_type == kBnpo ? all.tokens : a.batch * a.group * a.length);
+  return reciprocal(a.loss_type == kBnpo ? all.tokens : all.candidates * a.horizon);
 }
 
 // The weight of a node of a request with so many sequences.
-VSTAR_INLINE double node_weight(const SiblingGRPOLossArgs& a, int64_t sequences, const TokenCounts& all) {
-  if (a.loss_type == kGrpo) return reciprocal(sequences) * reciprocal(a.batch);
-  return reciprocal(a.loss_type == kBnpo ? all.sequences : a.batch * a.group);
+VSTAR_INLINE double node_weight(const SiblingGRPOLossArgs& a, int64_t sequences, const LossCounts& all) {
+  if (a.loss_type == kGrpo) return reciprocal(sequences) * reciprocal(all.requests);
+  return reciprocal(a.loss_type == kBnpo ? all.sequences : all.candidates);
 }
 
-// PPO's bound of ratio * advantage, and its derivative by the log-probability. NaN is kept.
-struct Surrogate {
-  float value, slope;
+// A weight of 0 turns a term off, even one that is infinite.
+VSTAR_INLINE double weighted(double weight, double x) { return weight == 0 ? 0 : weight * x; }
+
+// What multiplies an advantage: the ratio, or the bound that takes its place. NaN is kept.
+template <class Real>
+struct Factor {
+  Real value;
   bool clipped;
+
+  // An advantage of 0 has no term, even if the ratio is infinite.
+  VSTAR_INLINE_MEMBER Real times(Real advantage) const {
+    return advantage == 0 && value == value ? 0 : value * advantage;
+  }
 };
 
-VSTAR_INLINE Surrogate surrogate(const SiblingGRPOLossArgs& a, float ratio, float advantage) {
-  const float raised = ratio < a.low ? a.low : ratio, bounded = a.high < raised ? a.high : raised;
-  if (bounded * advantage < ratio * advantage) return {bounded * advantage, 0, true};
-  return {ratio * advantage, ratio * advantage, false};
+template <class Real>
+VSTAR_INLINE Factor<Real> factor(const SiblingGRPOLossArgs& a, Real ratio, Real advantage) {
+  const Real low = Real(a.low), high = Real(a.high), cap = Real(a.cap);
+  const Real raised = ratio < low ? low : ratio, bounded = high < raised ? high : raised;
+  Factor<Real> f{ratio, false};
+  if (bounded * advantage < ratio * advantage) f = {bounded, true};
+  if (advantage < 0 && f.value * advantage < cap * advantage) f = {cap, true};
+  return f;
 }
 
 // An estimate of the divergence from the reference, and its derivative by the log-probability.
@@ -66,51 +97,118 @@ struct Kl {
 };
 
 // Of difference = ref_logp - logp; exp_difference() is its exponential.
-template <class Exp>
-VSTAR_INLINE Kl kl_estimate(int64_t divergence, float difference, const Exp& exp_difference) {
+template <class Real, class Exp>
+VSTAR_INLINE Kl kl_estimate(int64_t divergence, Real difference, const Exp& exp_difference) {
   const double d = difference;
   if (divergence == kK1) return {-d, 1};
   if (divergence == kK2) return {0.5 * d * d, -d};
   // e^d - 1 - d of a small d has no digits left in float; its series has them all.
   const double series = difference * difference * (0.5 + d * (1 / 6.0 + d / 24.0));
-  if (fabsf(difference) < 0.03f) return {series, -(d + series)};
+  if (d > -0.03f && d < 0.03f) return {series, -(d + series)};
   const double rise = double(exp_difference()) - 1.0;
   return {rise - d, -rise};
 }
 
+// A token that is there: its weights, 0 for a node that is not valid, and its advantages.
+struct LossToken {
+  double weight, node_weight;
+  float global, sibling;
+  bool valid;
+};
+
+VSTAR_INLINE LossToken loss_token(
+    const SiblingGRPOLossArgs& a, int64_t b, int64_t g, int64_t d, float group_advantage, double token_weight,
+    double node_weight) {
+  LossToken t{token_weight, 0, group_advantage, 0, a.valid.at(b, g, d)};
+  if (!t.valid) return t;
+  t.node_weight = node_weight * a.depth_weight.at_or(1.0f, d);
+  if (a.by_node) t.node_weight *= reciprocal(a.count.at(b, g, d));
+  t.sibling = a.advantage.at(b, g, d);
+  return t;
+}
+
+// Of the policies: exp(logp - old_logp) and ref_logp - logp, and whether a bound holds them, so that they do not
+// change with logp.
+template <class Real>
+struct Ratios {
+  Real ratio, difference;
+  bool ratio_held, difference_held;
+};
+
+// Whether a token's log-ratios are within their bounds and its exponentials and products far from the limits of
+// float. All others are computed in double, so that every backend overflows where double does. Ratios of whole
+// sequences are always.
+VSTAR_INLINE bool is_ordinary(const SiblingGRPOLossArgs& a, const LossToken& t, double log_ratio, double difference) {
+  constexpr float kMostAdvantage = 1024;
+  const double most = a.log_bound < 80 ? a.log_bound : 80;
+  return !a.averages_ratios() && fabs(log_ratio) <= most && fabs(difference) <= most &&
+         fabsf(t.global) <= kMostAdvantage && fabsf(t.sibling) <= kMostAdvantage;
+}
+
+// Keep x within the bound; whether it was beyond. NaN is kept.
+VSTAR_INLINE bool hold(double bound, double& x) {
+  const bool beyond = fabs(x) > bound;
+  if (beyond) x = x < 0 ? -bound : bound;
+  return beyond;
+}
+
+VSTAR_INLINE Ratios<double> exact_ratios(const SiblingGRPOLossArgs& a, double log_ratio, double difference) {
+  Ratios<double> r{};
+  r.ratio_held = hold(a.log_bound, log_ratio);
+  r.difference_held = hold(a.log_bound, difference);
+  r.ratio = exp(log_ratio);
+  r.difference = difference;
+  return r;
+}
+
 // What a token adds to the sums, before weights, and its gradient.
 struct TokenTerms {
-  Surrogate global, sibling;
-  double node_weight, kl;
-  bool valid;
+  double global, sibling, kl, joint, ratio;
+  bool global_clipped, sibling_clipped;
   float gradient;
 };
 
-template <class Exp>
+template <class Real, class Exp>
 VSTAR_INLINE TokenTerms token_terms(
-    const SiblingGRPOLossArgs& a, int64_t b, int64_t g, int64_t d, float group_advantage, float ratio, float difference,
-    const Exp& exp_difference, double token_weight, double node_weight) {
+    const SiblingGRPOLossArgs& a, const LossToken& token, const Ratios<Real>& r, const Exp& exp_difference) {
   TokenTerms t{};
-  t.global = surrogate(a, ratio, group_advantage);
-  double grad = a.global_weight * token_weight * t.global.slope;
-  t.valid = a.valid.at(b, g, d);
-  if (t.valid) {
-    t.node_weight = node_weight * a.depth_weight.at_or(1.0f, d);
-    if (a.by_node) t.node_weight *= reciprocal(a.count.at(b, g, d));
-    t.sibling = surrogate(a, ratio, a.advantage.at(b, g, d));
-    grad += a.sibling_weight * t.node_weight * t.sibling.slope;
+  t.ratio = r.ratio;
+  const double global_share = a.global_weight * token.weight, sibling_share = a.sibling_weight * token.node_weight;
+  double grad = 0;
+  if (a.joint) {
+    const double sum = weighted(global_share, token.global) + weighted(sibling_share, token.sibling);
+    const Factor<double> f = factor(a, double(r.ratio), sum);
+    t.joint = f.times(sum);
+    t.global = f.times(token.global);
+    t.sibling = f.times(token.sibling);
+    t.global_clipped = f.clipped;
+    t.sibling_clipped = f.clipped && token.valid;
+    if (!f.clipped) grad = t.joint;
+  } else {
+    const Factor<Real> global = factor(a, r.ratio, Real(token.global));
+    const Factor<Real> sibling = factor(a, r.ratio, Real(token.sibling));
+    t.global = global.times(token.global);
+    t.sibling = sibling.times(token.sibling);
+    t.global_clipped = global.clipped;
+    t.sibling_clipped = sibling.clipped;
+    if (!global.clipped) grad = weighted(global_share, t.global);
+    if (!sibling.clipped) grad += weighted(sibling_share, t.sibling);
   }
+  if (r.ratio_held) grad = 0;
   if (a.ref_logp) {
-    const Kl kl = kl_estimate(a.divergence, difference, exp_difference);
+    const Kl kl = kl_estimate(a.divergence, r.difference, exp_difference);
     t.kl = kl.value;
-    grad -= a.kl_weight * token_weight * kl.dkl;
+    if (!r.difference_held) grad -= weighted(a.kl_weight * token.weight, kl.dkl);
   }
   t.gradient = float(0 - grad);
   return t;
 }
 
 VSTAR_INLINE void store_loss(const SiblingGRPOLossArgs& a, const double* sum, int64_t tokens) {
-  *a.loss = float(a.kl_weight * sum[kKl] - a.global_weight * sum[kGlobal] - a.sibling_weight * sum[kSibling]);
+  const double kl = weighted(a.kl_weight, sum[kKl]);
+  *a.loss = float(
+      a.joint ? kl - sum[kJoint]
+              : kl - weighted(a.global_weight, sum[kGlobal]) - weighted(a.sibling_weight, sum[kSibling]));
   for (int i = kGlobal; i <= kKl; ++i) a.terms[i] = float(sum[i]);
   for (int i = kRatio; i <= kValid; ++i) {
     a.terms[i] = float(sum[i] * reciprocal(i == kSiblingClipped ? int64_t(sum[kValid]) : tokens));
