@@ -6,11 +6,11 @@ The table below teaches the op; read it first.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import loss_reference
 import numpy as np
-import oracles
 import pytest
 import torch
 from cases import policies
@@ -28,7 +28,6 @@ from vstar_ops import (
     token_logp,
 )
 
-OP = vstar_ops.ops.OPS["sibling_grpo_loss"]
 FIELDS = vstar_ops.SiblingGRPOLoss._fields
 
 
@@ -157,18 +156,35 @@ def test_by_hand(backend, example):
     length=st.integers(0, 4),
     masked=st.sampled_from(["no", "candidates", "tokens"]),
     present=st.sets(st.sampled_from(["old_logp", "ref_logp"])),
-    clip=st.sampled_from([None, (0.2, 0.3), (math.inf, 0.1), (0.0, 0.0)]),
-    kl=st.sampled_from(["k1", "k2", "k3"]),
-    weighting=st.sampled_from(["node", "candidate"]),
-    weighted=st.booleans(),
-    loss_type=st.sampled_from(["grpo", "bnpo", "dr_grpo"]),
+    far=st.sampled_from([None, "logp", "old_logp"]),
     strided=st.booleans(),
+    options=st.fixed_dictionaries(
+        {
+            "global_weight": st.sampled_from([0.7, 0.0]),
+            "sibling_weight": st.sampled_from([1.3, 0.0]),
+            "kl_weight": st.sampled_from([0.3, 0.0]),
+            "clip": st.sampled_from([None, (0.2, 0.3), (math.inf, 0.1), (0.0, 0.0)]),
+            "dual_clip": st.sampled_from([None, 1.1, 3.0]),
+            "clip_terms": st.sampled_from(["separate", "joint"]),
+            "importance_sampling_level": st.sampled_from(["token", "sequence"]),
+            "log_ratio_bound": st.sampled_from([None, 0.5, 20.0]),
+            "kl": st.sampled_from(["k1", "k2", "k3"]),
+            "weighting": st.sampled_from(["node", "candidate"]),
+            "loss_type": st.sampled_from(["grpo", "bnpo", "dr_grpo"]),
+        }
+    ),
+    weighted=st.booleans(),
+    horizon=st.sampled_from([None, 7]),
+    window=st.sampled_from([None, (9, 50, 33, 100)]),
 )
 def test_oracle(
-    backend, seed, batch, group, length, masked, present, clip, kl, weighting, weighted, loss_type, strided
+    backend, seed, batch, group, length, masked, present, far, strided, options, weighted, horizon, window
 ):
+    """Every option with every other: loss, gradient and statistics."""
     case = policies(seed, batch, group, length)
     generator = torch.Generator().manual_seed(seed + 1)
+    if far is not None:  # log-ratios of up to 84
+        case[far] = case[far] * 28
     for name in {"old_logp", "ref_logp"} - present:
         del case[name]
     if masked != "no":
@@ -182,20 +198,38 @@ def test_oracle(
     if strided:
         for name in set(case) - {"mask"}:
             case[name] = torch.stack([case[name], case[name]], -1)[..., 1]
-    options = {"clip": clip, "kl": kl, "weighting": weighting, "loss_type": loss_type}
-    options |= {"kl_weight": 0.3, "global_weight": 0.7, "sibling_weight": 1.3}
     if weighted:
-        options["depth_weights"] = [0.5 + d for d in range(length)]
-    got = sibling_grpo_loss(**case, **options)
-    want = oracles.sibling_grpo_loss(
-        **{name: x.nan_to_num().numpy() for name, x in case.items()},
+        options["depth_weights"] = [0.0, 1.0, 0.5, 2.0][:length]
+    if options["loss_type"] == "dr_grpo":
+        options["horizon"] = horizon
+    logp = case["logp"].detach().requires_grad_()
+    counts = None if window is None else torch.tensor(window)
+    got = sibling_grpo_loss(**{**case, "logp": logp}, **options, normalizer=counts)
+    (gradient,) = torch.autograd.grad(got.loss, logp)
+
+    mask = case.get("mask")
+    candidates = mask.any(2) if masked == "tokens" else mask
+    x = case["logp"].nan_to_num().double().requires_grad_()
+    want = loss_reference.whole_loss(
+        x,
+        sibling_advantage(case["tokens"], case["rewards"], mask),
+        group_advantage(case["rewards"], candidates),
+        **{k: case[k].nan_to_num().double() for k in ("old_logp", "ref_logp") if k in case},
+        mask=mask,
         **options,
+        normalizer=window,
     )
+    (expected,) = torch.autograd.grad(want["loss"], x)
+    # What is far larger than all else is compared by itself.
+    scale = max(1.0, *(want[name].abs().item() for name in ("global_term", "sibling_term", "kl")))
     for name in FIELDS:
         value = getattr(got, name)
         assert value.shape == ()
         assert value.dtype == torch.float32
-        assert value.item() == pytest.approx(want[name], rel=1e-5, abs=2e-6), name
+        tolerance = 2e-6 * scale if name == "loss" else 2e-6
+        assert value.item() == pytest.approx(want[name].item(), rel=1e-5, abs=tolerance), name
+    largest = max(expected.abs().max().item(), 1.0) if expected.numel() else 1.0
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7 * largest)
 
 
 def by_hand(
@@ -227,30 +261,19 @@ def test_training_objective(backend, clip, weighting):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
 
 
-def run_in_double(case: dict[str, Tensor], logp: Tensor, **change: object) -> Tensor:
-    """The reference's loss of float64 log-probabilities."""
-    siblings = sibling_advantage(case["tokens"], case["rewards"])
-    scalars = {
-        "global_weight": 0.7, "sibling_weight": 1.3, "kl_weight": 0.4, "clip_low": 0.2, "clip_high": 0.3,
-        "kl": 2, "by_node": True, "loss_type": 0, **change,
-    }  # fmt: skip
-    return OP(
-        logp.device, logp, case["old_logp"].double(), case["ref_logp"].double(), siblings.advantage.double(),
-        siblings.valid, siblings.num_candidates, group_advantage(case["rewards"]).double(),
-        scalars.pop("mask", None), torch.tensor([0.5, 1.0, 2.0]), *scalars.values(),
-    )[0]  # fmt: skip
-
-
-@pytest.mark.parametrize("kl", [0, 1, 2])
-@pytest.mark.parametrize("loss_type", [0, 1, 2])
-@pytest.mark.parametrize("by_node", [False, True])
-def test_gradcheck(kl, loss_type, by_node):
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("weighting", ["node", "candidate"])
+def test_gradcheck(kl, loss_type, weighting):
+    """float64 log-probabilities, also the ones of users' code, have float64 losses and gradients."""
     case = policies(3, 2, 4, 3)
-    mask = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(4)) < 0.7
-    logp = case["logp"].double().requires_grad_()
-    with vstar_ops.use_backend("reference"):
+    case["mask"] = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(4)) < 0.7
+    case |= {name: case[name].double() for name in ("logp", "old_logp", "ref_logp")}
+    options = {"kl": kl, "loss_type": loss_type, "weighting": weighting, "clip": (0.2, 0.3), "kl_weight": 0.4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is no lack of a backend
         assert torch.autograd.gradcheck(
-            lambda x: run_in_double(case, x, kl=kl, loss_type=loss_type, by_node=by_node, mask=mask), (logp,)
+            lambda x: sibling_grpo_loss(**{**case, "logp": x}, **options).loss, case["logp"].requires_grad_()
         )
 
 
@@ -428,7 +451,7 @@ def test_rows_are_checked_under_validation(backend):
 BAD = [
     ({"logp": [1.0]}, TypeError, "logp"),
     ({"logp": torch.zeros(2, 3)}, ValueError, "logp"),
-    ({"logp": torch.zeros(2, 3, 2, dtype=torch.float64)}, TypeError, "logp"),
+    ({"old_logp": torch.zeros(2, 3, 2, dtype=torch.float64)}, TypeError, "old_logp"),
     ({"old_logp": torch.zeros(2, 3, 1)}, ValueError, "old_logp"),
     ({"ref_logp": torch.zeros(2, 3, 2, dtype=torch.int64)}, TypeError, "ref_logp"),
     ({"tokens": torch.zeros(2, 3, 3, dtype=torch.int64)}, ValueError, "tokens"),

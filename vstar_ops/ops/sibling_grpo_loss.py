@@ -12,8 +12,20 @@ from torch import Tensor
 from .. import reference
 from .._deprecated import renamed_arguments
 from ..trie import Trie
-from ._checks import FLOATS, INTS, check, check_finite, check_int, check_tokens, level_weights, validating
-from ._registry import Gradient, define
+from ._checks import (
+    FLOATS,
+    FLOATS_OR_DOUBLE,
+    INTS,
+    check,
+    check_choice,
+    check_finite,
+    check_int,
+    check_mask,
+    check_tokens,
+    level_weights,
+    validating,
+)
+from ._registry import Gradient, define, result_dtype
 from .group_advantage import group_advantage as _group_advantage
 from .sibling_advantage import SiblingAdvantage
 from .sibling_advantage import sibling_advantage as _sibling_advantage
@@ -39,7 +51,7 @@ class SiblingGRPOLoss(NamedTuple):
 
 def _fake(logp: Tensor, *_: object) -> tuple[Tensor, ...]:
     sizes: tuple[Any, ...] = ((), (7,), logp.shape)
-    return tuple(logp.new_empty(size, dtype=torch.float32) for size in sizes)
+    return tuple(logp.new_empty(size, dtype=result_dtype(logp)) for size in sizes)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -56,6 +68,7 @@ _op = define(
     reference.sibling_grpo_loss,
     _fake,
     Gradient(None, _save, _differentiate),
+    double=("logp",),
 )
 
 
@@ -119,17 +132,17 @@ def sibling_grpo_loss(
     One pass computes loss, gradient and all terms.
 
     Args:
-        logp: float32, bfloat16 or float16 ``[B, G, L]``: log-probabilities of the candidates' tokens.
-        tokens: integers ``[B, G, L]``; rewards: float ``[B, G]``. Advantages are computed of them with the
+        logp: float32, bfloat16 or float16 ``[B, G, L]``: log-probabilities of the candidates' tokens. Or
+            float64, which the reference implementation takes.
+        tokens: integers ``[B, G, L]``; rewards: floats ``[B, G]``. Advantages are computed of them with the
             defaults of their ops; not needed where ``sibling_advantage`` and ``group_advantage`` are given.
         old_logp: of the policy that drew the candidates, as ``logp``. None: this policy, now
             (:math:`\rho = 1`, its gradient that of ``logp``).
         ref_logp: of the reference policy; None: no KL term.
         mask: bool ``[B, G]``, candidates that are there, or ``[B, G, L]``, tokens that are. Others take no
-            part whatever they hold. (A candidate without any token is not there; a masked token of one that
-            is there still tells siblings apart.)
+            part whatever they hold. A candidate without any token is not there.
         sibling_advantage: the result of :func:`sibling_advantage`, with options of its own.
-        group_advantage: float32 ``[B, G]``, advantages of whole candidates.
+        group_advantage: float32 or float64 ``[B, G]``, advantages of whole candidates.
         scale: of the advantages that are computed here: ``"std"``, divided by a standard deviation as their
             ops do by default, or ``"none"``: rewards minus their mean.
         global_weight, sibling_weight, kl_weight: weights of the terms. 0 turns a term off, even one that is
@@ -158,8 +171,8 @@ def sibling_grpo_loss(
             parallelism. ``"dr_grpo"`` needs the same ``L`` in all of them, or a ``horizon``.
 
     Returns:
-        A named tuple of float32 scalars on the device, so that nothing waits for them; only ``loss`` is
-        differentiable, by ``logp``, once:
+        A named tuple of scalars on the device, so that nothing waits for them, float32, or float64 if
+        ``logp`` is. Only ``loss`` is differentiable, by ``logp``, once:
 
         - ``loss``, and :math:`J_{global}` as ``global_term``, :math:`J_{sib}` as ``sibling_term``, ``kl``
         - ``ratio``: mean of :math:`\rho` over the tokens that are there
@@ -194,12 +207,13 @@ def sibling_grpo_loss(
         >>> for x in window:
         ...     sibling_grpo_loss(..., mask=x.mask, normalizer=counts).loss.backward()
     """
-    check("logp", logp, (None, None, None), _AXES, FLOATS)
+    check("logp", logp, (None, None, None), _AXES, FLOATS_OR_DOUBLE)
     shape, device = tuple(logp.shape), logp.device
+    floats = FLOATS_OR_DOUBLE if logp.dtype is torch.float64 else FLOATS
     for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp)):
         if value is not None:
-            check(name, value, shape, _AXES, FLOATS, device)
-    candidates, tokens_there = _masks(mask, shape, device)
+            check(name, value, shape, _AXES, floats, device)
+    there = _tokens_there(mask, shape, device)
     for name, choice, choices in (
         ("scale", scale, ("std", "none")),
         ("clip_terms", clip_terms, ("separate", "joint")),
@@ -208,10 +222,9 @@ def sibling_grpo_loss(
         ("weighting", weighting, ("node", "candidate")),
         ("loss_type", loss_type, _LOSS_TYPES),
     ):
-        if choice not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {choice!r}")
+        check_choice(name, choice, choices)
     siblings, group_advantage = _advantages(
-        sibling_advantage, group_advantage, tokens, rewards, mask, candidates, scale, logp
+        sibling_advantage, group_advantage, tokens, rewards, mask, scale, logp
     )
     if normalizer is not None:
         check("normalizer", normalizer, (4,), "[4]", (torch.int64,), device)
@@ -226,7 +239,7 @@ def sibling_grpo_loss(
         siblings.valid,
         siblings.num_candidates,
         group_advantage,
-        tokens_there,
+        there,
         _depth_weights(depth_weights, logp),
         normalizer,
         check_finite("global_weight", global_weight),
@@ -262,11 +275,9 @@ def loss_counts(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: an argument's type, shape or device, by name.
     """
-    if not isinstance(tokens, Tensor) or tokens.dim() != 3:
-        given = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        error = ValueError if isinstance(tokens, Tensor) else TypeError
-        raise error(f"tokens must be a tensor {_AXES}, got {given}")
-    _, there = _masks(mask, tuple(tokens.shape), tokens.device)
+    any_dtype = (tokens.dtype,) if isinstance(tokens, Tensor) else ()
+    check("tokens", tokens, (None, None, None), _AXES, any_dtype)
+    there = _tokens_there(mask, tuple(tokens.shape), tokens.device)
     if there is None:
         there = torch.ones_like(tokens, dtype=torch.bool)
     lengths = there.sum(2)
@@ -282,7 +293,6 @@ def _advantages(
     tokens: Tensor | None,
     rewards: Tensor | None,
     mask: Tensor | None,
-    candidates: Tensor | None,
     scale: str,
     logp: Tensor,
 ) -> tuple[SiblingAdvantage, Tensor]:
@@ -295,34 +305,33 @@ def _advantages(
             )
     elif rewards is None:
         raise ValueError("rewards must be given where sibling_advantage or group_advantage is not, got None")
-    options: Any = {"scale": scale} if scale != "std" else {}
+    floats = (torch.float32, torch.float64)
     if siblings is None:
         if tokens is None:
             raise ValueError("tokens must be given where sibling_advantage is not, got None")
         check("tokens", tokens, shape, _AXES, (*INTS, torch.int16, torch.int8, torch.uint8), device)
-        siblings = _sibling_advantage(tokens, rewards, candidates, **options)  # type: ignore[arg-type]
+        sibling_scale = "siblings" if scale == "std" else scale
+        siblings = _sibling_advantage(tokens, rewards, mask, scale=sibling_scale)  # type: ignore[arg-type]
     elif not isinstance(siblings, SiblingAdvantage):
         raise TypeError(
             f"sibling_advantage must be a vstar_ops.SiblingAdvantage, got {type(siblings).__name__}"
         )
-    for name, dtype in (("advantage", torch.float32), ("valid", torch.bool), ("num_candidates", torch.int32)):
-        check(f"sibling_advantage.{name}", getattr(siblings, name), shape, _AXES, (dtype,), device)
+    for name, dtypes in (("advantage", floats), ("valid", (torch.bool,)), ("num_candidates", (torch.int32,))):
+        check(f"sibling_advantage.{name}", getattr(siblings, name), shape, _AXES, dtypes, device)
     if group is None:
-        check("rewards", rewards, shape[:2], "[B, G]", FLOATS, device)
-        group = _group_advantage(rewards, candidates, **options)  # type: ignore[arg-type]
-    check("group_advantage", group, shape[:2], "[B, G]", (torch.float32,), device)
-    return siblings, group
+        check("rewards", rewards, shape[:2], "[B, G]", FLOATS_OR_DOUBLE, device)
+        candidates = mask.any(2) if mask is not None and mask.dim() == 3 else mask
+        group_scale = "group" if scale == "std" else scale
+        group = _group_advantage(rewards, candidates, scale=group_scale)  # type: ignore[arg-type]
+    check("group_advantage", group, shape[:2], "[B, G]", floats, device)
+    dtype = result_dtype(logp)
+    return siblings._replace(advantage=siblings.advantage.to(dtype)), group.to(dtype)
 
 
-def _masks(
-    mask: Tensor | None, shape: tuple[int, ...], device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which candidates are there, and which tokens."""
-    if mask is None:
-        return None, None
-    by_token = isinstance(mask, Tensor) and mask.dim() == 3
-    check("mask", mask, shape if by_token else shape[:2], f"[B, G] or {_AXES}", (torch.bool,), device)
-    return (mask.any(2), mask) if by_token else (mask, mask[:, :, None].expand(shape))
+def _tokens_there(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """A mask of candidates, or of tokens, as one of tokens."""
+    check_mask(mask, shape, device)
+    return mask[:, :, None].expand(shape) if mask is not None and mask.dim() == 2 else mask
 
 
 def _clip(clip: Any) -> tuple[float, float]:
@@ -340,9 +349,10 @@ def _bound(name: str, value: Any, low: int) -> float:
     """An optional number above ``low``; infinite without one."""
     if value is None:
         return math.inf
-    if check_finite(name, value) <= low:
+    number = check_finite(name, value)
+    if number <= low:
         raise ValueError(f"{name} must be None or > {low}, got {value}")
-    return float(value)
+    return number
 
 
 def _horizon(horizon: Any, loss_type: str, length: int) -> int:
@@ -379,8 +389,8 @@ def sibling_grpo_loss_from_logits(
     Nothing of the size of the logits is made but their gradient.
 
     Args:
-        logits: float32, bfloat16 or float16 ``[B, G, L, V]``, a row for each token; or with ``row``
-            ``[R, V]``, a row for each distinct prefix that was run.
+        logits: float32, bfloat16, float16 or float64 ``[B, G, L, V]``, a row for each token; or with
+            ``row`` ``[R, V]``, a row for each distinct prefix that was run.
         tokens: integers ``[B, G, L]``.
         rewards: float ``[B, G]``.
         row: ints ``[B, G, L]``, the row of logits that predicts each token. Candidates of a request share
@@ -399,13 +409,13 @@ def sibling_grpo_loss_from_logits(
     """
     tokens = check_tokens("tokens", tokens, (None, None, None), _AXES)
     shape, device = tuple(tokens.shape), tokens.device
-    _, there = _masks(mask, shape, device)
+    there = _tokens_there(mask, shape, device)
     targets = tokens if there is None else torch.where(there, tokens, -1)
     if row is None:
-        check("logits", logits, (*shape, None), "[B, G, L, V]", FLOATS, device)
+        check("logits", logits, (*shape, None), "[B, G, L, V]", FLOATS_OR_DOUBLE, device)
         logp = token_logp(logits, targets, trie, node, temperature=temperature).logp
         return sibling_grpo_loss(logp, tokens, rewards, mask=mask, **options)
-    check("logits", logits, (None, None), "[R, V]", FLOATS, device)
+    check("logits", logits, (None, None), "[R, V]", FLOATS_OR_DOUBLE, device)
     check("row", row, shape, _AXES, INTS, device)
     rows, group = logits.shape[0], shape[1]
     place = torch.where((row >= 0) & (row < rows) & (targets >= 0), row, rows).to(torch.int64)
