@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 from cases import policies
+from conftest import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import vstar_ops
 from vstar_ops import (
+    SiblingAdvantage,
     Trie,
     group_advantage,
+    loss_counts,
     sibling_advantage,
     sibling_grpo_loss,
     sibling_grpo_loss_from_logits,
@@ -126,6 +129,43 @@ EXAMPLES = [
         "loss_type='dr_grpo' divides by the size of the batch, padding included.",
         [7, 8, 9], [1, 0, 0], 0.0, [-C / 3, C / 3, 0.0],
         {**ONLY_GLOBAL, "mask": [True, True, False], "loss_type": "dr_grpo"},
+    ),
+    Example(
+        "horizon: of loss_type='dr_grpo', in place of the length 1 of the tensor.",
+        [7, 8], [1, 0], 0.0, [-C / 8, C / 8], {**ONLY_GLOBAL, "loss_type": "dr_grpo", "horizon": 4},
+    ),
+    Example(
+        "dual_clip bounds what clip leaves open, a large ratio with a negative advantage: 3 counts as 1.5.",
+        [7, 8], [1, 0], (1.5 - 1) * C / 2, [-C / 2, 0.0],
+        {**ONLY_GLOBAL, "clip": (0.5, 0.25), "dual_clip": 1.5}, [1.0, 3.0],
+        metrics={"global_clip_fraction": 0.5},
+    ),
+    Example(
+        "dual_clip needs no clip.",
+        [7, 8], [1, 0], (1.5 - 1) * C / 2, [-C / 2, 0.0], {**ONLY_GLOBAL, "dual_clip": 1.5}, [1.0, 3.0],
+    ),
+    Example(
+        "clip_terms='joint': the sum of both advantages is clipped once. Here it is 2 S - C, positive, so the"
+        " ratio 2 is cut at 1.25, also in the global term, which alone would not be cut.",
+        [7, 8], [0, 1], -(1.25 - 1) * (2 * S - C) / 2, [(2 * S - C) / 2, 0.0],
+        {"global_weight": -1.0, "sibling_weight": 2.0, "clip": (0.5, 0.25), "clip_terms": "joint"},
+        [1.0, 2.0],
+        metrics={"global_term": (1.25 - 1) * C / 2, "sibling_term": (1.25 - 1) * S / 2,
+                 "global_clip_fraction": 0.5, "sibling_clip_fraction": 0.5},
+    ),
+    Example(
+        "log_ratio_bound: ratios within exp(+-bound), without gradient beyond it.",
+        [7, 8], [1, 0], -(2 - 1) * C / 2, [0.0, C / 2], {**ONLY_GLOBAL, "log_ratio_bound": math.log(2)},
+        [3.0, 1.0],
+    ),
+    Example(
+        "It bounds the reference's ratio too.",
+        [7, 8], [0, 0], (1 - math.log(2)) / 2, [0.0, 0.0], {**ONLY_KL, "log_ratio_bound": math.log(2)},
+        None, [9.0, 1.0],
+    ),
+    Example(
+        "scale='none': rewards minus their mean, in both terms.",
+        [7, 8], [3, 0], 0.0, [-3 / 2, 3 / 2], {"kl_weight": 0.0, "scale": "none"},
     ),
 ]  # fmt: skip
 
@@ -318,6 +358,118 @@ def test_low_precision_input(backend, dtype):
     assert torch.equal(results[0][1], results[1][1].to(dtype))
 
 
+# ---------------------------------------------------------------- float32's range and beyond
+
+
+def one_token(
+    log_ratio: float, group: float = 0.0, sibling: float = 0.0, *, difference: float = 0.0, **options: Any
+) -> tuple[vstar_ops.SiblingGRPOLoss, float]:
+    """Result and gradient of the first of two tokens, which has these log-ratios and advantages."""
+    logp = torch.tensor([[[-1.0], [-1.0]]], requires_grad=True)
+    old, ref = (logp.detach() + torch.tensor([x, 0.0]).view(1, 2, 1) for x in (-log_ratio, difference))
+    valid = torch.tensor([[[True], [True]]])
+    siblings = SiblingAdvantage(
+        torch.tensor([[[sibling], [0.0]]]), valid, valid.int(), torch.ones(1, 2, 1, dtype=torch.int32)
+    )
+    options = {"kl_weight": 0.0, "sibling_advantage": siblings} | options
+    out = sibling_grpo_loss(
+        logp, old_logp=old, ref_logp=ref, group_advantage=torch.tensor([[group, 0.0]]), **options
+    )
+    return out, torch.autograd.grad(out.loss, logp)[0][0, 0].item()
+
+
+JOINT_OR_NOT = pytest.mark.parametrize("clip_terms", ["separate", "joint"])
+
+
+@JOINT_OR_NOT
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("log_ratio", [88.0, 89.0, 300.0, 710.0, math.inf])
+def test_an_advantage_of_zero_has_no_term(backend, log_ratio, level, clip_terms):
+    """Whatever the ratio: every group without signal has such advantages."""
+    options = {"importance_sampling_level": level, "clip_terms": clip_terms}
+    for clip in (None, (0.2, 0.2)):
+        out, gradient = one_token(log_ratio, clip=clip, **options)
+        assert out.loss.item() == out.global_term.item() == out.sibling_term.item() == gradient == 0
+        assert out.global_clip_fraction.item() == out.sibling_clip_fraction.item() == 0
+        ratio = torch.tensor(log_ratio, dtype=torch.float64).exp() / 2 + 0.5
+        torch.testing.assert_close(out.ratio, ratio.float(), rtol=1e-5, atol=0)
+    out, gradient = one_token(math.nan, **options)
+    assert math.isnan(out.loss.item())
+    assert math.isnan(gradient)
+
+
+@JOINT_OR_NOT
+def test_a_weight_of_zero_turns_a_term_off(backend, clip_terms):
+    """Even if the term is infinite; what is left is the other term alone."""
+    infinite = {"clip_terms": clip_terms, "difference": math.inf}
+    want = -math.exp(3) / 2
+    for options in (
+        {"sibling_weight": 0.0, "group": 1.0, "sibling": math.inf},
+        {"global_weight": 0.0, "group": math.inf, "sibling": 1.0},
+    ):
+        out, gradient = one_token(3.0, **options, **infinite)
+        assert out.loss.item() == pytest.approx(want, rel=1e-6)
+        assert gradient == pytest.approx(want, rel=1e-6)
+    off = {"depth_weights": [0.0], "global_weight": 0.0, "sibling_weight": 1.0}
+    out, gradient = one_token(3.0, sibling=math.inf, **off, **infinite)
+    assert out.loss.item() == out.sibling_term.item() == gradient == 0
+
+
+@JOINT_OR_NOT
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+def test_what_takes_no_part_may_hold_anything(backend, junk, clip_terms):
+    """Sibling advantages that are not valid, and all that is masked."""
+    case = policies(14, 3, 5, 4)
+    case["mask"] = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(1)) < 0.6
+    case["mask"][1, 2] = False
+    siblings = sibling_advantage(case.pop("tokens"), case["rewards"], case["mask"])
+    group = group_advantage(case.pop("rewards"), case["mask"].any(2))
+    results = []
+    for fill in (0.0, junk):
+        x = {k: v.masked_fill(~case["mask"], fill) for k, v in case.items() if k != "mask"}
+        x["logp"].requires_grad_()
+        apart = siblings._replace(advantage=siblings.advantage.masked_fill(~siblings.valid, fill))
+        whole = group.masked_fill(~case["mask"].any(2), fill)
+        out = sibling_grpo_loss(
+            **x, mask=case["mask"], sibling_advantage=apart, group_advantage=whole, clip_terms=clip_terms
+        )
+        results.append((*map(torch.Tensor.detach, out), *torch.autograd.grad(out.loss, x["logp"])))
+    assert all(map(torch.equal, *results))
+    assert results[0][0].isfinite()
+
+
+@JOINT_OR_NOT
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage"),
+    [(79.0, 3e3), (-79.0, 1e30), (85.0, 1e-20), (95.0, -1e-9), (160.0, 1e-38), (-160.0, 3e38), (3.0, 1e38)],
+)
+def test_ratios_overflow_where_the_loss_does(backend, log_ratio, advantage, clip_terms):
+    """A ratio or a product beyond float32 is no infinity as long as the loss is none."""
+    options = {"clip_terms": clip_terms, "global_weight": 1e-3, "sibling_weight": 1e-3}
+    want = torch.tensor(-1e-3 * math.exp(log_ratio) / 2 * advantage, dtype=torch.float64).float()
+    assert want.isfinite()
+    for name in ("group", "sibling"):
+        out, gradient = one_token(log_ratio, **{name: advantage}, **options)
+        torch.testing.assert_close(out.loss.detach(), want, rtol=1e-5, atol=1e-40)
+        torch.testing.assert_close(torch.tensor(gradient), want, rtol=1e-5, atol=1e-40)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("difference", [-math.inf, -720.0, -90.0, 79.0, 90.0, 100.0, 700.0, 720.0, math.inf])
+def test_divergence_far_from_the_reference(backend, difference, kl):
+    """Every backend overflows where float64 does; a bound on the log-ratio keeps all finite."""
+    for bound in (None, 20.0):
+        out, gradient = one_token(0.0, difference=difference, kl=kl, kl_weight=1e-3, log_ratio_bound=bound)
+        x = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+        d = -1.0 + difference - x if bound is None else (-1.0 + difference - x).clamp(-bound, bound)
+        estimate = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[kl] / 2
+        (want,) = torch.autograd.grad(1e-3 * estimate, x)
+        for got, value in ((out.kl, estimate), (out.loss, 1e-3 * estimate), (torch.tensor(gradient), want)):
+            value = value.detach().float()
+            torch.testing.assert_close(got.float(), value, rtol=1e-5, atol=1e-12, equal_nan=True)
+        assert bound is None or math.isfinite(out.loss.item())
+
+
 def test_extreme_ratios(backend):
     """Ratios that leave float32 are infinite or 0, as exp says; clipping bounds them."""
     case = policies(7, 1, 3, 1)
@@ -359,6 +511,115 @@ def test_advantages_given(backend):
     rest = {name: x for name, x in case.items() if name not in ("tokens", "rewards")}
     got = sibling_grpo_loss(**rest, sibling_advantage=siblings, group_advantage=group)
     assert all(torch.equal(one, two) for one, two in zip(got, want))
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("masked", ["no", "candidates", "tokens"])
+def test_advantages_are_those_of_their_ops(backend, masked, scale):
+    """Of what the mask leaves: a masked token is no sibling."""
+    case = policies(15, 4, 6, 3)
+    mask = torch.rand(4, 6, 3, generator=torch.Generator().manual_seed(2)) < 0.7
+    masks = {"no": (None, None), "candidates": (mask[..., 0],) * 2, "tokens": (mask, mask.any(2))}
+    mask, candidates = masks[masked]
+    got = sibling_grpo_loss(**case, mask=mask, scale=scale)
+    scales = ("siblings", "group") if scale == "std" else ("none", "none")
+    siblings = sibling_advantage(case.pop("tokens"), case["rewards"], mask, scale=scales[0])
+    group = group_advantage(case.pop("rewards"), candidates, scale=scales[1])
+    want = sibling_grpo_loss(**case, mask=mask, sibling_advantage=siblings, group_advantage=group)
+    assert all(map(torch.equal, got, want))
+
+
+def test_padding_behind_an_early_end_is_no_sibling(backend):
+    """Two completions of one token and two of two: the padding 0 is a child of neither."""
+    tokens = torch.tensor([[[1, 0], [1, 5], [1, 6], [2, 0]]])
+    mask = torch.tensor([[[True, False], [True, True], [True, True], [True, False]]])
+    logp = torch.zeros(1, 4, 2, requires_grad=True)
+    rewards = torch.tensor([[0.5, 1.0, 0.0, 0.5]])
+    out = sibling_grpo_loss(logp, tokens, rewards, mask=mask, global_weight=0.0)
+    out.loss.backward()
+    assert logp.grad[0, :, 1].tolist() == pytest.approx([0, -S / 4, S / 4, 0], rel=1e-5)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_sequence_level_gradient_is_that_of_gspo(backend, advantage):
+    """Of the global term, whose advantage is one per sequence: the derivative of s A by the mean."""
+    case = policies(16, 3, 4, 5)
+    mask = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(3)) < 0.8
+    mask[..., 0] = True
+    group = advantage * torch.rand(3, 4, generator=torch.Generator().manual_seed(4))
+    siblings = sibling_advantage(case["tokens"], case["rewards"])
+    x = case["logp"].double().requires_grad_()
+    log_ratio = torch.where(mask, x - case["old_logp"], 0)
+    s = (log_ratio.sum(2) / mask.sum(2)).exp()
+    want = -torch.minimum(s * group, s.clamp(0.9, 1.1) * group).mean()
+    (expected,) = torch.autograd.grad(want, x)
+    logp = case["logp"].requires_grad_()
+    out = sibling_grpo_loss(
+        logp, old_logp=case["old_logp"], mask=mask, sibling_advantage=siblings, group_advantage=group,
+        sibling_weight=0.0, clip=(0.1, 0.1), importance_sampling_level="sequence",
+    )  # fmt: skip
+    assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(out.loss, logp)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 3), (4, 0, 1), (5,)])
+@pytest.mark.parametrize("masked", ["no", "candidates", "tokens"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("clip_terms", ["separate", "joint"])
+def test_micro_batches_add_up(backend, loss_type, masked, sizes, clip_terms):
+    """With the counts of all as normalizer; groups are of 0 to 4 candidates. Statistics stay their own."""
+    case = policies(17, 5, 4, 3)
+    if masked != "no":
+        case["mask"] = torch.rand(5, 4, 3, generator=torch.Generator().manual_seed(5)) < 0.6
+        case["mask"][3] = False
+        case["mask"] = case["mask"] if masked == "tokens" else case["mask"][..., 0]
+    options = {
+        "loss_type": loss_type, "clip_terms": clip_terms, "clip": (0.2, 0.3), "kl_weight": 0.3,
+        "weighting": "node" if len(sizes) % 2 else "candidate",
+    }  # fmt: skip
+    parts = [dict(zip(case, part)) for part in zip(*(x.split(sizes) for x in case.values()))]
+    counts = sum(loss_counts(part["tokens"], part.get("mask")) for part in parts)
+    assert torch.equal(counts, loss_counts(case["logp"], case.get("mask")))
+    results = []
+    for calls, normalizer in (([case], None), (parts, counts)):
+        leaves = [call["logp"].detach().requires_grad_() for call in calls]
+        outs = [
+            sibling_grpo_loss(**{**call, "logp": x}, **options, normalizer=normalizer)
+            for call, x in zip(calls, leaves)
+        ]
+        gradients = [torch.autograd.grad(out.loss, x)[0] for out, x in zip(outs, leaves)]
+        results.append((*[sum(x) for x in zip(*(out[:4] for out in outs))], torch.cat(gradients)))
+    for whole, together in zip(*results):
+        torch.testing.assert_close(together, whole, rtol=1e-5, atol=1e-7)
+    alone = sibling_grpo_loss(**parts[0], **options)
+    assert all(map(torch.equal, outs[0][4:], alone[4:]))
+
+
+def test_loss_counts():
+    """Requests, candidates, sequences with a token, tokens."""
+    tokens = torch.zeros(2, 3, 4, dtype=torch.int64)
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    by_token = mask[:, :, None] & torch.tensor([True, False, True, False])
+    assert loss_counts(tokens).tolist() == [2, 6, 6, 24]
+    assert loss_counts(tokens, mask).tolist() == [2, 6, 2, 8]
+    assert loss_counts(tokens.float(), by_token).tolist() == [2, 6, 2, 4]
+    assert loss_counts(tokens[:, :, :0]).tolist() == [2, 6, 0, 0]
+    assert loss_counts(tokens.to("meta")).device.type == "meta"  # no number from the device is looked at
+    with pytest.raises(TypeError, match=r"^tokens must be a tensor \[B, G, L\], got list"):
+        loss_counts([1])
+    with pytest.raises(ValueError, match=r"^tokens must have the shape \[B, G, L\], got \[2, 3\]"):
+        loss_counts(tokens[..., 0])
+    with pytest.raises(ValueError, match=r"^mask "):
+        loss_counts(tokens, mask[:1])
+
+
+def test_normalizer_is_checked_under_validation(backend):
+    case = policies(18, 2, 3, 2)
+    with vstar_ops.validation():
+        sibling_grpo_loss(**case, normalizer=loss_counts(case["logp"]) * 2)
+        with pytest.raises(ValueError, match=r"^normalizer must count"):
+            sibling_grpo_loss(**case, normalizer=loss_counts(case["logp"][:1]))
 
 
 def test_nothing_there(backend):
@@ -470,6 +731,20 @@ BAD = [
     ({"kl": "k4"}, ValueError, "kl"),
     ({"weighting": "both"}, ValueError, "weighting"),
     ({"loss_type": "ppo"}, ValueError, "loss_type"),
+    ({"scale": "group"}, ValueError, "scale"),
+    ({"clip_terms": "both"}, ValueError, "clip_terms"),
+    ({"importance_sampling_level": "batch"}, ValueError, "importance_sampling_level"),
+    ({"dual_clip": 1.0}, ValueError, "dual_clip"),
+    ({"dual_clip": float("inf")}, ValueError, "dual_clip"),
+    ({"dual_clip": (1, 2)}, TypeError, "dual_clip"),
+    ({"log_ratio_bound": 0.0}, ValueError, "log_ratio_bound"),
+    ({"log_ratio_bound": "20"}, TypeError, "log_ratio_bound"),
+    ({"horizon": 4}, ValueError, "horizon"),
+    ({"horizon": 0, "loss_type": "dr_grpo"}, ValueError, "horizon"),
+    ({"horizon": 1.5, "loss_type": "dr_grpo"}, TypeError, "horizon"),
+    ({"normalizer": 8}, TypeError, "normalizer"),
+    ({"normalizer": torch.ones(4)}, TypeError, "normalizer"),
+    ({"normalizer": torch.ones(3, dtype=torch.int64)}, ValueError, "normalizer"),
     ({"depth_weights": [1.0]}, ValueError, "depth_weights"),
     ({"depth_weights": torch.ones(3)}, ValueError, "depth_weights"),
     ({"kl_weight": float("inf")}, ValueError, "kl_weight"),
@@ -482,6 +757,31 @@ def test_errors_name_the_argument(backend, change, error, name):
     arguments = {**policies(13, 2, 3, 2), **change}
     with pytest.raises(error, match=f"^{name} "):
         sibling_grpo_loss(**arguments)
+
+
+def test_scale_of_advantages_that_are_given():
+    case = policies(19, 2, 3, 2)
+    given = {"sibling_advantage": sibling_advantage(case["tokens"], case["rewards"])}
+    sibling_grpo_loss(**case, **given, scale="none")
+    given["group_advantage"] = group_advantage(case["rewards"])
+    with pytest.raises(ValueError, match="^scale must be 'std'"):
+        sibling_grpo_loss(**case, **given, scale="none")
+
+
+def test_float64_on_other_backends():
+    """The reference computes in float64; a backend that was asked for says that it does not."""
+    case = policies(20, 2, 3, 2)
+    case["logp"] = case["logp"].double().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = sibling_grpo_loss(**case)
+    assert {x.dtype for x in out} == {torch.float64}
+    assert torch.autograd.grad(out.loss, case["logp"])[0].dtype == torch.float64
+    with vstar_ops.use_backend("reference"):
+        assert all(map(torch.equal, sibling_grpo_loss(**case), out))
+    if "cpu" in BACKENDS:
+        with vstar_ops.use_backend("cpu"), pytest.raises(TypeError, match="^logp must be float32"):
+            sibling_grpo_loss(**case)
 
 
 def test_compile_from_logits():
