@@ -154,12 +154,17 @@ def policies(seed: int, batch: int, group: int, length: int) -> dict[str, Tensor
     }
 
 
-def loss(batch: int, group: int = 6, *, options: bool = False) -> Call:
-    """``sibling_grpo_loss``, with every option or on-policy with none."""
+def loss(batch: int, group: int = 6, *, options: bool = False, sequences: bool = False) -> Call:
+    """``sibling_grpo_loss``, with every option, with ratios of sequences, or on-policy with none."""
     arguments: dict[str, Any] = dict(policies(8, batch, group, 3))
     if options:
         arguments |= {"mask": random_mask(9, batch, group, 3), "depth_weights": (0.5, 1.0, 2.0)}
         arguments |= {"clip": (0.2, 0.3), "kl": "k2", "weighting": "candidate", "loss_type": "bnpo"}
+        arguments |= {"dual_clip": 3.0, "log_ratio_bound": 2.0, "scale": "none"}
+        arguments["normalizer"] = torch.tensor([1000, 9000, 8000, 20_000])
+    elif sequences:
+        arguments |= {"importance_sampling_level": "sequence", "clip_terms": "joint", "clip": (0.2, 0.3)}
+        arguments |= {"loss_type": "dr_grpo", "horizon": 5}
     else:
         del arguments["old_logp"], arguments["ref_logp"]
     return Call(vstar_ops.sibling_grpo_loss, arguments)
@@ -313,7 +318,11 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
         "entropy": partial(differentiated, of="entropy"),
         "legal": partial(differentiated, legal=True),
     },
-    "sibling_grpo_loss": {"plain": loss, "options": partial(loss, options=True)},
+    "sibling_grpo_loss": {
+        "plain": loss,
+        "options": partial(loss, options=True),
+        "sequences": partial(loss, sequences=True),
+    },
     "ved_select": {
         "plain": selection,
         "options": partial(selection, exploration=0.5, traversals=2, max_idle=3),
@@ -351,7 +360,10 @@ LARGE: dict[str, dict[str, Callable[[], Call]]] = {
         for rows in (1, 3, 200)
         for legal in (False, True)
     },
-    "sibling_grpo_loss": {"many": partial(loss, 700, 8, options=True)},
+    "sibling_grpo_loss": {
+        "many": partial(loss, 700, 8, options=True),
+        "sequences": partial(loss, 700, 8, sequences=True),
+    },
     "ved_select": {"many": partial(selection, 500, traversals=2)},
     "ved_insert": {"many": partial(insertion, 500)},
     "ved_candidates": {"many": partial(ranking, 500)},
