@@ -29,7 +29,7 @@ _MOST, _MOST_ADVANTAGE = tl.constexpr(80.0), tl.constexpr(1024.0)
 
 # What the means divide by, float64.
 Counts = namedtuple("Counts", "requests candidates sequences tokens")
-# Of tokens: the advantages, and the weights of both in the loss, float64.
+# Of tokens: the advantages, and the weights of both in the loss, all float64.
 Advantages = namedtuple("Advantages", "whole apart whole_weight apart_weight")
 # Bounds of the ratio; ``cap`` where the advantage is negative.
 Bounds = namedtuple("Bounds", "low high cap")
@@ -172,41 +172,50 @@ def _weighted(weight, x):
 
 
 @triton.jit
-def _times(factor, advantage):
-    """An advantage of 0 has no term, even if the ratio is infinite."""
-    return tl.where((advantage == 0) & (factor == factor), 0.0, factor * advantage)
+def _rounded(x, wide):
+    """Round to float32 where not ``wide``: so a product of float32 numbers in float64 is that in float32."""
+    return tl.where(wide, x, x.to(tl.float32).to(tl.float64))
 
 
 @triton.jit
-def _factor(ratio, bounds, a):
+def _factor(ratio, bounds, a, wide):
     """What multiplies an advantage, the ratio or a bound in its place, and where it is a bound."""
-    low, high, cap = bounds.low.to(ratio.dtype), bounds.high.to(ratio.dtype), bounds.cap.to(ratio.dtype)
-    bounded = tl.minimum(tl.maximum(ratio, low), high)
-    cut = bounded * a < ratio * a
+    bounded = _rounded(tl.minimum(tl.maximum(ratio, bounds.low), bounds.high), wide)
+    cut = _rounded(bounded * a, wide) < _rounded(ratio * a, wide)
     factor = tl.where(cut, bounded, ratio)
-    capped = (a < 0) & (factor * a < cap * a)
+    cap = _rounded(bounds.cap, wide)
+    capped = (a < 0) & (_rounded(factor * a, wide) < _rounded(cap * a, wide))
     return tl.where(capped, cap, factor), cut | capped
 
 
 @triton.jit
-def _objective(ratio, advantages, bounds, joint):
+def _times(factor, a, wide):
+    """An advantage of 0 has no term, even if the ratio is infinite."""
+    return tl.where((a == 0) & (factor == factor), 0.0, _rounded(factor * a, wide))
+
+
+@triton.jit
+def _objective(ratio, advantages, bounds, wide, joint):
     """Both terms before their weights, where they are cut, their weighted sum if it is clipped as one, and
-    the derivative by the log-probability. Terms are of the type of ``ratio``, a sum of both is float64."""
-    whole, apart = advantages.whole.to(ratio.dtype), advantages.apart.to(ratio.dtype)
-    factor, cut = _factor(ratio, bounds, whole)
-    over_sequences = _times(factor, whole).to(tl.float64)
-    slope = _weighted(advantages.whole_weight, tl.where(cut, 0.0, over_sequences))
-    factor, apart_cut = _factor(ratio, bounds, apart)
-    over_nodes = _times(factor, apart).to(tl.float64)
-    slope += _weighted(advantages.apart_weight, tl.where(apart_cut, 0.0, over_nodes))
+    the derivative by the log-probability."""
     both = tl.zeros(ratio.shape, tl.float64)
     if joint:
-        whole_wide, apart_wide = advantages.whole.to(tl.float64), advantages.apart.to(tl.float64)
-        a = _weighted(advantages.whole_weight, whole_wide) + _weighted(advantages.apart_weight, apart_wide)
-        wide, cut = _factor(ratio.to(tl.float64), bounds, a)
-        over_sequences, over_nodes, both = _times(wide, whole_wide), _times(wide, apart_wide), _times(wide, a)
-        slope = tl.where(cut, 0.0, both)
+        both = _weighted(advantages.whole_weight, advantages.whole)
+        both += _weighted(advantages.apart_weight, advantages.apart)
+        exact = wide | True
+        factor, cut = _factor(ratio, bounds, both, exact)
         apart_cut = cut
+        over_sequences = _times(factor, advantages.whole, exact)
+        over_nodes = _times(factor, advantages.apart, exact)
+        both = _times(factor, both, exact)
+        slope = tl.where(cut, 0.0, both)
+    else:
+        factor, cut = _factor(ratio, bounds, advantages.whole, wide)
+        over_sequences = _times(factor, advantages.whole, wide)
+        factor, apart_cut = _factor(ratio, bounds, advantages.apart, wide)
+        over_nodes = _times(factor, advantages.apart, wide)
+        slope = _weighted(advantages.whole_weight, tl.where(cut, 0.0, over_sequences))
+        slope += _weighted(advantages.apart_weight, tl.where(apart_cut, 0.0, over_nodes))
     return over_sequences, over_nodes, cut, apart_cut, both, slope
 
 
@@ -277,28 +286,26 @@ def _tokens(
         difference, exact_difference = other - x, other.to(tl.float64) - x
     whole = tl.load(group_advantage + sequence, present, 0.0)
     apart = tl.load(advantage + i, usable, 0.0)
-    advantages = Advantages(whole, apart, global_weight * token_share, sibling_weight * node_share)
-    bounds = Bounds(*[tl.full((), x, tl.float64) for x in (low, high, cap)])
-
-    over_sequences, over_nodes, cut, apart_cut, both, slope = _objective(ratio, advantages, bounds, joint)
-    kl, dkl = _divergence(difference, kl_type)
-    rho = ratio.to(tl.float64)
     limit = tl.full((), log_bound, tl.float64)
     most = tl.minimum(limit, _MOST)
     ordinary = (tl.abs(exact_log_ratio) <= most) & (tl.abs(exact_difference) <= most)
     ordinary = ordinary & (tl.abs(whole) <= _MOST_ADVANTAGE) & (tl.abs(apart) <= _MOST_ADVANTAGE)
     wide = present & ((averaged != 0) | (ordinary == 0))
+
+    rho, held = ratio.to(tl.float64), tl.zeros((BLOCK,), tl.int1)
+    kl, dkl = _divergence(difference, kl_type)
     if tl.max(wide.to(tl.int32), 0) > 0:
         exact_log_ratio, held = _hold(exact_log_ratio, limit)
+        rho = tl.where(wide, tl.exp(exact_log_ratio), rho)
         exact_difference, difference_held = _hold(exact_difference, limit)
-        exact_ratio = tl.exp(exact_log_ratio)
-        one, two, three, four, five, six = _objective(exact_ratio, advantages, bounds, joint)
-        over_sequences, over_nodes = tl.where(wide, one, over_sequences), tl.where(wide, two, over_nodes)
-        cut, apart_cut = tl.where(wide, three, cut), tl.where(wide, four, apart_cut)
-        both, slope = tl.where(wide, five, both), tl.where(wide, tl.where(held, 0.0, six), slope)
-        one, two = _divergence(exact_difference, kl_type)
-        kl, dkl = tl.where(wide, one, kl), tl.where(wide, tl.where(difference_held, 0.0, two), dkl)
-        rho = tl.where(wide, exact_ratio, rho)
+        exact_kl, exact_dkl = _divergence(exact_difference, kl_type)
+        kl, dkl = tl.where(wide, exact_kl, kl), tl.where(wide, tl.where(difference_held, 0.0, exact_dkl), dkl)
+    advantages = Advantages(
+        whole.to(tl.float64), apart.to(tl.float64), global_weight * token_share, sibling_weight * node_share
+    )
+    bounds = Bounds(tl.full((), low, tl.float64), tl.full((), high, tl.float64), tl.full((), cap, tl.float64))
+    over_sequences, over_nodes, cut, apart_cut, both, slope = _objective(rho, advantages, bounds, wide, joint)
+    slope = tl.where(held, 0.0, slope)
     divergence = tl.zeros((), tl.float64)
     if ref_type >= 0:
         slope -= _weighted(kl_weight * token_share, dkl)

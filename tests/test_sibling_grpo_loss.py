@@ -383,7 +383,7 @@ JOINT_OR_NOT = pytest.mark.parametrize("clip_terms", ["separate", "joint"])
 
 @JOINT_OR_NOT
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("log_ratio", [88.0, 89.0, 300.0, 710.0, math.inf])
+@pytest.mark.parametrize("log_ratio", [89.0, 710.0, math.inf])
 def test_an_advantage_of_zero_has_no_term(backend, log_ratio, level, clip_terms):
     """Whatever the ratio: every group without signal has such advantages."""
     options = {"importance_sampling_level": level, "clip_terms": clip_terms}
@@ -454,9 +454,12 @@ def test_ratios_overflow_where_the_loss_does(backend, log_ratio, advantage, clip
         torch.testing.assert_close(torch.tensor(gradient), want, rtol=1e-5, atol=1e-40)
 
 
-@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("difference", [-math.inf, -720.0, -90.0, 79.0, 90.0, 100.0, 700.0, 720.0, math.inf])
-def test_divergence_far_from_the_reference(backend, difference, kl):
+@pytest.mark.parametrize(
+    ("kl", "difference"),
+    [("k3", x) for x in (-math.inf, -90.0, 79.0, 90.0, 100.0, 700.0, 720.0, math.inf)]
+    + [("k2", 90.0), ("k2", math.inf), ("k1", 90.0), ("k1", -math.inf)],
+)
+def test_divergence_far_from_the_reference(backend, kl, difference):
     """Every backend overflows where float64 does; a bound on the log-ratio keeps all finite."""
     for bound in (None, 20.0):
         out, gradient = one_token(0.0, difference=difference, kl=kl, kl_weight=1e-3, log_ratio_bound=bound)
@@ -563,11 +566,10 @@ def test_sequence_level_gradient_is_that_of_gspo(backend, advantage):
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 3), (4, 0, 1), (5,)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 3), (4, 0, 1)])
 @pytest.mark.parametrize("masked", ["no", "candidates", "tokens"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
-@pytest.mark.parametrize("clip_terms", ["separate", "joint"])
-def test_micro_batches_add_up(backend, loss_type, masked, sizes, clip_terms):
+def test_micro_batches_add_up(backend, loss_type, masked, sizes):
     """With the counts of all as normalizer; groups are of 0 to 4 candidates. Statistics stay their own."""
     case = policies(17, 5, 4, 3)
     if masked != "no":
@@ -575,8 +577,9 @@ def test_micro_batches_add_up(backend, loss_type, masked, sizes, clip_terms):
         case["mask"][3] = False
         case["mask"] = case["mask"] if masked == "tokens" else case["mask"][..., 0]
     options = {
-        "loss_type": loss_type, "clip_terms": clip_terms, "clip": (0.2, 0.3), "kl_weight": 0.3,
-        "weighting": "node" if len(sizes) % 2 else "candidate",
+        "loss_type": loss_type, "clip": (0.2, 0.3), "kl_weight": 0.3,
+        "clip_terms": "joint" if len(sizes) == 3 else "separate",
+        "weighting": "candidate" if len(sizes) == 2 else "node",
     }  # fmt: skip
     parts = [dict(zip(case, part)) for part in zip(*(x.split(sizes) for x in case.values()))]
     counts = sum(loss_counts(part["tokens"], part.get("mask")) for part in parts)
