@@ -787,6 +787,19 @@ def test_float64_on_other_backends():
             sibling_grpo_loss(**case)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_float64_from_logits(packed):
+    _, tokens, rewards, _ = candidates(6)
+    row, old = torch.arange(30).view(2, 5, 3) if packed else None, -torch.ones(2, 5, 3)
+    z = torch.randn(30, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    z = (z if packed else z.view(2, 5, 3, 12)).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.autograd.gradcheck(
+            lambda z: sibling_grpo_loss_from_logits(z, tokens, rewards, row=row, old_logp=old).loss, z
+        )
+
+
 def test_compile_from_logits():
     trie, tokens, rewards, node = candidates(5)
 
