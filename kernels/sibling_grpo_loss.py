@@ -37,17 +37,18 @@ Bounds = namedtuple("Bounds", "low high cap")
 
 def sibling_grpo_loss(
     logp, old_logp, ref_logp, advantage, valid, count, group_advantage, mask, depth_weight, normalizer,
-    global_weight, sibling_weight, kl_weight, clip_low, clip_high, dual_clip, log_ratio_bound, kl, by_node,
-    by_sequence, joint, loss_type, horizon,
+    global_weight, sibling_weight, kl_weight, clip_low, clip_high, dual_clip, log_ratio_bound, horizon,
+    choices,
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.sibling_grpo_loss`."""
+    loss_type, kl, weighting, level, clip_terms = choices.split()
     sizes = batch, group, _ = logp.shape
     device = logp.device
     gradient = torch.empty(logp.shape, device=device)
     if logp.numel() == 0:
         return torch.zeros((), device=device), torch.zeros(7, device=device), gradient
     loss, terms = torch.empty((), device=device), torch.empty(7, device=device)
-    averaged = by_sequence and old_logp is not None
+    averaged = level == "sequence" and old_logp is not None
     blocks, counted = triton.cdiv(logp.numel(), _BLOCK), averaged or mask is not None
     sums, averages, counts = workspace(
         device, (8 * blocks, torch.float64), (batch * group * averaged, torch.float64),
@@ -64,12 +65,13 @@ def sibling_grpo_loss(
     window, _ = array(None if normalizer is None else normalizer.contiguous())
     weights = {
         "global_weight": global_weight, "sibling_weight": sibling_weight, "kl_weight": kl_weight,
-        "joint": int(joint), "COUNTED": counted, "REQUESTS": _REQUESTS,
+        "joint": int(clip_terms == "joint"), "COUNTED": counted, "REQUESTS": _REQUESTS,
     }  # fmt: skip
     _tokens[(blocks,)](
         *arrays, *strided(mask, 3), *others, counts, averages, window, gradient, sums, *sizes,
-        low=1 - clip_low, high=1 + clip_high, cap=dual_clip, log_bound=log_ratio_bound, kl_type=kl,
-        by_node=int(by_node), averaged=int(averaged), loss_type=loss_type, horizon=float(horizon), **weights,
+        low=1 - clip_low, high=1 + clip_high, cap=dual_clip, log_bound=log_ratio_bound,
+        kl_type=("k1", "k2", "k3").index(kl), by_node=int(weighting == "node"), averaged=int(averaged),
+        loss_type=("grpo", "bnpo", "dr_grpo").index(loss_type), horizon=float(horizon), **weights,
         BLOCK=_BLOCK, **options(_WARPS),
     )  # fmt: skip
     _add_up[(1,)](sums, counts, loss, terms, blocks, *sizes, **weights, **options(1))
@@ -301,7 +303,10 @@ def _tokens(
         exact_kl, exact_dkl = _divergence(exact_difference, kl_type)
         kl, dkl = tl.where(wide, exact_kl, kl), tl.where(wide, tl.where(difference_held, 0.0, exact_dkl), dkl)
     advantages = Advantages(
-        whole.to(tl.float64), apart.to(tl.float64), global_weight * token_share, sibling_weight * node_share
+        whole.to(tl.float64),
+        apart.to(tl.float64),
+        global_weight * token_share,
+        _weighted(sibling_weight, node_share),
     )
     bounds = Bounds(tl.full((), low, tl.float64), tl.full((), high, tl.float64), tl.full((), cap, tl.float64))
     over_sequences, over_nodes, cut, apart_cut, both, slope = _objective(rho, advantages, bounds, wide, joint)

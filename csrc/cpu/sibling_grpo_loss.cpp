@@ -34,7 +34,13 @@ class Loss {
     all_ = loss_counts(a_, own_);
     for_requests([&](int64_t first, int64_t last) {
       Scratch scratch(size_);
-      for (int64_t b = first; b < last; ++b) request(b, scratch);
+      for (int64_t b = first; b < last; ++b) {
+        if (prepare(b, scratch)) {
+          request<true>(b, scratch);
+        } else {
+          request<false>(b, scratch);
+        }
+      }
     });
     Sums total{};
     for (const Sums& sums : sums_) {
@@ -45,8 +51,9 @@ class Loss {
 
  private:
   struct Scratch {
-    explicit Scratch(int64_t size) : logp(size), old(size), ref(size), ratio(size, 1.0f), exp_difference(size) {}
-    std::vector<float> logp, old, ref, ratio, exp_difference;  // [G, L]
+    explicit Scratch(int64_t size)
+        : logp(size), old(size), ref(size), ratio(size, 1.0f), difference(size), exp_difference(size) {}
+    std::vector<float> logp, old, ref, ratio, difference, exp_difference;  // [G, L]
   };
 
   void count_tokens(int64_t b) {
@@ -69,16 +76,41 @@ class Loss {
     }
   }
 
-  void prepare(int64_t b, Scratch& s) const {
+  // Whether log-ratios of two policies are well within what fits into float.
+  bool all_fit(const std::vector<float>& x, const std::vector<float>& y) const {
+    const float most = 0.999f * float(most_log_ratio(a_));
+    int32_t n = 0;
+    for (int64_t i = 0; i < size_; ++i) n += !(fabsf(x[i] - y[i]) <= most);
+    return n == 0;
+  }
+  // Whether advantages fit too, and their weights are finite.
+  bool advantages_fit(int64_t b) const {
+    int32_t n = 0;
+    for (int64_t d = 0; d < a_.length; ++d) n += !std::isfinite(a_.depth_weight.at_or(1.0f, d));
+    for (int64_t g = 0; g < a_.group; ++g) {
+      n += !fits_float(a_.group_advantage.at(b, g));
+      const float* const row = a_.advantage.data + a_.advantage.offset(b, g);
+      for (int64_t d = 0; d < a_.length; ++d) n += !fits_float(row[d * a_.advantage.stride[2]]);
+    }
+    return n == 0;
+  }
+
+  // Whether the request has only plain terms, see token_terms.
+  bool prepare(int64_t b, Scratch& s) const {
+    bool plain = !a_.joint && a_.cap == INFINITY && !a_.averages_ratios() && advantages_fit(b);
     copy(a_.logp, b, s.logp.data());
     if (a_.old_logp) {
       copy(a_.old_logp, b, s.old.data());
       simd().exp_differences(s.logp.data(), s.old.data(), size_, s.ratio.data());
+      plain = plain && all_fit(s.logp, s.old);
     }
     if (a_.ref_logp) {
       copy(a_.ref_logp, b, s.ref.data());
+      for (int64_t i = 0; i < size_; ++i) s.difference[i] = s.ref[i] - s.logp[i];
+      plain = plain && all_fit(s.ref, s.logp);
       if (a_.divergence == kK3) simd().exp_differences(s.ref.data(), s.logp.data(), size_, s.exp_difference.data());
     }
+    return plain;
   }
 
   // Of a sequence with so many tokens.
@@ -90,20 +122,23 @@ class Loss {
     return sum / double(tokens);
   }
 
-  TokenTerms terms(const LossToken& token, int64_t b, int64_t g, int64_t d, const Scratch& s, double average) {
-    const int64_t i = g * a_.length + d;
-    const double log_ratio = a_.averages_ratios() ? average : a_.old_logp ? double(s.logp[i]) - double(s.old[i]) : 0;
+  template <bool kPlain>
+  TokenTerms terms(const LossToken& token, int64_t i, const Scratch& s, double average) const {
+    const Ratios<float> r{s.ratio[i], s.difference[i], false, false};
+    const auto exp_difference = [&] { return s.exp_difference[i]; };
+    if (kPlain) return token_terms<true>(a_, token, r, exp_difference);
+    const double log_ratio =
+        a_.averages_ratios() ? average : a_.old_logp ? double(s.logp[i]) - double(s.old[i]) : 0;
     const double difference = a_.ref_logp ? double(s.ref[i]) - double(s.logp[i]) : 0;
-    if (is_ordinary(a_, token, log_ratio, difference)) {
-      const Ratios<float> r{s.ratio[i], float(difference), false, false};
-      return token_terms(a_, token, r, [&] { return s.exp_difference[i]; });
+    if (fits_float(a_, log_ratio, difference) && fits_float(token.global) && fits_float(token.sibling)) {
+      return token_terms<false>(a_, token, r, exp_difference);
     }
-    const Ratios<double> r = exact_ratios(a_, log_ratio, difference);
-    return token_terms(a_, token, r, [&] { return exp(r.difference); });
+    const Ratios<double> exact = exact_ratios(a_, log_ratio, difference);
+    return token_terms<false>(a_, token, exact, [&] { return exp(exact.difference); });
   }
 
-  void request(int64_t b, Scratch& scratch) {
-    prepare(b, scratch);
+  template <bool kPlain>
+  void request(int64_t b, const Scratch& scratch) {
     const double weight_of_node = node_weight(a_, count_[b].sequences, all_);
     Sums sums{};
     for (int64_t g = 0; g < a_.group; ++g) {
@@ -117,15 +152,15 @@ class Loss {
         gradient = 0;
         if (!a_.mask.at(b, g, d)) continue;
         const LossToken token = loss_token(a_, b, g, d, group_advantage, weight, weight_of_node);
-        const TokenTerms t = terms(token, b, g, d, scratch, average);
+        const TokenTerms t = terms<kPlain>(token, g * a_.length + d, scratch, average);
         gradient = t.gradient;
         global += t.global;
         kl += t.kl;
-        sums[kJoint] += t.joint;
+        if (!kPlain) sums[kJoint] += t.joint;
         sums[kRatio] += t.ratio;
         sums[kGlobalClipped] += t.global_clipped;
         if (!token.valid) continue;
-        sums[kSibling] += weighted(token.node_weight, t.sibling);
+        sums[kSibling] += t.sibling;
         sums[kSiblingClipped] += t.sibling_clipped;
         sums[kValid] += 1;
       }

@@ -62,12 +62,12 @@ VSTAR_DEVICE TokenTerms loss_terms(const LossLaunch& a, const LossToken& token, 
   const double x = a.logp.at(b, g, d), difference = a.ref_logp ? double(a.ref_logp.at(b, g, d)) - x : 0.0;
   double log_ratio = a.old_logp ? x - double(a.old_logp.at(b, g, d)) : 0.0;
   if (a.averages_ratios()) log_ratio = a.averages[b * a.group + g];
-  if (is_ordinary(a, token, log_ratio, difference)) {
+  if (fits_float(a, log_ratio, difference) && fits_float(token.global) && fits_float(token.sibling)) {
     const Ratios<float> r{a.old_logp ? expf(float(log_ratio)) : 1.0f, float(difference), false, false};
-    return token_terms(a, token, r, [&] { return expf(r.difference); });
+    return token_terms<false>(a, token, r, [&] { return expf(r.difference); });
   }
   const Ratios<double> r = exact_ratios(a, log_ratio, difference);
-  return token_terms(a, token, r, [&] { return exp(r.difference); });
+  return token_terms<false>(a, token, r, [&] { return exp(r.difference); });
 }
 
 __global__ void __launch_bounds__(kLossThreads) loss_kernel(LossLaunch a) {
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kLossThreads) loss_kernel(LossLaunch a) {
     s[kRatio] += t.ratio;
     s[kGlobalClipped] += t.global_clipped ? 1.0 : 0.0;
     if (token.valid) {
-      s[kSibling] += weighted(token.node_weight, t.sibling);
+      s[kSibling] += t.sibling;
       s[kSiblingClipped] += t.sibling_clipped ? 1.0 : 0.0;
       s[kValid] += 1.0;
     }

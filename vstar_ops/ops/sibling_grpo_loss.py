@@ -31,8 +31,6 @@ from .sibling_advantage import SiblingAdvantage
 from .sibling_advantage import sibling_advantage as _sibling_advantage
 from .token_logp import token_logp
 
-_KL = ("k1", "k2", "k3")
-_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo")
 _AXES = "[B, G, L]"
 
 
@@ -218,9 +216,9 @@ def sibling_grpo_loss(
         ("scale", scale, ("std", "none")),
         ("clip_terms", clip_terms, ("separate", "joint")),
         ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
-        ("kl", kl, _KL),
+        ("kl", kl, ("k1", "k2", "k3")),
         ("weighting", weighting, ("node", "candidate")),
-        ("loss_type", loss_type, _LOSS_TYPES),
+        ("loss_type", loss_type, ("grpo", "bnpo", "dr_grpo")),
     ):
         check_choice(name, choice, choices)
     siblings, group_advantage = _advantages(
@@ -248,12 +246,8 @@ def sibling_grpo_loss(
         *_clip(clip),
         _bound("dual_clip", dual_clip, 1),
         _bound("log_ratio_bound", log_ratio_bound, 0),
-        _KL.index(kl),
-        weighting == "node",
-        importance_sampling_level == "sequence",
-        clip_terms == "joint",
-        _LOSS_TYPES.index(loss_type),
         _horizon(horizon, loss_type, shape[2]),
+        " ".join((loss_type, kl, weighting, importance_sampling_level, clip_terms)),
     )
     return SiblingGRPOLoss(loss, *terms.unbind())
 

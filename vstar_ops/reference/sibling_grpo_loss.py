@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GRPO, BNPO, DR_GRPO = range(3)
-
 
 def sibling_grpo_loss(
     logp: Tensor,
@@ -26,17 +24,17 @@ def sibling_grpo_loss(
     clip_high: float,
     dual_clip: float,
     log_ratio_bound: float,
-    kl: int,
-    by_node: bool,
-    by_sequence: bool,
-    joint: bool,
-    loss_type: int,
     horizon: int,
+    choices: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dispatcher's signature; see :func:`vstar_ops.sibling_grpo_loss`.
 
+    ``choices`` are those of ``loss_type``, ``kl``, ``weighting``, ``importance_sampling_level`` and
+    ``clip_terms``, in this order. (Each argument more costs microseconds in torch's autograd.)
+
     Returns the loss, the seven terms in the order of its result, and the gradient of ``logp``.
     """
+    loss_type, kl, weighting, level, clip_terms = choices.split()
     result = torch.float64 if logp.dtype == torch.float64 else torch.float32
     present = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     used = valid & present
@@ -45,14 +43,14 @@ def sibling_grpo_loss(
         return torch.where(where, x.to(torch.float64), 0)
 
     token_weight, node_weight = _weights(present, normalizer, loss_type, horizon)
-    if by_node:
+    if weighting == "node":
         node_weight = node_weight / count.clamp(min=1)
     if depth_weight is not None:
         node_weight = node_weight * depth_weight.to(torch.float64)
     token_weight, node_weight = there(token_weight), there(node_weight, used)
 
     log_ratio = torch.zeros_like(there(logp)) if old_logp is None else there(logp) - there(old_logp)
-    if by_sequence:
+    if level == "sequence":
         mean = log_ratio.sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
         log_ratio = there(mean)
     held = log_ratio.abs() > log_ratio_bound  # does not change with logp
@@ -67,7 +65,9 @@ def sibling_grpo_loss(
         return torch.where(capped, dual_clip, factor), cut | capped
 
     whole, apart = there(group_advantage.unsqueeze(2)), there(advantage, used)
-    global_share, sibling_share = global_weight * token_weight, sibling_weight * node_weight
+    global_share = global_weight * token_weight
+    sibling_share = sibling_weight * node_weight if sibling_weight else torch.zeros_like(node_weight)
+    joint = clip_terms == "joint"
     if joint:
         both = _weighted(global_share, whole) + _weighted(sibling_share, apart)
         factor, cut = surrogate(both)
@@ -104,7 +104,7 @@ def sibling_grpo_loss(
 
 
 def _weights(
-    present: Tensor, normalizer: Tensor | None, loss_type: int, horizon: int
+    present: Tensor, normalizer: Tensor | None, loss_type: str, horizon: int
 ) -> tuple[Tensor, Tensor]:
     """How much a token of a sequence counts, and how much a node of a request."""
     batch, group, _ = present.shape
@@ -114,9 +114,9 @@ def _weights(
         sizes = tokens.new_tensor([batch, batch * group])
         normalizer = torch.cat([sizes, torch.stack([sequences.sum(), tokens.sum()])])
     requests, candidates, all_sequences, all_tokens = normalizer.to(torch.float64).unbind()
-    if loss_type == GRPO:
+    if loss_type == "grpo":
         numbers = tokens.clamp(min=1) * all_sequences.clamp(min=1), sequences.clamp(min=1) * requests
-    elif loss_type == BNPO:
+    elif loss_type == "bnpo":
         numbers = all_tokens, all_sequences
     else:
         numbers = candidates * horizon, candidates
@@ -124,10 +124,12 @@ def _weights(
     return over_tokens, over_nodes
 
 
-def _divergence(difference: Tensor, bound: float, kl: int) -> tuple[Tensor, Tensor]:
+def _divergence(difference: Tensor, bound: float, kl: str) -> tuple[Tensor, Tensor]:
     """The estimate of the KL divergence from ``ref_logp - logp``, and its derivative by ``logp``."""
     d = difference.clamp(-bound, bound)
-    value, slope = ((-d, torch.ones_like(d)), (d * d / 2, -d), (d.expm1() - d, -d.expm1()))[kl]
+    value, slope = {
+        "k1": (-d, torch.ones_like(d)), "k2": (d * d / 2, -d), "k3": (d.expm1() - d, -d.expm1()),
+    }[kl]  # fmt: skip
     return value, torch.where(difference.abs() > bound, 0, slope)
 
 

@@ -21,9 +21,10 @@ struct SiblingGRPOLossArgs {
   double global_weight, sibling_weight, kl_weight;
   double low, high, cap;  // bounds of the ratio; `cap` where the advantage is negative
   double log_bound;       // of both log-ratios
-  int64_t divergence;
+  int64_t horizon;
+  Divergence divergence;
+  LossType loss_type;
   bool by_node, by_sequence, joint;
-  int64_t loss_type, horizon;
   int64_t batch, group, length;
   float *loss, *terms, *gradient;  // [], [7], [B, G, L]
 
@@ -67,28 +68,32 @@ VSTAR_INLINE double node_weight(const SiblingGRPOLossArgs& a, int64_t sequences,
 }
 
 // A weight of 0 turns a term off, even one that is infinite.
-VSTAR_INLINE double weighted(double weight, double x) { return weight == 0 ? 0 : weight * x; }
+template <bool kFinite = false>
+VSTAR_INLINE double weighted(double weight, double x) { return !kFinite && weight == 0 ? 0 : weight * x; }
 
-// What multiplies an advantage: the ratio, or the bound that takes its place. NaN is kept.
+// An advantage of 0 has no term, even if the ratio is infinite.
+template <bool kFinite = false, class Real>
+VSTAR_INLINE Real times(Real ratio, Real advantage) {
+  return !kFinite && advantage == 0 && ratio == ratio ? 0 : ratio * advantage;
+}
+
+// The bound of ratio * advantage, its derivative by the log-probability, and the ratio or the bound in its place. NaN
+// is kept.
 template <class Real>
-struct Factor {
-  Real value;
+struct Surrogate {
+  Real value, slope, factor;
   bool clipped;
-
-  // An advantage of 0 has no term, even if the ratio is infinite.
-  VSTAR_INLINE_MEMBER Real times(Real advantage) const {
-    return advantage == 0 && value == value ? 0 : value * advantage;
-  }
 };
 
-template <class Real>
-VSTAR_INLINE Factor<Real> factor(const SiblingGRPOLossArgs& a, Real ratio, Real advantage) {
+template <bool kPlain, class Real>
+VSTAR_INLINE Surrogate<Real> surrogate(const SiblingGRPOLossArgs& a, Real ratio, Real advantage) {
   const Real low = Real(a.low), high = Real(a.high), cap = Real(a.cap);
-  const Real raised = ratio < low ? low : ratio, bounded = high < raised ? high : raised;
-  Factor<Real> f{ratio, false};
-  if (bounded * advantage < ratio * advantage) f = {bounded, true};
-  if (advantage < 0 && f.value * advantage < cap * advantage) f = {cap, true};
-  return f;
+  const Real raised = ratio < low ? low : ratio, bound = high < raised ? high : raised;
+  const Real plain = times<kPlain>(ratio, advantage), bounded = bound * advantage;
+  Surrogate<Real> s{plain, plain, ratio, false};
+  if (bounded < plain) s = {bounded, 0, bound, true};
+  if (!kPlain && advantage < 0 && s.value < cap * advantage) s = {cap * advantage, 0, cap, true};
+  return s;
 }
 
 // An estimate of the divergence from the reference, and its derivative by the log-probability.
@@ -98,7 +103,7 @@ struct Kl {
 
 // Of difference = ref_logp - logp; exp_difference() is its exponential.
 template <class Real, class Exp>
-VSTAR_INLINE Kl kl_estimate(int64_t divergence, Real difference, const Exp& exp_difference) {
+VSTAR_INLINE Kl kl_estimate(Divergence divergence, Real difference, const Exp& exp_difference) {
   const double d = difference;
   if (divergence == kK1) return {-d, 1};
   if (divergence == kK2) return {0.5 * d * d, -d};
@@ -135,15 +140,15 @@ struct Ratios {
   bool ratio_held, difference_held;
 };
 
-// Whether a token's log-ratios are within their bounds and its exponentials and products far from the limits of
-// float. All others are computed in double, so that every backend overflows where double does. Ratios of whole
-// sequences are always.
-VSTAR_INLINE bool is_ordinary(const SiblingGRPOLossArgs& a, const LossToken& t, double log_ratio, double difference) {
-  constexpr float kMostAdvantage = 1024;
-  const double most = a.log_bound < 80 ? a.log_bound : 80;
-  return !a.averages_ratios() && fabs(log_ratio) <= most && fabs(difference) <= most &&
-         fabsf(t.global) <= kMostAdvantage && fabsf(t.sibling) <= kMostAdvantage;
+// Whether log-ratios are within their bounds, and a token's advantages small, so that its exponentials and products are
+// far from the limits of float. All others are computed in double, so that every backend overflows where double does.
+// Ratios of whole sequences are always.
+VSTAR_INLINE double most_log_ratio(const SiblingGRPOLossArgs& a) { return a.log_bound < 80 ? a.log_bound : 80; }
+VSTAR_INLINE bool fits_float(const SiblingGRPOLossArgs& a, double log_ratio, double difference) {
+  const double most = most_log_ratio(a);
+  return !a.averages_ratios() && fabs(log_ratio) <= most && fabs(difference) <= most;
 }
+VSTAR_INLINE bool fits_float(float advantage) { return fabsf(advantage) <= 1024; }
 
 // Keep x within the bound; whether it was beyond. NaN is kept.
 VSTAR_INLINE bool hold(double bound, double& x) {
@@ -161,44 +166,46 @@ VSTAR_INLINE Ratios<double> exact_ratios(const SiblingGRPOLossArgs& a, double lo
   return r;
 }
 
-// What a token adds to the sums, before weights, and its gradient.
+// What a token adds to the sums, `global` and `kl` before its weight, and its gradient.
 struct TokenTerms {
   double global, sibling, kl, joint, ratio;
   bool global_clipped, sibling_clipped;
   float gradient;
 };
 
-template <class Real, class Exp>
+// kPlain: without dual or joint clipping, all finite.
+template <bool kPlain, class Real, class Exp>
 VSTAR_INLINE TokenTerms token_terms(
     const SiblingGRPOLossArgs& a, const LossToken& token, const Ratios<Real>& r, const Exp& exp_difference) {
   TokenTerms t{};
   t.ratio = r.ratio;
-  const double global_share = a.global_weight * token.weight, sibling_share = a.sibling_weight * token.node_weight;
+  const double global_share = a.global_weight * token.weight;
+  const double sibling_share = weighted<kPlain>(a.sibling_weight, token.node_weight);
   double grad = 0;
-  if (a.joint) {
+  if (!kPlain && a.joint) {
     const double sum = weighted(global_share, token.global) + weighted(sibling_share, token.sibling);
-    const Factor<double> f = factor(a, double(r.ratio), sum);
-    t.joint = f.times(sum);
-    t.global = f.times(token.global);
-    t.sibling = f.times(token.sibling);
-    t.global_clipped = f.clipped;
-    t.sibling_clipped = f.clipped && token.valid;
-    if (!f.clipped) grad = t.joint;
+    const Surrogate<double> s = surrogate<kPlain>(a, double(r.ratio), sum);
+    t.joint = s.value;
+    t.global = times(s.factor, double(token.global));
+    t.sibling = weighted(token.node_weight, times(s.factor, double(token.sibling)));
+    t.global_clipped = s.clipped;
+    t.sibling_clipped = s.clipped && token.valid;
+    grad = s.slope;
   } else {
-    const Factor<Real> global = factor(a, r.ratio, Real(token.global));
-    const Factor<Real> sibling = factor(a, r.ratio, Real(token.sibling));
-    t.global = global.times(token.global);
-    t.sibling = sibling.times(token.sibling);
+    const Surrogate<Real> global = surrogate<kPlain>(a, r.ratio, Real(token.global));
+    const Surrogate<Real> sibling = surrogate<kPlain>(a, r.ratio, Real(token.sibling));
+    t.global = global.value;
+    t.sibling = weighted<kPlain>(token.node_weight, sibling.value);
     t.global_clipped = global.clipped;
     t.sibling_clipped = sibling.clipped;
-    if (!global.clipped) grad = weighted(global_share, t.global);
-    if (!sibling.clipped) grad += weighted(sibling_share, t.sibling);
+    grad = weighted<kPlain>(global_share, global.slope);
+    grad += weighted<kPlain>(sibling_share, sibling.slope);
   }
   if (r.ratio_held) grad = 0;
   if (a.ref_logp) {
     const Kl kl = kl_estimate(a.divergence, r.difference, exp_difference);
     t.kl = kl.value;
-    if (!r.difference_held) grad -= weighted(a.kl_weight * token.weight, kl.dkl);
+    if (!r.difference_held) grad -= weighted<kPlain>(a.kl_weight * token.weight, kl.dkl);
   }
   t.gradient = float(0 - grad);
   return t;
