@@ -12,7 +12,7 @@ from .._deprecated import renamed_arguments, renamed_field
 from ..ops import ExpandTopK, expand_topk
 from ..ops._checks import check_int
 from ..trie import Trie
-from .protocol import PrefixModel
+from .protocol import PrefixModel, check_normalize
 
 
 class BeamResult(NamedTuple):
@@ -49,7 +49,8 @@ def beam_search(
         context: a batch of ``B`` prompts, as the model takes them.
         trie: the catalogue, on the model's device.
         beam_width: ``K``, beams per request, and candidates returned.
-        normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``.
+        normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``, which needs a model that
+            gives the logits of all columns.
         temperature: divides the logits.
         skip_forced: do not run the model on a prefix with a single legal child: under ``"legal"`` that
             child has log-probability 0 whatever the logits are, so the result is the same. A skipped
@@ -69,6 +70,7 @@ def beam_search(
         TypeError, ValueError: as :func:`vstar_ops.expand_topk`.
     """
     check_int("beam_width", beam_width, 1)
+    check_normalize(model, normalize)
     skip_forced = skip_forced and normalize == "legal"
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device

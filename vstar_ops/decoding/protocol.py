@@ -19,6 +19,9 @@ class PrefixModel(Protocol):
     Rows of one ``extend`` call may belong to any requests, in any number and order, and may lie at
     different depths. A decoder passes fewer rows than beams where it can skip forced tokens, and a
     constant number where it wants constant shapes (unused rows have parent ``-1``).
+
+    A model whose logits are those of some columns alone, as for :meth:`vstar_ops.Trie.compact`, says so by an
+    attribute ``columns`` that is not None: it cannot be asked for ``normalize="vocab"``.
     """
 
     def prefill(self, context: Any) -> tuple[Tensor, Any]:
@@ -70,3 +73,13 @@ class ValueModel(PrefixModel, Protocol):
             state, slot: as for :meth:`value`.
         """
         ...
+
+
+def check_normalize(model: PrefixModel, normalize: str) -> None:
+    """Raise if the model lacks columns that ``normalize`` needs; other values are the op's to check."""
+    columns = getattr(model, "columns", None)
+    if normalize == "vocab" and columns is not None:
+        raise ValueError(
+            f"normalize='vocab' needs the logits of all columns, the model gives those of {len(columns)} "
+            "tokens: make it with its full head, or use normalize='legal'"
+        )
