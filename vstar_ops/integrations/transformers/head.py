@@ -54,6 +54,7 @@ class HeadTap:
             if own is not None:
                 self.head.forward = own
 
+    @torch.compiler.disable  # a graph for each set of columns and rows would be compiled instead
     def __call__(self, hidden: Tensor) -> Tensor:
         if self.at is not None:
             hidden = hidden[self.at]
