@@ -28,7 +28,14 @@ from vstar_ops.integrations.transformers import (
 )
 
 ROWS = torch.unique(
-    torch.stack([torch.tensor([20, 24, 29]).repeat(20), *torch.randint(30, 70, (2, 60), generator=torch.Generator().manual_seed(1))], 1), dim=0
+    torch.stack(
+        [
+            torch.tensor([20, 24, 29]).repeat(20),
+            *torch.randint(30, 70, (2, 60), generator=torch.Generator().manual_seed(1)),
+        ],
+        1,
+    ),
+    dim=0,
 )
 ROWS = torch.cat([ROWS, torch.tensor([[25, 40, 41], [26, 44, 45], [26, 44, 46]])])  # forced tokens, too
 TRIE = Trie.from_sequences(ROWS)
@@ -118,7 +125,13 @@ def generated(model, inputs, trie, beams, normalize="legal", **options):
         **inputs,
         logits_processor=[TrieLogitsProcessor(trie, start, normalize=normalize)],
         max_new_tokens=trie.length,
-        **{"num_beams": beams, "num_return_sequences": beams, "do_sample": False, "length_penalty": 0.0, **options},
+        **{
+            "num_beams": beams,
+            "num_return_sequences": beams,
+            "do_sample": False,
+            "length_penalty": 0.0,
+            **options,
+        },
         return_dict_in_generate=True,
         output_scores=True,
     )
@@ -262,7 +275,11 @@ def test_tree_search_with_a_value_head(name, full_head, tmp_path):
     torch.manual_seed(5)
     for parameter in head.parameters():
         nn.init.normal_(parameter)
-    searches = {"default": VEDConfig(), "paper": VEDConfig.paper(), "no head": VEDConfig(value_weight=0, child_values=False, num_value_beams=0)}
+    searches = {
+        "default": VEDConfig(),
+        "paper": VEDConfig.paper(),
+        "no head": VEDConfig(value_weight=0, child_values=False, num_value_beams=0),
+    }
     for config in searches.values():
         found = ved(lm, inputs, lm.trie, 8, config, seed=1)
         assert (found.num_valid >= 5).all()
@@ -279,7 +296,9 @@ def test_tree_search_with_a_value_head(name, full_head, tmp_path):
     path = tmp_path / "head.safetensors"
     head.save(path)
     again = prefix_model(model, TRIE, full_head=full_head, value_head=ValueHead.load(path))
-    assert torch.equal(ved(again, inputs, lm.trie, 8, seed=1).score, ved(lm, inputs, lm.trie, 8, seed=1).score)
+    assert torch.equal(
+        ved(again, inputs, lm.trie, 8, seed=1).score, ved(lm, inputs, lm.trie, 8, seed=1).score
+    )
 
 
 def test_a_value_head_learns_and_leaves_the_model_alone():
@@ -309,7 +328,10 @@ def test_files_of_value_heads(tmp_path):
     before = path.read_bytes()
     loaded = ValueHead.load(path)
     assert loaded.state_dict().keys() == head.state_dict().keys()
-    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(loaded.state_dict().values(), head.state_dict().values()))
+    assert all(
+        torch.equal(x, y) and x.dtype == y.dtype
+        for x, y in zip(loaded.state_dict().values(), head.state_dict().values())
+    )
     ValueHead(8).save(path)
     assert ValueHead.load(path).child is None
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing is left of writing"
@@ -317,7 +339,9 @@ def test_files_of_value_heads(tmp_path):
     with pytest.raises(ValueError, match="not a value head, or damaged"):
         ValueHead.load(path)
     TRIE.save(path)
-    with pytest.raises(ValueError, match=r"expected the format 'vstar_ops.value_head.v1', got 'vstar_ops.trie"):
+    with pytest.raises(
+        ValueError, match=r"expected the format 'vstar_ops.value_head.v1', got 'vstar_ops.trie"
+    ):
         ValueHead.load(path)
     other = ValueHead(32, torch.arange(5))
     with pytest.raises(ValueError, match="value_head must have child values of the"):
@@ -387,7 +411,9 @@ def test_items_of_different_lengths(name, normalize):
         sampled = topk_sampling(lm, inputs, lm.trie, 50)
         assert (sampled.num_valid == 50).all()
         lm.add_value_head()
-        assert set(map(tuple, lm.token_ids(ved(lm, inputs, lm.trie, 9).node)[0].tolist())) <= set(map(tuple, tokens[0].tolist()))
+        assert set(map(tuple, lm.token_ids(ved(lm, inputs, lm.trie, 9).node)[0].tolist())) <= set(
+            map(tuple, tokens[0].tolist())
+        )
 
 
 @pytest.mark.parametrize("normalize", ["legal", "vocab"])
@@ -419,7 +445,12 @@ def test_the_logits_processor(normalize):
     """Against the same, written out."""
     trie = Trie.from_sequences(UNEVEN)
     process = TrieLogitsProcessor(trie, 2, normalize=normalize, eos_token_id=END)
-    prefixes = [[[]], [[20], [21], [99]], [[20, 30], [20, 2], [21, 30]], [[20, 30, 40], [22, 2, 2], [9, 9, 9]]]
+    prefixes = [
+        [[]],
+        [[20], [21], [99]],
+        [[20, 30], [20, 2], [21, 30]],
+        [[20, 30, 40], [22, 2, 2], [9, 9, 9]],
+    ]
     prefixes += [[[20, 2, 2, 2], [20, 30, 40, 2]], [[20, 2, 2, 2, 0], [9, 9, 9, 9, 9]]]
     for level in prefixes:
         scores = torch.randn(len(level), VOCAB)
@@ -427,7 +458,9 @@ def test_the_logits_processor(normalize):
         got = process(torch.tensor([[7, 8, *prefix] for prefix in level]), scores)
         assert torch.equal(scores, before)
         for row, prefix, source in zip(got, level, scores):
-            legal = {r[len(prefix)] for r in UNEVEN.tolist() if len(prefix) < 4 and r[: len(prefix)] == prefix}
+            legal = {
+                r[len(prefix)] for r in UNEVEN.tolist() if len(prefix) < 4 and r[: len(prefix)] == prefix
+            }
             legal = sorted(legal or {END})
             want = torch.full((VOCAB,), -torch.inf)
             want[legal] = source[legal] - (source[legal].logsumexp(0) if normalize == "legal" else 0)
@@ -437,7 +470,9 @@ def test_the_logits_processor(normalize):
 def test_sampling_by_generate_with_items_that_end_early():
     model, inputs, trie = CAUSAL["qwen2"](), prompts(), Trie.from_sequences(UNEVEN)
     process = TrieLogitsProcessor(trie, inputs["input_ids"].shape[1], eos_token_id=END)
-    out = model.generate(**inputs, logits_processor=[process], max_new_tokens=6, do_sample=True, num_return_sequences=9)
+    out = model.generate(
+        **inputs, logits_processor=[process], max_new_tokens=6, do_sample=True, num_return_sequences=9
+    )
     for row in out[:, inputs["input_ids"].shape[1] :].tolist():
         assert row[: row.index(END)] in ITEMS
         assert set(row[row.index(END) + 1 :]) <= {0}
@@ -479,12 +514,65 @@ def refused():
     """Models that cannot be run exactly, and a part of the reason that is given."""
     small = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": VOCAB}
     make = transformers
-    yield "no position ids", lambda: make.BloomForCausalLM(make.BloomConfig(n_layer=1, n_head=2, **small)), "it takes no position_ids"
-    yield "recurrent", lambda: make.MambaForCausalLM(make.MambaConfig(state_size=4, **small)), "it takes no position_ids"
-    yield "alibi", lambda: make.FalconForCausalLM(make.FalconConfig(alibi=True, num_attention_heads=2, **small)), "ALiBi goes by the column"
-    yield "local", lambda: make.GPTNeoForCausalLM(make.GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2, vocab_size=VOCAB, attention_types=[[["global", "local"], 1]])), "its local attention goes by the column"
-    yield "linear", lambda: make.Qwen3NextForCausalLM(config("Qwen3Next", num_experts=2, num_experts_per_tok=1, head_dim=8, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"])), "linear_attention"
-    yield "absolute positions", lambda: make.BartForConditionalGeneration(make.BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=VOCAB)), "of encoder-decoders only t5 and mt5 can, got 'bart'"
+    yield (
+        "no position ids",
+        lambda: make.BloomForCausalLM(make.BloomConfig(n_layer=1, n_head=2, **small)),
+        "it takes no position_ids",
+    )
+    yield (
+        "recurrent",
+        lambda: make.MambaForCausalLM(make.MambaConfig(state_size=4, **small)),
+        "it takes no position_ids",
+    )
+    yield (
+        "alibi",
+        lambda: make.FalconForCausalLM(make.FalconConfig(alibi=True, num_attention_heads=2, **small)),
+        "ALiBi goes by the column",
+    )
+    yield (
+        "local",
+        lambda: make.GPTNeoForCausalLM(
+            make.GPTNeoConfig(
+                hidden_size=16,
+                num_layers=2,
+                num_heads=2,
+                vocab_size=VOCAB,
+                attention_types=[[["global", "local"], 1]],
+            )
+        ),
+        "its local attention goes by the column",
+    )
+    yield (
+        "linear",
+        lambda: make.Qwen3NextForCausalLM(
+            config(
+                "Qwen3Next",
+                num_experts=2,
+                num_experts_per_tok=1,
+                head_dim=8,
+                linear_num_value_heads=2,
+                linear_num_key_heads=2,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+                layer_types=["linear_attention", "full_attention"],
+            )
+        ),
+        "linear_attention",
+    )
+    yield (
+        "absolute positions",
+        lambda: make.BartForConditionalGeneration(
+            make.BartConfig(
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                vocab_size=VOCAB,
+            )
+        ),
+        "of encoder-decoders only t5 and mt5 can, got 'bart'",
+    )
     yield "no head", lambda: make.Qwen2Model(config("Qwen2")), "model must have a language model head"
     yield "no model", lambda: nn.Linear(2, 2), "model must be a Hugging Face model, got Linear"
 
@@ -542,7 +630,11 @@ def test_errors_name_the_argument():
         ({"input_ids": ids, "token_type_ids": ids}, ValueError, "got also token_type_ids"),
         ({"input_ids": ids.float()}, TypeError, "input_ids must be .* got float32"),
         ({"input_ids": ids, "attention_mask": mask[:, 1:]}, ValueError, "attention_mask must have the shape"),
-        ({"input_ids": ids, "attention_mask": 0 * mask}, ValueError, "attention_mask must leave every prompt"),
+        (
+            {"input_ids": ids, "attention_mask": 0 * mask},
+            ValueError,
+            "attention_mask must leave every prompt",
+        ),
     ):
         with pytest.raises(error, match=message):
             lm.prefill(context)

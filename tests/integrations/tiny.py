@@ -49,13 +49,19 @@ def spread(model: Any, factor: float = 4.0) -> Any:
 MIXED = ["sliding_attention", "full_attention"]
 CAUSAL = {
     "qwen2": causal("Qwen2"),
-    "qwen2, layers of two kinds": causal("Qwen2", layer_types=MIXED, sliding_window=WINDOW, use_sliding_window=True),
+    "qwen2, layers of two kinds": causal(
+        "Qwen2", layer_types=MIXED, sliding_window=WINDOW, use_sliding_window=True
+    ),
     "qwen3": causal("Qwen3", head_dim=8),
     "llama, tied head": causal("Llama", tie_word_embeddings=True),
     "gpt2": causal("GPT2", "GPT2LMHeadModel", **GPT),
     "mistral, window": causal("Mistral", sliding_window=WINDOW),
-    "gemma2, window, soft cap": causal("Gemma2", sliding_window=WINDOW, head_dim=8, final_logit_softcapping=2.0),
-    "gemma3, window": causal("Gemma3Text", "Gemma3ForCausalLM", sliding_window=WINDOW, head_dim=8, layer_types=MIXED),
+    "gemma2, window, soft cap": causal(
+        "Gemma2", sliding_window=WINDOW, head_dim=8, final_logit_softcapping=2.0
+    ),
+    "gemma3, window": causal(
+        "Gemma3Text", "Gemma3ForCausalLM", sliding_window=WINDOW, head_dim=8, layer_types=MIXED
+    ),
     "phi, head with bias": causal("Phi", num_key_value_heads=4),
     "phi3, window": causal("Phi3", sliding_window=WINDOW),
     "cohere, scaled logits": causal("Cohere", logit_scale=0.3),

@@ -49,8 +49,8 @@ def beam_search(
         context: a batch of ``B`` prompts, as the model takes them.
         trie: the catalogue, on the model's device.
         beam_width: ``K``, beams per request, and candidates returned.
-        normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``, which needs a model that
-            gives the logits of all columns.
+        normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``, which needs the logits
+            of all columns.
         temperature: divides the logits.
         skip_forced: do not run the model on a prefix with a single legal child: under ``"legal"`` that
             child has log-probability 0 whatever the logits are, so the result is the same. A skipped

@@ -17,13 +17,14 @@ from .. import require
 
 require("transformers", "5.5", "5.25")
 
-from ...trie import Trie  # noqa: E402
-from .eos import append_eos  # noqa: E402
-from .head import legal_head  # noqa: E402
-from .logits import TrieLogitsProcessor  # noqa: E402
-from .model import CausalPrefixModel, PrefixState, Scores, _unwrapped  # noqa: E402
-from .t5 import T5PrefixModel  # noqa: E402
-from .value import ValueHead  # noqa: E402
+from ...trie import Trie
+from .checks import unwrapped
+from .eos import append_eos
+from .head import legal_head
+from .logits import TrieLogitsProcessor
+from .model import CausalPrefixModel, PrefixState, Scores
+from .t5 import T5PrefixModel
+from .value import ValueHead
 
 __all__ = [
     "CausalPrefixModel",
@@ -78,7 +79,5 @@ def prefix_model(
         >>> reward = torch.rand(candidates.shape[:2])
         >>> vstar_ops.sibling_grpo_loss(scores.logp, candidates, reward).loss.backward()
     """
-    kind = T5PrefixModel if _unwrapped(model).config.is_encoder_decoder else CausalPrefixModel
-    return kind(
-        model, trie, full_head=full_head, value_head=value_head, eos_token_id=eos_token_id
-    )
+    kind = T5PrefixModel if unwrapped(model).config.is_encoder_decoder else CausalPrefixModel
+    return kind(model, trie, full_head=full_head, value_head=value_head, eos_token_id=eos_token_id)

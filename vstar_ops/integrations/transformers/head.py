@@ -38,7 +38,7 @@ class HeadTap:
             )
         self.head, self.columns = head, columns
         self.at: tuple[Tensor, Tensor] | None = None
-        self.hidden: Tensor | None = None
+        self.hidden: Any = None
         self.rows: tuple[Tensor, Tensor | None] | None = None  # what gather() gave, if it may be kept
 
     @contextmanager

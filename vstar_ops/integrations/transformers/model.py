@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...decoding.slots import Slots
-from ...ops._checks import INTS, check, check_tokens
+from ...ops._checks import check_tokens
 from ...packing import PackedRows, pack_prompts
 from ...trie import Trie
 from .cache import empty_cache
+from .checks import attention_of, check_decoder, evaluating, read_prompt, unwrapped
 from .eos import check_ends, end_tokens, repeat_ends
 from .head import HeadTap
 from .value import ValueHead
@@ -74,7 +74,7 @@ class CausalPrefixModel:
         value_head: ValueHead | None = None,
         eos_token_id: int | list[int] | None = None,
     ) -> None:
-        self.model, self._inner = model, _unwrapped(model)
+        self.model, self._inner = model, unwrapped(model)
         distributed = isinstance(model, nn.parallel.DistributedDataParallel)
         self._decoder = model.module if distributed else model  # each process decodes on its own
         names = inspect.signature(self._inner.forward).parameters
@@ -124,7 +124,7 @@ class CausalPrefixModel:
         slots = Slots(see[:, -1], request, position[:, -1], batch)
         state = PrefixState(slots, self._empty_cache(), position, tap, None, fixed)
         tap.at = request, torch.full_like(request, columns - 1)
-        with _evaluating(self._inner):
+        with evaluating(self._inner):
             out = self._call(self._decoder, tap, ids, position, position, see, fixed, state.cache)
         state.fixed = self._after_prefill(out, fixed)
         if self.value_head is not None:
@@ -145,10 +145,10 @@ class CausalPrefixModel:
         state.position = torch.cat([state.position, position], 1)
         state.tap.at = rows.request, rows.rank
         see = rows.mask()
-        with _evaluating(self._inner):
+        with evaluating(self._inner):
             arguments = (ids, position, state.position, see, state.fixed, state.cache)
             logits = self._call(self._decoder, state.tap, *arguments).logits
-        if state.hidden is not None and state.tap.hidden is not None:
+        if state.hidden is not None:
             state.hidden = torch.cat([state.hidden, state.tap.hidden])
         if self.columns is None and self._ends:
             # What has ended is followed by its last token again, for certain.
@@ -181,11 +181,10 @@ class CausalPrefixModel:
             pad_token_id: what stands after an EOS token and for node -1. Default: the model's padding token,
                 or its EOS token.
         """
-        for other in (self._inner.generation_config.pad_token_id, self._config.pad_token_id, *self._ends, -1):
-            pad_token_id = other if pad_token_id is None else pad_token_id
+        own = self._inner.generation_config.pad_token_id, self._config.pad_token_id
+        pad = next(token for token in (pad_token_id, *own, *self._ends, -1) if token is not None)
         tokens = self.catalogue.sequences(node).long()
-        ended = self._ended(tokens)
-        return tokens.masked_fill(ended | (tokens < 0), pad_token_id)
+        return tokens.masked_fill(self._ended(tokens) | (tokens < 0), pad)
 
     # ---------------------------------------------------------------- training
 
@@ -222,8 +221,8 @@ class CausalPrefixModel:
             - ``value`` float32 ``[B, G, T]``: V of the prefixes of ``l + 1`` tokens, 0 in rows that are no
               candidates. ``value_from_parent``: V of their parents, which gets no gradient by this, plus the
               child value; None for a head without child values. None unless asked for.
-            - ``rows``: the packed rows; ``logits`` ``[B, 1 + n, C]`` and ``hidden`` ``[B, 1 + n, D]`` at their
-              outputs, C the columns of ``trie``
+            - ``rows``: the packed rows; ``logits`` ``[B, 1 + n, C]``, with a column for each of ``columns``, and
+              ``hidden`` ``[B, 1 + n, D]``, at their outputs
 
         Raises:
             TypeError, ValueError: an argument's type, shape or device, by name.
@@ -231,56 +230,45 @@ class CausalPrefixModel:
         self._check_score(normalize, values)
         ids, real, fixed = self._prompt(context)
         candidates = check_tokens("candidates", candidates, (len(ids), None, None), "[B, G, T]", ids.device)
-        given = candidates.shape[2]
-        if given > self.trie.length:
-            raise ValueError(f"candidates must have at most L = {self.trie.length} tokens, got {given}")
-        tokens = F.pad(candidates.long(), (0, self.trie.length - given), value=-1)
-        tokens = repeat_ends(tokens, self._ends)
-        present = tokens[..., 0] >= 0
-        nodes = [self.catalogue.lookup(tokens[..., :depth]).long() for depth in range(self.trie.length + 1)]
-        node = torch.stack(nodes, 2).masked_fill(~present[..., None], -1)
-        child = node[..., 1:]
-        ended = self._ended(tokens)
+        given, length = candidates.shape[2], self.trie.length
+        if given > length:
+            raise ValueError(f"candidates must have at most L = {length} tokens, got {given}")
+        tokens = repeat_ends(F.pad(candidates.long(), (0, length - given), value=-1), self._ends)
+        present, ended = tokens[..., 0] >= 0, self._ended(tokens)
+        prefixes = [self.catalogue.lookup(tokens[..., :depth]) for depth in range(1, length + 1)]
+        child = torch.stack(prefixes, 2).long().masked_fill(~present[..., None], -1)
         needed = tokens >= 0
         if not values:
-            needed = self.trie.num_children(child) > 1 if normalize == "legal" else ~ended & needed
-        rows = pack_prompts(
-            ids,
-            tokens.clamp(min=0),
-            present,
-            prompt_mask=real,
-            needed=needed,
-            leaves=values,
-            compact=True,
-        )
+            needed = self.trie.num_children(child) > 1 if normalize == "legal" else needed & ~ended
+        layout: dict[str, Any] = {"prompt_mask": real, "needed": needed, "leaves": values, "compact": True}
+        rows = pack_prompts(ids, tokens.clamp(min=0), present, **layout)
+
         tap = HeadTap(self._inner, self.columns)
         tap.at = torch.arange(len(ids), device=ids.device)[:, None], rows.outputs
         arguments = (rows.input_ids, rows.position_ids, rows.position_ids, rows.mask()[:, 0], fixed)
         logits = self._call(self.model, tap, *arguments).logits
-        hidden = tap.hidden
-        assert hidden is not None
 
         target = torch.where(child > 0, self._compact.token[(child - 1).clamp(min=0)].long(), -1)
         compact = replace(rows, tokens=target)
+        placed = compact if self.columns is not None else replace(rows, tokens=tokens)
         if normalize == "vocab":
-            logp = replace(rows, tokens=tokens).logp(logits, temperature=temperature).masked_fill(ended, 0)
+            logp = placed.logp(logits, temperature=temperature).masked_fill(ended, 0)
         else:
-            in_logits = compact if self.columns is not None else replace(rows, tokens=tokens)
-            logp = in_logits.logp(logits, self.trie, F.pad(rows.of_nodes(child), (1, 0)), temperature)
+            logp = placed.logp(logits, self.trie, F.pad(rows.of_nodes(child), (1, 0)), temperature)
             logp = logp.masked_fill((child < 0) & present[..., None], -torch.inf)
-        value, from_parent = self._values(compact, hidden) if values else (None, None)
-        cut = (x if x is None else x[..., :given] for x in (logp, value, from_parent))
-        return Scores(*cut, rows, logits, hidden)  # type: ignore[arg-type]
+        value, from_parent = self._values(compact, tap.hidden) if values else (None, None)
+        value, from_parent = (None if x is None else x[..., :given] for x in (value, from_parent))
+        return Scores(logp[..., :given], value, from_parent, rows, logits, tap.hidden)
 
     def _values(self, rows: PackedRows, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """V by candidate, of its prefixes and from their parents."""
         head = self.value_head
         assert head is not None
         value = head(hidden)
         own = rows.unpack(value, rows.own)
         if head.child is None:
             return own, None
-        parent = rows.unpack(value.detach(), rows.source)
-        return own, parent + rows.chosen(head.child_values(hidden))
+        return own, rows.unpack(value.detach(), rows.source) + rows.chosen(head.child_values(hidden))
 
     # ---------------------------------------------------------------- the model
 
@@ -314,32 +302,8 @@ class CausalPrefixModel:
             raise ValueError("values needs a value head: give prefix_model one, or call add_value_head()")
 
     def _check_model(self, names: Mapping[str, Any]) -> None:
-        """Refuse what would not be exact."""
-        model, config = self._inner, self._config
-        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        local = "local" in (getattr(config, "attention_layers", None) or ())
-        why = None
-        if "position_ids" not in names:
-            why = "it takes no position_ids, so prefixes beside each other would count as a sequence"
-        elif getattr(config, "alibi", False):
-            why = "ALiBi goes by the column in the cache and not by the position"
-        elif kinds or getattr(model, "_is_stateful", False):
-            which = f" {sorted(kinds)}" if kinds else ""
-            why = f"its recurrent or otherwise stateful layers{which} cannot go back to an earlier prefix"
-        elif local or getattr(config, "attention_chunk_size", None):
-            why = "its local attention goes by the column in the cache and not by the position"
-        if why is not None:
-            raise TypeError(f"{type(model).__name__} cannot be a prefix model: {why}")
-        self._attention()
-
-    def _attention(self) -> str:
-        name = self._config._attn_implementation
-        if name not in ("sdpa", "eager"):
-            raise ValueError(
-                "the model must use attention that takes any mask, attn_implementation='sdpa' or 'eager', "
-                f"got {name!r}: model.set_attn_implementation('sdpa')"
-            )
-        return name
+        """Refuse what would not be exact; ``names`` are the arguments of the model."""
+        check_decoder(self._inner, self._config, names)
 
     def _call(
         self,
@@ -360,7 +324,9 @@ class CausalPrefixModel:
         with tap.installed():
             out = model(**arguments, use_cache=cache is not None, return_dict=True)
         if tap.hidden is None:
-            raise TypeError(f"{type(self._inner).__name__} cannot be a prefix model: it does not call its head")
+            raise TypeError(
+                f"{type(self._inner).__name__} cannot be a prefix model: it does not call its head"
+            )
         return out
 
     def _prompt(self, context: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -374,12 +340,11 @@ class CausalPrefixModel:
     def _empty_cache(self) -> Any:
         return empty_cache()
 
-    def _arguments(
-        self, ids: Tensor, position: Tensor, key_position: Tensor, see: Tensor
-    ) -> dict[str, Any]:
-        kinds, window = (getattr(self._config, name, None) for name in ("layer_types", "sliding_window"))
+    def _arguments(self, ids: Tensor, position: Tensor, key_position: Tensor, see: Tensor) -> dict[str, Any]:
+        window: Any = getattr(self._config, "sliding_window", None)
+        alike = "full_attention" if window is None else "sliding_attention"
         masks = {}
-        for kind in set(kinds or [window and "sliding_attention"]):
+        for kind in set(getattr(self._config, "layer_types", None) or [alike]):
             seen = see
             if kind == "sliding_attention":
                 seen = see & (position[:, :, None] - key_position[:, None, :] < window)
@@ -390,51 +355,7 @@ class CausalPrefixModel:
     def _mask(self, see: Tensor) -> Tensor:
         """A mask of four dimensions: bool, or to be added."""
         see = see[:, None]
-        if self._attention() == "sdpa":
+        if attention_of(self._config) == "sdpa":
             return see
         dtype = self._inner.dtype
         return torch.zeros_like(see, dtype=dtype).masked_fill_(~see, torch.finfo(dtype).min)
-
-
-def read_prompt(context: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and a bool mask, both ``[B, T]``, of what a tokenizer returns."""
-    if isinstance(context, Tensor):
-        context = {"input_ids": context}
-    if not isinstance(context, Mapping) or "input_ids" not in context:
-        raise TypeError(f"context must hold input_ids and attention_mask, got {type(context).__name__}")
-    if other := sorted(set(context) - {"input_ids", "attention_mask"}):
-        raise ValueError(f"context must hold input_ids and attention_mask, got also {', '.join(other)}")
-    ids = check_tokens("input_ids", context["input_ids"], (None, None), "[B, T]", device).long()
-    mask = context.get("attention_mask")
-    if mask is None:
-        mask = torch.ones_like(ids)
-    real = check("attention_mask", mask, tuple(ids.shape), "[B, T]", (torch.bool, *INTS), device) != 0
-    if not bool(real.any(1).all()):
-        raise ValueError("attention_mask must leave every prompt a token, got one of padding alone")
-    return ids, real
-
-
-def _unwrapped(model: Any) -> Any:
-    """The Hugging Face model inside of wrappers: ``torch.compile``, DistributedDataParallel, PEFT."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return _unwrapped(model.module)
-    if hasattr(model, "_orig_mod"):
-        return _unwrapped(model._orig_mod)
-    if hasattr(model, "get_base_model"):
-        return _unwrapped(model.get_base_model())
-    if not all(hasattr(model, name) for name in ("config", "get_output_embeddings")):
-        raise TypeError(f"model must be a Hugging Face model, got {type(model).__name__}")
-    return model
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,7 +11,8 @@ from transformers import EncoderDecoderCache
 from transformers.cache_utils import DynamicCache
 
 from .cache import empty_cache
-from .model import CausalPrefixModel, read_prompt
+from .checks import attention_of, read_prompt
+from .model import CausalPrefixModel
 
 _FAMILY = ("t5", "mt5")
 
@@ -31,12 +32,16 @@ class T5PrefixModel(CausalPrefixModel):
                 f"{type(self._inner).__name__} cannot be a prefix model: of encoder-decoders only "
                 f"{' and '.join(_FAMILY)} can, got {kind!r}"
             )
-        self._attention()
+        attention_of(self._config)
 
     def _prompt(self, context: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
         ids, real = read_prompt(context, self._inner.device)
         start = torch.full_like(ids[:, :1], self._inner.config.decoder_start_token_id)
-        return start, torch.ones_like(start, dtype=torch.bool), {"input_ids": ids, "attention_mask": real.long()}
+        return (
+            start,
+            torch.ones_like(start, dtype=torch.bool),
+            {"input_ids": ids, "attention_mask": real.long()},
+        )
 
     def _after_prefill(self, out: Any, fixed: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -47,9 +52,7 @@ class T5PrefixModel(CausalPrefixModel):
     def _empty_cache(self) -> Any:
         return EncoderDecoderCache(empty_cache(), DynamicCache())
 
-    def _arguments(
-        self, ids: Tensor, position: Tensor, key_position: Tensor, see: Tensor
-    ) -> dict[str, Any]:
+    def _arguments(self, ids: Tensor, position: Tensor, key_position: Tensor, see: Tensor) -> dict[str, Any]:
         columns = torch.arange(see.shape[2], device=see.device)
         by_column = self._bias(columns[None] - columns[-see.shape[1] :, None])
         bias = self._bias(key_position[:, None, :] - position[:, :, None]) - by_column
