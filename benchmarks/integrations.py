@@ -22,7 +22,7 @@ from vstar_ops.integrations.transformers import TrieLogitsProcessor, prefix_mode
 
 from . import harness
 
-LLM_VOCAB, T5_VOCAB, BATCH, CANDIDATES = 151_936, 20_000, 8, 16
+T5_VOCAB, BATCH, CANDIDATES = 20_000, 8, 16
 PROCESSOR, PREFIX_FN = "generate(), LogitsProcessor", "generate(), prefix_allowed_tokens_fn"
 ROWS = "one row per candidate"
 SID_TOKENS = 256  # per level
@@ -72,7 +72,9 @@ def dictionary(rows: Tensor) -> dict[tuple[int, ...], list[int]]:
     return {prefix: sorted(tokens) for prefix, tokens in children.items()}
 
 
-def decode(report: harness.Report, name: str, model: Any, rows: Tensor, prompt: int, beams: int, rounds: int) -> None:
+def decode(
+    report: harness.Report, name: str, model: Any, rows: Tensor, prompt: int, beams: int, rounds: int
+) -> None:
     """A line for each way to use ``generate()``, with the full head and with that on legal columns."""
     trie, legal = Trie.from_sequences(rows), dictionary(rows)
     ids = torch.randint(5, 1000, (BATCH, prompt))
@@ -153,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.integrations", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--items", type=int, default=100_000, help="in the catalogue (default: %(default)s)")
+    parser.add_argument("--vocab", type=int, default=151_936, help="of the decoder (default: %(default)s)")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -160,7 +163,7 @@ def main() -> None:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{cpu_model()}, 1 thread, {versions}")
     report = harness.Report()
-    model, rows = qwen2(LLM_VOCAB, 128, 2), items(LLM_VOCAB, args.items)
+    model, rows = qwen2(args.vocab, 128, 2), items(args.vocab, args.items)
     for prompt, beams in ((64, 16), (64, 50), (300, 16)):
         decode(report, "qwen2", model, rows, prompt, beams, args.rounds)
     model, rows = t5(T5_VOCAB), items(T5_VOCAB, args.items)

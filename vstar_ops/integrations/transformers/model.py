@@ -221,8 +221,8 @@ class CausalPrefixModel:
             - ``value`` float32 ``[B, G, T]``: V of the prefixes of ``l + 1`` tokens, 0 in rows that are no
               candidates. ``value_from_parent``: V of their parents, which gets no gradient by this, plus the
               child value; None for a head without child values. None unless asked for.
-            - ``rows``: the packed rows; ``logits`` ``[B, 1 + n, C]``, with a column for each of ``columns``, and
-              ``hidden`` ``[B, 1 + n, D]``, at their outputs
+            - ``rows``: the packed rows; at their outputs ``logits`` ``[B, 1 + n, C]``, one for each of
+              ``columns``, and ``hidden`` ``[B, 1 + n, D]``
 
         Raises:
             TypeError, ValueError: an argument's type, shape or device, by name.
