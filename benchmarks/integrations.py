@@ -1,4 +1,4 @@
-"""``python -m benchmarks.integrations``: Hugging Face models decoded and trained by this library, and otherwise.
+"""``python -m benchmarks.integrations``: Hugging Face models, decoded and trained by this library and otherwise.
 
 Tiny random models, so that what is compared is everything around them; one thread. Both sides are checked to
 give the same sequences, or gradients, before they are timed.
@@ -22,7 +22,7 @@ from vstar_ops.integrations.transformers import TrieLogitsProcessor, prefix_mode
 
 from . import harness
 
-T5_VOCAB, BATCH, CANDIDATES = 20_000, 8, 16
+SMALL_VOCAB, BATCH, CANDIDATES = 20_000, 8, 16  # the vocabulary of T5 and of training
 PROCESSOR, PREFIX_FN = "generate(), LogitsProcessor", "generate(), prefix_allowed_tokens_fn"
 ROWS = "one row per candidate"
 SID_TOKENS = 256  # per level
@@ -109,9 +109,8 @@ def decode(
         report.add(f"{name}, {prompt} prompt tokens, {beams} beams, {text}", harness.Timing(kept), targets)
 
 
-def training(report: harness.Report, prompt: int, rounds: int) -> None:
+def training(report: harness.Report, vocab: int, prompt: int, rounds: int) -> None:
     """Forward and backward of 8 prompts with 16 candidates, whole vocabulary; ours also on legal columns."""
-    vocab = T5_VOCAB
     rows = items(vocab, 10_000)
     model, trie = qwen2(vocab, 128, 2), Trie.from_sequences(rows)
     ids = torch.randint(5, 1000, (BATCH, prompt))
@@ -166,11 +165,12 @@ def main() -> None:
     model, rows = qwen2(args.vocab, 128, 2), items(args.vocab, args.items)
     for prompt, beams in ((64, 16), (64, 50), (300, 16)):
         decode(report, "qwen2", model, rows, prompt, beams, args.rounds)
-    model, rows = t5(T5_VOCAB), items(T5_VOCAB, args.items)
+    vocab = min(args.vocab, SMALL_VOCAB)
+    model, rows = t5(vocab), items(vocab, args.items)
     for beams in (16, 50):
         decode(report, "t5", model, rows, 64, beams, args.rounds)
     for prompt in (64, 300):
-        training(report, prompt, args.rounds)
+        training(report, vocab, prompt, args.rounds)
 
 
 if __name__ == "__main__":

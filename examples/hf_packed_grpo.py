@@ -3,7 +3,7 @@
     pip install "vstar_ops[transformers]"
     python examples/hf_packed_grpo.py
 
-A tiny random model learns to recommend items whose second token is even, and a value head learns to expect it.
+A tiny random model learns to recommend items whose second token is even, a value head learns to expect them.
 """
 
 import tempfile
@@ -63,6 +63,5 @@ with tempfile.TemporaryDirectory() as folder:
     head.save(path)
     lm = prefix_model(model, trie, value_head=ValueHead.load(path))
 found = ved(lm, inputs, lm.trie, GROUP, VEDConfig(value_weight=3.0))
-print(
-    f"VED after {found.forward_tokens.max()} tokens: mean reward {rewards(lm.token_ids(found.node)).mean():.2f}"
-)
+reward = rewards(lm.token_ids(found.node))
+print(f"VED after {found.forward_tokens.max()} tokens: mean reward {reward.mean():.2f}")

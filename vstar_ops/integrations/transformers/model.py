@@ -65,6 +65,8 @@ class CausalPrefixModel:
         value_head: a :class:`ValueHead`, or None.
     """
 
+    finite_logits = True  # language models mask none of their logits; see PrefixModel
+
     def __init__(
         self,
         model: Any,
