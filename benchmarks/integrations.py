@@ -1,4 +1,4 @@
-"""``python -m benchmarks.integrations``: Hugging Face models decoded and trained, by this library and otherwise.
+"""``python -m benchmarks.integrations``: Hugging Face models decoded and trained, by this library or not.
 
 Tiny random models, so that what is compared is everything around them; one thread. Both sides are checked to
 give the same sequences, or gradients, before they are timed.
