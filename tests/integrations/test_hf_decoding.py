@@ -209,3 +209,24 @@ def test_the_mode_of_every_module_is_restored(name):
     assert modes == [module.training for module in model.modules()]
     candidates = lm.token_ids(want.node)
     assert not torch.equal(lm.score(inputs, candidates).logp, lm.score(inputs, candidates).logp)
+
+
+@pytest.mark.parametrize("full_head", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "t5"])
+def test_small_catalogues(name, full_head):
+    """None, one item, and items of a single token."""
+    model, inputs = MODELS[name](), prompts()
+    for rows in ([[20, 30, 40]], [[token] for token in range(20, 29)], []):
+        rows = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1 if rows else 3)
+        trie = Trie.from_sequences(rows)
+        lm = prefix_model(model, trie, full_head=full_head)
+        found = beam_search(lm, inputs, lm.trie, 9)
+        assert found.num_valid.tolist() == [len(rows)] * 3
+        if len(rows) == 0:
+            continue
+        assert (topk_sampling(lm, inputs, lm.trie, 9).num_valid == 9).all()
+        assert_ranked(beam_search(lm, inputs, lm.trie, len(rows)), lm, model, inputs, rows)
+        scores = lm.score(inputs, rows.expand(3, -1, -1))
+        with torch.no_grad():
+            want = torch.stack([plain_logp(model, p, rows, rows) for p in lists(inputs)])
+        torch.testing.assert_close(scores.logp, want, rtol=1e-5, atol=1e-5)

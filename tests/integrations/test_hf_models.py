@@ -14,6 +14,7 @@ import transformers
 from plain import ROWS, TRIE, prompts
 from tiny import CAUSAL, SIZE, VOCAB, causal
 
+from vstar_ops import Trie
 from vstar_ops.decoding import VEDConfig, beam_search, ved
 from vstar_ops.integrations.transformers import prefix_model
 
@@ -133,6 +134,12 @@ def test_normalizing_over_the_vocabulary_needs_the_full_head():
             call()
     with pytest.raises(ValueError, match="trie"):  # in token ids, with the compact logits
         beam_search(lm, prompts(), TRIE, 4)
+
+
+def test_a_catalogue_of_another_model():
+    for full_head in (False, True):
+        with pytest.raises(ValueError, match="trie must hold tokens of the model, below 97, got 97"):
+            prefix_model(CAUSAL["qwen2"](), Trie.from_sequences([[97, 5]]), full_head=full_head)
 
 
 def test_errors_name_the_argument():

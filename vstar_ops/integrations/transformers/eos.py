@@ -49,7 +49,7 @@ def append_eos(sequences: Iterable[Sequence[int] | Tensor], eos_token_id: int) -
 def end_tokens(model: Any, eos_token_id: int | list[int] | None) -> list[int]:
     """The EOS tokens, as given or as the model's own configuration has them."""
     if eos_token_id is None:
-        eos_token_id = model.generation_config.eos_token_id
+        eos_token_id = getattr(model.generation_config, "eos_token_id", None)
     if eos_token_id is None:
         return []
     tokens = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]

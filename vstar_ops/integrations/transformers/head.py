@@ -56,9 +56,11 @@ class HeadTap:
 
     @torch.compiler.disable  # a graph for each set of columns and rows would be compiled instead
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self.at is not None:
-            hidden = hidden[self.at]
         self.hidden = hidden
+        if self.at is not None:
+            request, column = (index.to(hidden.device) for index in self.at)
+            hidden = hidden[request, column]
+            self.hidden = hidden.to(self.at[0].device)  # layers may be spread over devices
         if self.columns is None:
             return self.original(hidden)
         weight, bias = self.rows or self.gather(self.columns)

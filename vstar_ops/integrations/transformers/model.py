@@ -87,10 +87,12 @@ class CausalPrefixModel:
         self.trie = self.catalogue if full_head else self._compact
         self.columns = None if full_head else self._sid_columns
         HeadTap(self._inner, self.columns)  # raises where there is no such head
+        if trie.max_token >= self._vocab:
+            raise ValueError(f"trie must hold tokens of the model, below {self._vocab}, got {trie.max_token}")
         self._ends = end_tokens(self._inner, eos_token_id)
         check_ends(self.catalogue, self._ends)
         if value_head is not None:
-            value_head.check_columns(self._sid_columns)
+            value_head.to(self._inner.device).check_columns(self._sid_columns)
         self.value_head = value_head
 
     def add_value_head(self, *, child_values: bool = True, width: int | None = None) -> ValueHead:
@@ -139,7 +141,7 @@ class CausalPrefixModel:
         rows = state.slots.add(parent)
         if rows is None:
             unused = torch.full_like(parent, -1, dtype=torch.int64)
-            return self._inner.get_output_embeddings().weight.new_zeros(len(parent), self._width), unused
+            return state.slots.visible.new_zeros(len(parent), self._width, dtype=self._inner.dtype), unused
         token = token[rows.live].long()
         if self.columns is not None:
             token = self.columns[token]
@@ -281,8 +283,11 @@ class CausalPrefixModel:
     @property
     def _width(self) -> int:
         """Columns of the logits."""
-        if self.columns is not None:
-            return len(self.columns)
+        return self._vocab if self.columns is None else len(self.columns)
+
+    @property
+    def _vocab(self) -> int:
+        """Rows of the head's weight; a vocabulary may be padded to more of them than it has tokens."""
         return self._inner.get_output_embeddings().weight.shape[0]
 
     def _valued(self, state: PrefixState) -> tuple[ValueHead, Tensor]:

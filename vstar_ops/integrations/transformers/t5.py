@@ -32,11 +32,16 @@ class T5PrefixModel(CausalPrefixModel):
                 f"{type(self._inner).__name__} cannot be a prefix model: of encoder-decoders only "
                 f"{' and '.join(_FAMILY)} can, got {kind!r}"
             )
+        own = self._inner.generation_config.decoder_start_token_id, self._inner.config.decoder_start_token_id
+        starts = [token for token in own if token is not None]
+        if not starts:
+            raise ValueError("model must have a decoder_start_token_id in its configuration, got None")
+        self._start = starts[0]
         attention_of(self._config)
 
     def _prompt(self, context: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
         ids, real = read_prompt(context, self._inner.device)
-        start = torch.full_like(ids[:, :1], self._inner.config.decoder_start_token_id)
+        start = torch.full_like(ids[:, :1], self._start)
         return (
             start,
             torch.ones_like(start, dtype=torch.bool),
