@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 needs("transformers")
 
 import transformers
-from plain import ROWS, TRIE, prompts
+from plain import ROWS, TRIE, assert_ranked, prompts
 from tiny import CAUSAL, SIZE, VOCAB, causal
 
 from vstar_ops import Trie
@@ -169,6 +169,20 @@ def test_errors_name_the_argument():
         lm.score(prompts(), ROWS.expand(3, -1, -1), normalize="all")
     with pytest.raises(ValueError, match="values needs a value head"):
         lm.score(prompts(), ROWS.expand(3, -1, -1), values=True)
+
+
+def test_peft():
+    """LoRA layers take part in decoding and training, and get the gradients."""
+    peft = pytest.importorskip("peft")
+    model, inputs = CAUSAL["qwen2"](), prompts()
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, lora)
+    lm = prefix_model(wrapped, TRIE)
+    assert_ranked(beam_search(lm, inputs, lm.trie, len(ROWS)), lm, model, inputs)
+    lm.score(inputs, ROWS.expand(3, -1, -1)).logp.square().sum().backward()
+    learning = {name for name, parameter in wrapped.named_parameters() if parameter.grad is not None}
+    assert learning
+    assert all("lora" in name for name in learning)
 
 
 def test_a_compiled_model():

@@ -50,8 +50,10 @@ def prefix_model(
     """A Hugging Face model as a :class:`vstar_ops.decoding.PrefixModel`, and for packed training.
 
     Any decoder with position ids, dense or mixture of experts, with full attention or sliding windows, and
-    T5; ``attn_implementation`` ``"sdpa"`` or ``"eager"``. It is used as it is, in eval mode while decoding,
-    and may be wrapped by ``torch.compile``, DistributedDataParallel or PEFT (whose LoRA layers take part).
+    T5; ``attn_implementation`` ``"sdpa"`` or ``"eager"``. It is used as it is, in eval mode while decoding.
+    It may be wrapped by DistributedDataParallel, by PEFT, whose LoRA layers take part, or by
+    ``torch.compile(..., dynamic=True)``, which compiles once for prompts and once for prefixes, without the
+    head.
 
     Args:
         model: for example of ``AutoModelForCausalLM.from_pretrained(...)``.
