@@ -20,8 +20,8 @@ class PrefixModel(Protocol):
     different depths. A decoder passes fewer rows than beams where it can skip forced tokens, and a
     constant number where it wants constant shapes (unused rows have parent ``-1``).
 
-    A model whose logits are those of some columns alone, as for :meth:`vstar_ops.Trie.compact`, says so by an
-    attribute ``columns`` that is not None: it cannot be asked for ``normalize="vocab"``.
+    A model whose logits are those of some columns alone, as for :meth:`vstar_ops.Trie.compact`, has an attribute
+    ``partial_logits`` that is True: it cannot be asked for ``normalize="vocab"``.
     """
 
     def prefill(self, context: Any) -> tuple[Tensor, Any]:
@@ -77,9 +77,8 @@ class ValueModel(PrefixModel, Protocol):
 
 def check_normalize(model: PrefixModel, normalize: str) -> None:
     """Raise if the model lacks columns that ``normalize`` needs; other values are the op's to check."""
-    columns = getattr(model, "columns", None)
-    if normalize == "vocab" and columns is not None:
+    if normalize == "vocab" and getattr(model, "partial_logits", False):
         raise ValueError(
-            f"normalize='vocab' needs the logits of all columns, the model gives those of {len(columns)} "
-            "tokens: make it with its full head, or use normalize='legal'"
+            "normalize='vocab' needs the logits of all columns, and the model has partial_logits: make it with "
+            "its full head, or use normalize='legal'"
         )

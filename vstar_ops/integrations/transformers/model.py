@@ -102,6 +102,11 @@ class CausalPrefixModel:
         self.value_head = ValueHead(size, columns, width=width).to(self._inner.device)
         return self.value_head
 
+    @property
+    def partial_logits(self) -> bool:
+        """Whether the logits are those of the catalogue's tokens alone; see :class:`PrefixModel`."""
+        return self.columns is not None
+
     # ---------------------------------------------------------------- decoding
 
     @torch.no_grad()
