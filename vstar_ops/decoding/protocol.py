@@ -20,8 +20,8 @@ class PrefixModel(Protocol):
     different depths. A decoder passes fewer rows than beams where it can skip forced tokens, and a
     constant number where it wants constant shapes (unused rows have parent ``-1``).
 
-    A model whose logits are those of some columns alone, as for :meth:`vstar_ops.Trie.compact`, has an attribute
-    ``partial_logits`` that is True: it cannot be asked for ``normalize="vocab"``.
+    A model whose logits are those of some columns alone, as for :meth:`vstar_ops.Trie.compact`, has an
+    attribute ``partial_logits`` that is True: it cannot be asked for ``normalize="vocab"``.
     """
 
     def prefill(self, context: Any) -> tuple[Tensor, Any]:
@@ -79,6 +79,6 @@ def check_normalize(model: PrefixModel, normalize: str) -> None:
     """Raise if the model lacks columns that ``normalize`` needs; other values are the op's to check."""
     if normalize == "vocab" and getattr(model, "partial_logits", False):
         raise ValueError(
-            "normalize='vocab' needs the logits of all columns, and the model has partial_logits: make it with "
-            "its full head, or use normalize='legal'"
+            "normalize='vocab' needs the logits of all columns, and the model has partial_logits: make it "
+            "with its full head, or use normalize='legal'"
         )
