@@ -2,7 +2,8 @@
 #   make setup   builds, installs what development needs, says which backends are on
 #   make demo    trains a small recommender and improves it by RL
 #   make check   lint, and the tests that are not marked slow
-#   make test    all tests
+#   make test    all tests but those of tests/integrations
+#   make integrations   installs the packages that vstar_ops.integrations is for, and runs their tests
 #   make lint    ruff and mypy
 #   make bench   measures every op against torch
 # These do not:
@@ -23,8 +24,11 @@ PY := $(VENV)/bin/python
 PARALLEL_TESTS := $(PY) -m pytest -n $(JOBS) --dist loadgroup
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.vstar_ops-ready
+INTEGRATED := $(VENV)/.vstar_ops-integrations
 
-.PHONY: setup demo check test bench lint compat gpu clean
+INTEGRATIONS := transformers
+
+.PHONY: setup demo check test integrations bench lint compat gpu clean
 
 setup: $(READY)
 	@cat $(READY)
@@ -33,10 +37,13 @@ demo: setup
 	$(PY) -m vstar_ops.train $(or $(ARGS),--test-decoder ved)
 
 check: lint
-	$(PARALLEL_TESTS) -m "not slow" $(ARGS)
+	$(PARALLEL_TESTS) -m "not slow" --ignore tests/integrations $(ARGS)
 
 test: setup
-	$(PARALLEL_TESTS) $(ARGS)
+	$(PARALLEL_TESTS) --ignore tests/integrations $(ARGS)
+
+integrations: $(INTEGRATED)
+	VSTAR_OPS_INTEGRATIONS=1 $(PARALLEL_TESTS) tests/integrations $(ARGS)
 
 bench: setup
 	$(PY) -m benchmarks $(ARGS)
@@ -77,6 +84,11 @@ $(READY): setup.py tools/recipe.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*
 	@$(PY) -m vstar_ops.collect_env --backends > $@.new
 	@mv $@.new $@
 
+# torch is there, so that this installs none.
+$(INTEGRATED): $(READY)
+	$(PIP) install -q --no-build-isolation -e '.[dev,$(INTEGRATIONS)]'
+	@touch $@
+
 clean:
-	rm -rf build dist vstar_ops.egg-info vstar_ops/_C*.so vstar_ops/_build.json $(READY)
+	rm -rf build dist vstar_ops.egg-info vstar_ops/_C*.so vstar_ops/_build.json $(READY) $(INTEGRATED)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

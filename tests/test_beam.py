@@ -208,3 +208,14 @@ def test_errors(arguments, error, name):
     trie = Trie.from_sequences(catalogue(0, 5, 2))
     with pytest.raises(error, match=f"^({name}) must"):
         beam_search(TableModel(), [0], trie, **{"beam_width": 2, **arguments})
+
+
+def test_the_vocabulary_needs_all_columns(backend):
+    """A model that says that it gives some columns alone cannot be normalized over the vocabulary."""
+    trie = Trie.from_sequences(catalogue(0, 20, 3))
+    model = TableModel()
+    model.partial_logits = True
+    with pytest.raises(ValueError, match="normalize='vocab' needs the logits of all columns"):
+        beam_search(model, [0], trie, 4, normalize="vocab")
+    model.partial_logits = False
+    beam_search(model, [0], trie, 4, normalize="vocab")

@@ -212,6 +212,26 @@ def test_errors_name_the_argument(arguments, error, name):
         Trie.from_sequences(*arguments)
 
 
+@given(seed=st.integers(0, 2**32 - 1), num=st.integers(0, 40), length=st.integers(1, 4))
+def test_compact(seed, num, length):
+    """The same nodes, under tokens that leave out no number."""
+    rows = random_rows(seed, num, length, 2**31 - 2)
+    rows[: num // 2] %= 5
+    trie = Trie.from_sequences(rows)
+    compact, columns = trie.compact()
+    assert columns.dtype == torch.int64
+    assert columns.tolist() == sorted(set(rows.flatten().tolist()))
+    assert (compact.max_token, compact.max_children) == (len(columns) - 1, trie.max_children)
+    assert torch.equal(columns[compact.token.long()], trie.token.long())
+    agree(compact, np.searchsorted(columns.numpy(), rows))
+    nodes = torch.arange(trie.num_nodes)
+    assert torch.equal(compact.items(nodes), trie.items(nodes))
+    again = compact.compact()
+    assert torch.equal(again.columns, torch.arange(len(columns)))
+    assert torch.equal(again.trie.token, compact.token)
+    assert compact.offset.data_ptr() == trie.offset.data_ptr(), "what is the same is shared"
+
+
 def test_repr_and_to():
     trie = Trie.from_sequences(SMALL)
     assert "4 items" in repr(trie)

@@ -25,6 +25,13 @@ class Children(NamedTuple):
     node: Tensor
 
 
+class CompactTrie(NamedTuple):
+    """A trie over the columns ``0 .. C - 1``, and the tokens that these stand for, int64 ``[C]``, rising."""
+
+    trie: Trie
+    columns: Tensor
+
+
 class Trie:
     """All legal prefixes of a catalogue of items, each written as ``L`` tokens.
 
@@ -34,7 +41,8 @@ class Trie:
     ``e`` carries ``token[e]`` and leads to node ``e + 1``. ``-1`` is the dead node: it has no children
     and no items, and stays dead in every method.
 
-    Build one with :meth:`from_sequences` or :meth:`load`. A trie is immutable.
+    Build one with :meth:`from_sequences` or :meth:`load`. A trie is immutable. :meth:`compact` numbers its
+    tokens anew where they are few of many columns.
 
     Attributes:
         offset: int32 ``[T + 1]``, the first edge of each node.
@@ -172,6 +180,33 @@ class Trie:
         """The same trie with its arrays on ``device``."""
         offset, token, item_offset, ids = (getattr(self, name).to(device) for name in _ARRAYS)
         return Trie(offset, token, item_offset, ids, self.level_offset, self.max_children, self.max_token)
+
+    def compact(self) -> CompactTrie:
+        """The same trie with the tokens that occur in it numbered ``0 .. C - 1``, in their order.
+
+        SID tokens are few among the columns of a language model's vocabulary. Logits of these columns alone,
+        ``logits[..., columns]``, are all that the compact trie needs under ``normalize="legal"``, and a head
+        that computes no others saves most of a decode. Nodes keep their numbers, so ``trie.lookup``,
+        ``trie.sequences`` and ``trie.items`` of the trie given here take and give what they always did. All
+        arrays but ``token`` are shared.
+
+        Returns:
+            ``(trie, columns)``: ``columns[trie.token] == self.token``.
+
+        Example:
+            >>> catalogue = Trie.from_sequences([[900, 930], [900, 931], [902, 930]])
+            >>> trie, columns = catalogue.compact()
+            >>> columns
+            tensor([900, 902, 930, 931])
+            >>> trie.sequences(trie.lookup([[1, 2]]))
+            tensor([[1, 2]], dtype=torch.int32)
+            >>> catalogue.sequences(trie.lookup([[1, 2]]))
+            tensor([[902, 930]], dtype=torch.int32)
+        """
+        columns, token = torch.unique(self.token, return_inverse=True)
+        arrays = (self.offset, token.int(), self.item_offset, self.item_ids)
+        trie = Trie(*arrays, self.level_offset, self.max_children, max_token=columns.numel() - 1)
+        return CompactTrie(trie, columns.long())
 
     # ---------------------------------------------------------------- walking
 

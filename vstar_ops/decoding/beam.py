@@ -12,7 +12,7 @@ from .._deprecated import renamed_arguments, renamed_field
 from ..ops import ExpandTopK, expand_topk
 from ..ops._checks import check_int, validating
 from ..trie import Trie
-from .protocol import PrefixModel
+from .protocol import PrefixModel, check_normalize
 
 
 class BeamResult(NamedTuple):
@@ -49,7 +49,8 @@ def beam_search(
         context: a batch of ``B`` prompts, as the model takes them.
         trie: the catalogue, on the model's device.
         beam_width: ``K``, beams per request, and candidates returned.
-        normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``.
+        normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``, which needs the logits
+            of all columns.
         temperature: divides the logits.
         skip_forced: do not run a prefix with a single legal child, whose log-probability under ``"legal"``
             is 0 by any finite logit. Only for models that promise such logits (``finite_logits``, see
@@ -71,6 +72,7 @@ def beam_search(
             model that has broken its promise of finite logits where it was run.
     """
     check_int("beam_width", beam_width, 1)
+    check_normalize(model, normalize)
     skip_forced = skip_forced and normalize == "legal" and getattr(model, "finite_logits", False)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device

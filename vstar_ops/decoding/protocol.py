@@ -20,9 +20,13 @@ class PrefixModel(Protocol):
     different depths. A decoder passes fewer rows than beams where it can skip forced tokens, and a
     constant number where it wants constant shapes (unused rows have parent ``-1``).
 
-    A model may have an attribute ``finite_logits``. True promises that no logit of a legal token is NaN or
-    -inf, whatever the prefix: a decoder may then skip a forward whose result is certain. A model whose logits
-    are masked, by itself, a subclass or a wrapper, has False, or no such attribute.
+    Two attributes may say more about a model:
+
+    - ``finite_logits``: True promises that no logit of a legal token is NaN or -inf, whatever the prefix. A
+      decoder may then skip a forward whose result is certain. A model whose logits are masked, by itself, a
+      subclass or a wrapper, has False, or no such attribute.
+    - ``partial_logits``: True says that its logits are those of some columns alone, as for
+      :meth:`vstar_ops.Trie.compact`. It cannot be asked for ``normalize="vocab"``.
     """
 
     def prefill(self, context: Any) -> tuple[Tensor, Any]:
@@ -74,3 +78,12 @@ class ValueModel(PrefixModel, Protocol):
             state, slot: as for :meth:`value`.
         """
         ...
+
+
+def check_normalize(model: PrefixModel, normalize: str) -> None:
+    """Raise if the model lacks columns that ``normalize`` needs; other values are the op's to check."""
+    if normalize == "vocab" and getattr(model, "partial_logits", False):
+        raise ValueError(
+            "normalize='vocab' needs the logits of all columns, and the model has partial_logits: make it "
+            "with its full head, or use normalize='legal'"
+        )

@@ -22,7 +22,7 @@ from ..ops import (
 )
 from ..ops._checks import check_int, check_seeds
 from ..trie import Trie, pick
-from .protocol import PrefixModel
+from .protocol import PrefixModel, check_normalize
 from .ved_config import VEDConfig
 
 
@@ -121,7 +121,8 @@ def ved(
 
 
 def _check_model(model: PrefixModel, config: VEDConfig) -> None:
-    """The methods that the config needs."""
+    """The methods and the logits that the config needs."""
+    check_normalize(model, config.normalize)
     unasked = "child_values=False and num_value_beams=0"
     value = "value", config.value_weight != 0, f"one with value_weight=0, {unasked}"
     child_value = "child_value", config.child_values, f"VEDConfig.paper(), or one with {unasked}"

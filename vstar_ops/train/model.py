@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..decoding.slots import Slots
 from ..packing import PackedRows, pack_prompts
 from .value import ItemEmbeddings, ValueHead, hash_prefix, hash_prefixes
 
@@ -27,13 +28,11 @@ class PrefixCache:
     """The evaluated prefixes of ``B`` requests.
 
     Keys and values are laid out by request, ``[B, heads, S, head_dim]`` per layer: first the prompt, then
-    the evaluated prefixes. A prefix is described by the *columns* of its request that it sees.
+    the evaluated prefixes.
 
     Attributes:
         keys, values: one tensor per layer, the value head's block being the last; ``S`` columns are in use.
-        visible: bool ``[slots, S]``, what a slot sees of its request: what its parent sees, and itself.
-        request: int64 ``[slots]``, the request of a slot.
-        position: int64 ``[slots]``, the number of tokens before the slot's own.
+        slots: the columns that each prefix sees.
         prefix: int64 ``[slots]``, hash of the tokens since the prompt, 0 for none.
         valued: ``[slots, dim]``, outputs of the value head's block, None without one.
         prior: ``[B, T + 1]``, what the head's prior says of the catalogue, None without one.
@@ -41,9 +40,7 @@ class PrefixCache:
 
     keys: list[Tensor]
     values: list[Tensor]
-    visible: Tensor
-    request: Tensor
-    position: Tensor
+    slots: Slots
     prefix: Tensor
     valued: Tensor | None
     prior: Tensor | None
@@ -54,12 +51,12 @@ class PrefixCache:
         Without gradients the columns go into spare room that doubles when it is used up, so that a search
         of many small rounds does not copy the cache in each. Autograd wants tensors that stay as they were.
         """
-        used = self.visible.shape[1]
+        end = self.slots.visible.shape[1]
+        used = end - key.shape[2]
         if torch.is_grad_enabled():
             self.keys[layer] = torch.cat([self.keys[layer][:, :, :used], key], 2)
             self.values[layer] = torch.cat([self.values[layer][:, :, :used], value], 2)
             return self.keys[layer], self.values[layer]
-        end = used + key.shape[2]
         for pool, new in ((self.keys, key), (self.values, value)):
             if pool[layer].shape[2] < end:
                 wider = new.new_empty(*new.shape[:2], 2 * end, new.shape[3])
@@ -184,7 +181,7 @@ class SIDTransformer(nn.Module):
         if self.value_head is None or state.valued is None:
             raise ValueError("the model has no value head: call add_value_head() before prefill")
         slot = slot.clamp(min=0)
-        of = (state.valued[slot], state.prefix[slot], state.request[slot], state.prior)
+        of = (state.valued[slot], state.prefix[slot], state.slots.request[slot], state.prior)
         return self.value_head, of
 
     def _prior(self, prompt: Tensor, real: Tensor) -> Tensor | None:
@@ -202,54 +199,33 @@ class SIDTransformer(nn.Module):
         prompt = F.pad(context.long(), (1, 0), value=self.vocab)
         prior = self._prior(prompt, prompt >= 0)
         position = position[batch, last]
-        cache = PrefixCache(keys, values, seen[batch, last], batch, position, batch * 0, valued, prior)
+        slots = Slots(seen[batch, last], batch, position, len(x))
+        cache = PrefixCache(keys, values, slots, batch * 0, valued, prior)
         return self._head(x[batch, last]), cache
 
     def extend(self, state: PrefixCache, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate the prefixes ``parent`` + ``token``, all ``[N]``; see :class:`PrefixModel`."""
-        live = parent >= 0
         logits = state.keys[0].new_zeros(len(parent), self.vocab)
-        slot = torch.full_like(parent, -1, dtype=torch.int64)
-        if not live.any():
-            return logits, slot
-        parent, token = parent[live].long(), token[live].long()
-        request, position = state.request[parent], state.position[parent] + 1
-
-        # Row n is the rank-th new row of its request: attention runs on [B, widest request] rows, so the
-        # prompt's keys are shared by the rows of a request instead of being copied for each.
-        batch, old = state.keys[0].shape[0], state.visible.shape[1]
-        counts = torch.bincount(request, minlength=batch)
-        order = torch.argsort(request, stable=True)
-        start = counts.cumsum(0) - counts
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device) - start[request[order]]
-        width = int(counts.max())
-
-        own = torch.arange(width, device=rank.device) == rank[:, None]
-        seen = torch.cat([state.visible[parent], own], 1)  # [N, old + width]
-        mask = seen.new_zeros(batch, width, old + width)
-        mask[:, :, 0] = True  # rows that exist only as padding look at the begin token: no empty softmax
-        mask[request, rank] = seen
-
-        x = self.token(token) + self.position(position)
+        rows = state.slots.add(parent)
+        if rows is None:
+            return logits, torch.full_like(parent, -1, dtype=torch.int64)
+        parent, token = parent[rows.live].long(), token[rows.live].long()
+        # Attention runs on [B, widest request] rows, so the prompt's keys are shared by the rows of a request
+        # instead of being copied for each.
+        mask = rows.mask()
+        x = self.token(token) + self.position(rows.position)
 
         def layer(i: int, block: Block, x: Tensor) -> Tensor:
-            q, k, v = (_by_request(part, request, rank, batch, width) for part in block.project(x))
+            q, k, v = (rows.laid_out(part).transpose(1, 2) for part in block.project(x))
             attended = block.attend(q, *state.append(i, k, v), mask)
-            return block.finish(x, attended[request, :, rank])
+            return block.finish(x, attended[rows.request, :, rows.rank])
 
         prefix = hash_prefix(state.prefix[parent], token)
         x, valued = self._run(token, prefix, self.dropout(x), layer)
-
-        first = len(state.request)
-        slot[live] = torch.arange(first, first + len(x), device=slot.device)
-        state.visible = torch.cat([F.pad(state.visible, (0, width)), seen])
-        state.request = torch.cat([state.request, request])
-        state.position = torch.cat([state.position, position])
         state.prefix = torch.cat([state.prefix, prefix])
         if state.valued is not None and valued is not None:
             state.valued = torch.cat([state.valued, valued])
-        return logits.index_put((live.nonzero()[:, 0],), self._head(x)), slot
+        return logits.index_put((rows.live.nonzero()[:, 0],), self._head(x)), rows.slot
 
     def _causal(
         self, tokens: Tensor
@@ -313,9 +289,3 @@ class Block(nn.Module):
         """What follows the attention: ``attended[..., heads, head_dim]`` into ``x[..., dim]``."""
         x = x + self.dropout(self.out(attended.flatten(-2)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
-
-
-def _by_request(rows: Tensor, request: Tensor, rank: Tensor, batch: int, width: int) -> Tensor:
-    """Rows ``[N, heads, head_dim]`` laid out as ``[B, heads, width, head_dim]``, zeros between."""
-    padded = rows.new_zeros(batch, width, *rows.shape[1:])
-    return padded.index_put((request, rank), rows).transpose(1, 2)
