@@ -7,6 +7,7 @@ import torch
 
 from ._backends import BackendStatus, backends, initialize, use_backend
 from ._triton import warmup
+from .advantages import token_advantages
 from .noise import derive_seeds
 from .ops import (
     ExpandTopK,
@@ -65,6 +66,7 @@ __all__ = [
     "sibling_advantage",
     "sibling_grpo_loss",
     "sibling_grpo_loss_from_logits",
+    "token_advantages",
     "token_logp",
     "use_backend",
     "validation",

@@ -1,0 +1,224 @@
+"""Advantages per token for trainers whose batch is flat: rows of completions, groups by id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ops._checks import FLOATS, INTS, check, check_choice, check_finite, check_int, check_tokens
+from .ops.group_advantage import group_advantage as _group_advantage
+from .ops.sibling_advantage import sibling_advantage as _sibling_advantage
+
+_NORMALIZERS = ("sequence", "token", "constant", "sum")
+
+
+@torch.no_grad()
+def token_advantages(
+    tokens: Tensor,
+    rewards: Tensor,
+    groups: Sequence[Any] | Tensor | int,
+    mask: Tensor | None = None,
+    *,
+    normalizer: str,
+    horizon: int | None = None,
+    global_weight: float = 1.0,
+    sibling_weight: float = 1.0,
+    weighting: str = "node",
+    singleton: str = "zero",
+    group_advantage: Tensor | None = None,
+    group_options: Mapping[str, Any] | None = None,
+    sibling_options: Mapping[str, Any] | None = None,
+) -> Tensor:
+    r"""The advantages that make a trainer's own policy loss that of :func:`sibling_grpo_loss`.
+
+    A GRPO trainer minimizes :math:`-\sum_{it} q_{it} \, \rho_{it} \, A_{it}` over rows :math:`i` and their
+    tokens :math:`t`, with weights :math:`q` of its own and, as a rule, one advantage per row. It gets here
+
+    .. math::
+        A_{it} = w_{global} \, A_i + w_{sib} \, f_i \, A^{sib}_{it} / n_{it}
+
+    of :func:`group_advantage`, :func:`sibling_advantage` and the :math:`n` candidates through its node. The
+    factor :math:`f` turns the trainer's weight of a token into the objective's weight of a node. For ``N``
+    rows in ``B`` groups, :math:`T_i` tokens in a row and :math:`G_b` rows in its group:
+
+    ============== ========================== ========================= ==================================
+    ``normalizer`` the trainer's :math:`q`    factor :math:`f`          equal to ``loss_type``
+    ============== ========================== ========================= ==================================
+    ``"sequence"`` :math:`1 / (N T_i)`        :math:`T_i N / (B G_b)`   ``"grpo"``
+    ``"token"``    :math:`1 / \sum_i T_i`     :math:`\sum_i T_i / N`    ``"bnpo"``
+    ``"constant"`` :math:`1 / (N H)`          :math:`H`                 ``"dr_grpo"``, ``horizon`` ``H``
+    ``"sum"``      :math:`1 / N`              1                         ``"dr_grpo"``, ``horizon`` 1
+    ============== ========================== ========================= ==================================
+
+    Losses and gradients are equal wherever no ratio is clipped. Where one is, the trainer clips the sum of
+    both advantages, where :func:`sibling_grpo_loss` clips each term. (``"dr_grpo"`` divides by the ``B G``
+    places of its grid, the trainer by its rows: another constant where groups are unequal.)
+
+    Args:
+        tokens: integers ``[N, T]``, the completions, padded on the right.
+        rewards: float32, bfloat16 or float16 ``[N]``.
+        groups: which rows answer the same prompt: ``N`` hashable ids (a list, an array, a tensor) in any
+            order, groups of any sizes; or an int, the size of whole groups that lie one behind the other,
+            for which nothing is read on the host.
+        mask: bool or integers ``[N, T]``, False or 0 in padding and in tokens that are not the policy's.
+            Such a token takes no part, whatever it is; between others, it still tells the prefixes behind it
+            apart. A row without any token takes no part: mask a row that was not scored. A NaN or infinite
+            reward of a row that does take part makes the advantages that are compared with it NaN.
+        normalizer: how the trainer weighs a token, see above.
+        horizon: :math:`H` of ``"constant"``; None: ``T``.
+        global_weight, sibling_weight: :math:`w_{global}`, :math:`w_{sib}`.
+        weighting: ``"node"``, or ``"candidate"``: :math:`n = 1`.
+        singleton: :math:`A_i` of a row that is alone in its group: ``"zero"``, or ``"reward"``, its reward as
+            it is, as in verl. It has no siblings in either case.
+        group_advantage: float32 ``[N]``, :math:`A_i` as the trainer computed it.
+        group_options, sibling_options: keywords of :func:`group_advantage` and :func:`sibling_advantage`.
+
+    Returns:
+        float32 ``[N, T]``, 0 where masked. :math:`N`, :math:`T_i` and :math:`G_b` count what takes part. (A
+        trainer that counts other rows too makes both terms smaller by the same share.) No gradient flows; the
+        same bits for any number of threads and any order of rows.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, device or value, by name. Rewards that are not
+            finite are told only under :func:`vstar_ops.validation`.
+
+    Example:
+        >>> tokens = torch.tensor([[1, 5], [1, 6], [2, 5], [7, 0]])
+        >>> rewards, prompts = torch.tensor([1.0, 0.0, 0.0, 1.0]), ["a", "a", "a", "b"]
+        >>> vstar_ops.token_advantages(tokens, rewards, prompts, global_weight=0, normalizer="sum")
+        tensor([[ 0.4998,  0.9998],
+                [ 0.4998, -0.9998],
+                [-0.9996,  0.0000],
+                [ 0.0000,  0.0000]])
+    """
+    tokens = check_tokens("tokens", tokens, (None, None), "[N, T]")
+    shape, device = tuple(tokens.shape), tokens.device
+    check("rewards", rewards, shape[:1], "[N]", FLOATS, device)
+    if mask is None:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask = check("mask", mask, shape, "[N, T]", (torch.bool, *INTS), device) != 0
+    if group_advantage is not None:
+        check("group_advantage", group_advantage, shape[:1], "[N]", (torch.float32,), device)
+    check_choice("normalizer", normalizer, _NORMALIZERS)
+    check_choice("weighting", weighting, ("node", "candidate"))
+    check_choice("singleton", singleton, ("zero", "reward"))
+    if horizon is None:
+        horizon = shape[1]
+    elif normalizer != "constant":
+        raise ValueError(f'horizon must be None unless normalizer is "constant", got {horizon!r}')
+    check_int("horizon", horizon, 0)
+    global_weight = check_finite("global_weight", global_weight)
+    sibling_weight = check_finite("sibling_weight", sibling_weight)
+
+    there, length = mask.any(1), mask.sum(1)
+    alone = rewards.float() if singleton == "reward" else torch.zeros_like(rewards, dtype=torch.float32)
+    over_groups, per_node = torch.empty_like(alone), alone.new_empty(shape)
+    group_size = torch.empty_like(length)
+    layouts = GroupLayout.all_of(groups, shape[0], device)
+    for layout in layouts:
+        grid_rewards, candidates = layout.grid(rewards), layout.grid(there)
+        size = candidates.sum(1, keepdim=True)
+        layout.put(group_size, size.expand_as(candidates))
+        if group_advantage is None:
+            among = _group_advantage(grid_rewards, candidates, **group_options or {})
+            layout.put(over_groups, torch.where(size == 1, layout.grid(alone), among))
+        siblings = _sibling_advantage(
+            layout.grid(tokens), grid_rewards, layout.grid(mask), **sibling_options or {}
+        )
+        once = weighting == "node"
+        number = siblings.num_candidates.clamp(min=1) if once else 1
+        layout.put(per_node, siblings.advantage / number)
+    if group_advantage is None:
+        group_advantage = over_groups
+
+    rows, tokens_there = there.sum().double(), length.sum()
+    factor: Any = 1
+    if normalizer == "sequence":
+        num_groups = sum(layout.shape[0] for layout in layouts)
+        factor = (length * rows / (num_groups * group_size.clamp(min=1)))[:, None]
+    elif normalizer == "token":
+        factor = tokens_there / rows.clamp(min=1)
+    elif normalizer == "constant":
+        factor = horizon
+    advantage = global_weight * group_advantage[:, None] + sibling_weight * factor * per_node
+    return torch.where(mask, advantage, 0).float()
+
+
+class GroupLayout:
+    """Where rows of a flat batch lie in a grid ``[B, G]`` of groups.
+
+    Attributes:
+        shape: ``(B, G)``.
+        row, slot: int64 ``[n]``, rows and their places in the flattened grid; None if that is every row in
+            its order, or in its place.
+    """
+
+    def __init__(self, shape: tuple[int, int], row: Tensor | None = None, slot: Tensor | None = None) -> None:
+        self.shape, self.row, self.slot = shape, row, slot
+
+    @classmethod
+    def all_of(cls, groups: Any, rows: int, device: torch.device) -> list[GroupLayout]:
+        """The layouts that together hold every row, of ``groups`` as in :func:`token_advantages`.
+
+        One, as wide as the largest group, unless most of it would be empty: then one for every power of 2.
+        """
+        if isinstance(groups, int) and not isinstance(groups, bool):
+            check_int("groups", groups, 1)
+            if rows % groups:
+                raise ValueError(f"groups must divide the number of rows, N = {rows}, got {groups}")
+            return [cls((rows // groups, groups))]
+        group = number_ids(groups, rows)
+        size = np.bincount(group)
+        first = np.cumsum(size) - size
+        order = np.argsort(group, kind="stable")
+        place = np.empty_like(group)
+        place[order] = np.arange(rows) - first[group[order]]
+        width = int(size.max(initial=0))
+        if len(size) * width <= 2 * rows:
+            return [cls((len(size), width), None, torch.from_numpy(group * width + place).to(device))]
+        layouts = []
+        level = np.ceil(np.log2(size)).astype(np.int64)
+        for at in np.unique(level):
+            width, which = 1 << int(at), level == at
+            row = np.flatnonzero(which[group])
+            slot = (np.cumsum(which) - 1)[group[row]] * width + place[row]
+            layouts.append(
+                cls((int(which.sum()), width), *(torch.from_numpy(x).to(device) for x in (row, slot)))
+            )
+        return layouts
+
+    def grid(self, x: Tensor) -> Tensor:
+        """``[B, G, ...]`` of ``x[N, ...]``; 0 where there is no row."""
+        if self.slot is None:
+            return x.unflatten(0, self.shape)
+        laid = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+        return laid.index_copy_(0, self.slot, x if self.row is None else x[self.row]).unflatten(0, self.shape)
+
+    def put(self, rows: Tensor, x: Tensor) -> None:
+        """Write ``x[B, G, ...]`` into its ``rows[N, ...]``."""
+        flat = x.flatten(0, 1)
+        if self.slot is not None:
+            flat = flat[self.slot]
+        if self.row is None:
+            rows.copy_(flat)
+        else:
+            rows.index_copy_(0, self.row, flat.to(rows.dtype))
+
+
+def number_ids(ids: Any, rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The group of each row, numbered in the order of appearance."""
+    try:
+        listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        numbers: dict[Any, int] = {}
+        group = np.fromiter((numbers.setdefault(x, len(numbers)) for x in listed), np.int64)
+    except TypeError as problem:
+        raise TypeError(
+            f"groups must be an int or N hashable ids, got {type(ids).__name__}: {problem}"
+        ) from None
+    if len(group) != rows:
+        raise ValueError(f"groups must hold an id for every row, N = {rows}, got {len(group)}")
+    return group
