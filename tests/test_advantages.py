@@ -233,7 +233,7 @@ def test_ids_of_any_kind_and_order() -> None:
 def test_wide_grids_are_split() -> None:
     """One large group among many small ones: the grids stay of the order of the rows."""
     ids = [0] * 100 + list(range(1, 400)) + [1, 1, 2]
-    layouts = GroupLayout.all_of(ids, len(ids), torch.device("cpu"))
+    layouts = GroupLayout.split(ids, len(ids), torch.device("cpu"))
     assert sum(a * b for a, b in (layout.shape for layout in layouts)) < 2 * len(ids)
     rows = torch.cat([layout.row for layout in layouts if layout.row is not None])
     assert sorted(rows.tolist()) == list(range(len(ids)))

@@ -118,7 +118,7 @@ def token_advantages(
     alone = rewards.float() if singleton == "reward" else torch.zeros_like(rewards, dtype=torch.float32)
     over_groups, per_node = torch.empty_like(alone), alone.new_empty(shape)
     group_size = torch.empty_like(length)
-    layouts = GroupLayout.all_of(groups, shape[0], device)
+    layouts = GroupLayout.split(groups, shape[0], device)
     for layout in layouts:
         grid_rewards, candidates = layout.grid(rewards), layout.grid(there)
         size = candidates.sum(1, keepdim=True)
@@ -161,11 +161,13 @@ class GroupLayout:
         self.shape, self.row, self.slot = shape, row, slot
 
     @classmethod
-    def all_of(cls, groups: Any, rows: int, device: torch.device) -> list[GroupLayout]:
-        """The layouts that together hold every row, of ``groups`` as in :func:`token_advantages`.
+    def of(cls, groups: Any, rows: int, device: torch.device) -> GroupLayout:
+        """The one as wide as the largest group, of ``groups`` as in :func:`token_advantages`."""
+        return cls.split(groups, rows, device, full=0.0)[0]
 
-        One, as wide as the largest group, unless most of it would be empty: then one for every power of 2.
-        """
+    @classmethod
+    def split(cls, groups: Any, rows: int, device: torch.device, full: float = 0.5) -> list[GroupLayout]:
+        """Layouts that together hold every row: one, if that is ``full``; else one for every power of 2."""
         if isinstance(groups, int) and not isinstance(groups, bool):
             check_int("groups", groups, 1)
             if rows % groups:
@@ -178,7 +180,7 @@ class GroupLayout:
         place = np.empty_like(group)
         place[order] = np.arange(rows) - first[group[order]]
         width = int(size.max(initial=0))
-        if len(size) * width <= 2 * rows:
+        if full * len(size) * width <= rows:
             return [cls((len(size), width), None, torch.from_numpy(group * width + place).to(device))]
         layouts = []
         level = np.ceil(np.log2(size)).astype(np.int64)

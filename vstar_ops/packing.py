@@ -131,6 +131,12 @@ class PackedRows:
         By :func:`vstar_ops.token_logp` of ``logits[B, 1 + n, V]`` at the outputs, each row once: over the
         whole vocabulary, or over the legal children of ``node[B, 1 + n]``. 0 where :attr:`source` is -1.
         """
+        return self.logp_and_entropy(logits, trie, node, temperature)[0]
+
+    def logp_and_entropy(
+        self, logits: Tensor, trie: Trie | None = None, node: Tensor | None = None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`logp`, and likewise the entropy of the distribution that each token was drawn from."""
         group, outputs = self.tokens.shape[1], self.outputs.shape[1]
         # A candidate goes through an output once, so that (output, candidate) is a place of its own.
         place = self.source * group + torch.arange(group, device=self.source.device)[:, None]
@@ -141,7 +147,9 @@ class PackedRows:
         found = token_logp(
             logits, targets[:, :-1].unflatten(1, (outputs, group)), trie, node, temperature=temperature
         )
-        return _lookup(found.logp.flatten(1)[..., None], place)[..., 0]
+        return _lookup(found.logp.flatten(1)[..., None], place)[..., 0], self.unpack(
+            found.entropy, self.source
+        )
 
 
 def pack_prompts(
