@@ -207,6 +207,15 @@ def test_rows_that_only_the_trainer_counts_shrink_both_terms_alike() -> None:
         assert (gradient - share * want_gradient).abs().max() < 1e-6
 
 
+def test_a_group_that_takes_no_part_is_no_group() -> None:
+    """As trainers append rows without tokens to a batch that does not divide."""
+    want = token_advantages(TOKENS, REWARDS, IDS, normalizer="sequence")
+    tokens, rewards = torch.cat([TOKENS, TOKENS[:2]]), torch.cat([REWARDS, REWARDS[:2]])
+    mask = torch.tensor([[1], [1], [1], [1], [0], [0]]).expand(6, 2)
+    got = token_advantages(tokens, rewards, [*IDS, "pad", "pad"], mask, normalizer="sequence")
+    assert_same(got, torch.cat([want, torch.zeros(2, 2)]))
+
+
 # ---------------------------------------------------------------- groups
 
 

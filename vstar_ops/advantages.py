@@ -78,9 +78,9 @@ def token_advantages(
         group_options, sibling_options: keywords of :func:`group_advantage` and :func:`sibling_advantage`.
 
     Returns:
-        float32 ``[N, T]``, 0 where masked. :math:`N`, :math:`T_i` and :math:`G_b` count what takes part. (A
-        trainer that counts other rows too makes both terms smaller by the same share.) No gradient flows; the
-        same bits for any number of threads and any order of rows.
+        float32 ``[N, T]``, 0 where masked. ``N``, ``B``, :math:`T_i` and :math:`G_b` count what takes part.
+        (A trainer that counts other rows too makes both terms smaller by the same share.) No gradient flows;
+        the same bits for any number of threads and any order of rows.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name. Rewards that are not
@@ -117,12 +117,13 @@ def token_advantages(
     there, length = mask.any(1), mask.sum(1)
     alone = rewards.float() if singleton == "reward" else torch.zeros_like(rewards, dtype=torch.float32)
     over_groups, per_node = torch.empty_like(alone), alone.new_empty(shape)
-    group_size = torch.empty_like(length)
+    group_size, num_groups = torch.empty_like(length), length.new_zeros(())
     layouts = GroupLayout.split(groups, shape[0], device)
     for layout in layouts:
         grid_rewards, candidates = layout.grid(rewards), layout.grid(there)
         size = candidates.sum(1, keepdim=True)
         layout.put(group_size, size.expand_as(candidates))
+        num_groups += (size > 0).sum()
         if group_advantage is None:
             among = _group_advantage(grid_rewards, candidates, **group_options or {})
             layout.put(over_groups, torch.where(size == 1, layout.grid(alone), among))
@@ -138,7 +139,6 @@ def token_advantages(
     rows, tokens_there = there.sum().double(), length.sum()
     factor: Any = 1
     if normalizer == "sequence":
-        num_groups = sum(layout.shape[0] for layout in layouts)
         factor = (length * rows / (num_groups * group_size.clamp(min=1)))[:, None]
     elif normalizer == "token":
         factor = tokens_there / rows.clamp(min=1)
