@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .ops._checks import FLOATS, INTS, check, check_choice, check_finite, check_int, check_tokens
 from .ops.group_advantage import group_advantage as _group_advantage
@@ -100,7 +101,7 @@ def token_advantages(
     check("rewards", rewards, shape[:1], "[N]", FLOATS, device)
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
-    mask = check("mask", mask, shape, "[N, T]", (torch.bool, *INTS), device) != 0
+    mask = check("mask", mask, shape, "[N, T]", (torch.bool, *INTS), device).bool()
     if group_advantage is not None:
         check("group_advantage", group_advantage, shape[:1], "[N]", (torch.float32,), device)
     check_choice("normalizer", normalizer, _NORMALIZERS)
@@ -114,38 +115,44 @@ def token_advantages(
     global_weight = check_finite("global_weight", global_weight)
     sibling_weight = check_finite("sibling_weight", sibling_weight)
 
-    there, length = mask.any(1), mask.sum(1)
-    alone = rewards.float() if singleton == "reward" else torch.zeros_like(rewards, dtype=torch.float32)
-    over_groups, per_node = torch.empty_like(alone), alone.new_empty(shape)
+    if device.type == "cpu":  # elsewhere this would wait for the device
+        columns = mask.sum(0).nonzero()
+        used = int(columns[-1]) + 1 if len(columns) else 0
+        tokens, mask = tokens[:, :used], mask[:, :used]
+    length = mask.sum(1)
+    there = length > 0
+    over_groups = torch.empty_like(rewards, dtype=torch.float32)
+    per_node = torch.empty_like(tokens, dtype=torch.float32)
     group_size, num_groups = torch.empty_like(length), length.new_zeros(())
-    layouts = GroupLayout.split(groups, shape[0], device)
-    for layout in layouts:
+    for layout in GroupLayout.split(groups, shape[0], device):
         grid_rewards, candidates = layout.grid(rewards), layout.grid(there)
         size = candidates.sum(1, keepdim=True)
-        layout.put(group_size, size.expand_as(candidates))
-        num_groups += (size > 0).sum()
+        if normalizer == "sequence":
+            layout.put(group_size, size.expand_as(candidates))
+            num_groups += (size > 0).sum()
         if group_advantage is None:
             among = _group_advantage(grid_rewards, candidates, **group_options or {})
-            layout.put(over_groups, torch.where(size == 1, layout.grid(alone), among))
+            if singleton == "reward":
+                among = torch.where(size == 1, grid_rewards.float(), among)
+            layout.put(over_groups, among)
         siblings = _sibling_advantage(
             layout.grid(tokens), grid_rewards, layout.grid(mask), **sibling_options or {}
         )
-        once = weighting == "node"
-        number = siblings.num_candidates.clamp(min=1) if once else 1
+        number = siblings.num_candidates.clamp(min=1) if weighting == "node" else 1
         layout.put(per_node, siblings.advantage / number)
     if group_advantage is None:
         group_advantage = over_groups
 
-    rows, tokens_there = there.sum().double(), length.sum()
+    rows = there.sum().double()
     factor: Any = 1
     if normalizer == "sequence":
         factor = (length * rows / (num_groups * group_size.clamp(min=1)))[:, None]
     elif normalizer == "token":
-        factor = tokens_there / rows.clamp(min=1)
+        factor = length.sum() / rows.clamp(min=1)
     elif normalizer == "constant":
         factor = horizon
     advantage = global_weight * group_advantage[:, None] + sibling_weight * factor * per_node
-    return torch.where(mask, advantage, 0).float()
+    return F.pad(torch.where(mask, advantage, 0).float(), (0, shape[1] - mask.shape[1]))
 
 
 class GroupLayout:
@@ -204,7 +211,7 @@ class GroupLayout:
         """Write ``x[B, G, ...]`` into its ``rows[N, ...]``."""
         flat = x.flatten(0, 1)
         if self.slot is not None:
-            flat = flat[self.slot]
+            flat = flat.index_select(0, self.slot)
         if self.row is None:
             rows.copy_(flat)
         else:
@@ -215,8 +222,8 @@ def number_ids(ids: Any, rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The group of each row, numbered in the order of appearance."""
     try:
         listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        numbers: dict[Any, int] = {}
-        group = np.fromiter((numbers.setdefault(x, len(numbers)) for x in listed), np.int64)
+        numbers = {x: number for number, x in enumerate(dict.fromkeys(listed))}
+        group = np.fromiter(map(numbers.__getitem__, listed), np.int64, len(listed))
     except TypeError as problem:
         raise TypeError(
             f"groups must be an int or N hashable ids, got {type(ids).__name__}: {problem}"

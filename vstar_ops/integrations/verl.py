@@ -105,9 +105,9 @@ def sibling_grpo(
     if index is None:
         raise ValueError(f"{NAME} needs a uid for every response, got None")
     options = _options(config)
-    scores = token_level_rewards.sum(-1)
-    takes_part = (response_mask != 0).any(-1)
-    if not bool(torch.isfinite(scores[takes_part]).all()):
+    mask = response_mask.bool()
+    scores = token_level_rewards.sum(-1).float()
+    if not bool(torch.where(mask.sum(-1) > 0, scores, 0).isfinite().all()):
         raise ValueError("token_level_rewards must be finite, got NaN or infinity")
     mode = _setting(config, options, "loss_agg_mode", "loss_agg_mode")
     if mode not in NORMALIZER:
@@ -118,9 +118,9 @@ def sibling_grpo(
     scaled = config is None or config.get("norm_adv_by_std_in_grpo", True)
     advantages = token_advantages(
         responses,
-        scores.float(),
+        scores,
         index,
-        response_mask != 0,
+        mask,
         normalizer=NORMALIZER[mode],
         horizon=horizon if NORMALIZER[mode] == "constant" else None,
         singleton=options.pop("singleton", "reward"),
