@@ -20,7 +20,7 @@ from vstar_ops.collect_env import cpu_model
 from vstar_ops.decoding import beam_search
 from vstar_ops.integrations.transformers import TrieLogitsProcessor, prefix_model
 
-from . import harness
+from . import harness, trainers
 
 SMALL_VOCAB, BATCH, CANDIDATES = 20_000, 8, 16  # the vocabulary of T5 and of training
 PROCESSOR, PREFIX_FN = "generate(), LogitsProcessor", "generate(), prefix_allowed_tokens_fn"
@@ -171,6 +171,7 @@ def main() -> None:
         decode(report, "t5", model, rows, 64, beams, args.rounds)
     for prompt in (64, 300):
         training(report, vocab, prompt, args.rounds)
+    trainers.measure(report, args.rounds)
 
 
 if __name__ == "__main__":

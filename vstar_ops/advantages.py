@@ -160,12 +160,19 @@ class GroupLayout:
 
     Attributes:
         shape: ``(B, G)``.
-        row, slot: int64 ``[n]``, rows and their places in the flattened grid; None if that is every row in
-            its order, or in its place.
+        row: int64 ``[n]``, which rows; None for all.
+        slot: int64 ``[n]``, their places in the flattened grid; None if they lie in it as they are.
+        order: int64 ``[B * G]``, the row in each place, if all rows lie in the grid and fill it.
     """
 
-    def __init__(self, shape: tuple[int, int], row: Tensor | None = None, slot: Tensor | None = None) -> None:
-        self.shape, self.row, self.slot = shape, row, slot
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        row: Tensor | None = None,
+        slot: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        self.shape, self.row, self.slot, self.order = shape, row, slot, order
 
     @classmethod
     def of(cls, groups: Any, rows: int, device: torch.device) -> GroupLayout:
@@ -188,22 +195,25 @@ class GroupLayout:
         place[order] = np.arange(rows) - first[group[order]]
         width = int(size.max(initial=0))
         if full * len(size) * width <= rows:
-            return [cls((len(size), width), None, torch.from_numpy(group * width + place).to(device))]
+            slot = torch.from_numpy(group * width + place).to(device)
+            filled = torch.from_numpy(order).to(device) if len(size) * width == rows else None
+            return [cls((len(size), width), None, slot, filled)]
         layouts = []
         level = np.ceil(np.log2(size)).astype(np.int64)
         for at in np.unique(level):
             width, which = 1 << int(at), level == at
             row = np.flatnonzero(which[group])
-            slot = (np.cumsum(which) - 1)[group[row]] * width + place[row]
-            layouts.append(
-                cls((int(which.sum()), width), *(torch.from_numpy(x).to(device) for x in (row, slot)))
-            )
+            at_slot = (np.cumsum(which) - 1)[group[row]] * width + place[row]
+            indices = (torch.from_numpy(x).to(device) for x in (row, at_slot))
+            layouts.append(cls((int(which.sum()), width), *indices))
         return layouts
 
     def grid(self, x: Tensor) -> Tensor:
         """``[B, G, ...]`` of ``x[N, ...]``; 0 where there is no row."""
         if self.slot is None:
             return x.unflatten(0, self.shape)
+        if self.order is not None:
+            return x.index_select(0, self.order).unflatten(0, self.shape)
         laid = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
         return laid.index_copy_(0, self.slot, x if self.row is None else x[self.row]).unflatten(0, self.shape)
 

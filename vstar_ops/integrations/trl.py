@@ -21,16 +21,16 @@ from . import require
 
 require("trl", "1.16", "1.17")
 
-from trl import GRPOTrainer  # noqa: E402
-from trl.models.utils import unwrap_model_for_generation  # noqa: E402
+from trl import GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
 
-from ..advantages import GroupLayout, token_advantages  # noqa: E402
-from ..decoding import beam_search, topk_sampling, ved  # noqa: E402
-from ..ops._checks import check_choice, check_finite  # noqa: E402
-from ..packing import pack_prompts  # noqa: E402
-from ..trie import Trie  # noqa: E402
-from .transformers import CausalPrefixModel, ValueHead, prefix_model  # noqa: E402
-from .transformers.head import HeadTap  # noqa: E402
+from ..advantages import GroupLayout, token_advantages
+from ..decoding import beam_search, topk_sampling, ved
+from ..ops._checks import check_choice, check_finite
+from ..packing import pack_prompts
+from ..trie import Trie
+from .transformers import CausalPrefixModel, ValueHead, prefix_model
+from .transformers.head import HeadTap
 
 #: The ``normalizer`` of :func:`vstar_ops.token_advantages` for every ``loss_type`` of TRL.
 NORMALIZER = {
@@ -259,6 +259,7 @@ def trie_rollout(
     decoder: str = "sample",
     *,
     value_head: ValueHead | None = None,
+    full_head: bool = False,
     append_eos: bool = True,
     **options: Any,
 ) -> Callable[[list[Any], GRPOTrainer], dict[str, Any]]:
@@ -274,6 +275,7 @@ def trie_rollout(
             ``top_k`` (all legal tokens if there is none). ``"beam"``: :func:`vstar_ops.decoding.beam_search`.
             ``"ved"``: :func:`vstar_ops.decoding.ved`. The candidates of the last two are distinct.
         value_head: for ``"ved"``.
+        full_head: compute the logits of the whole vocabulary, which ``normalize="vocab"`` needs.
         append_eos: end each completion with the tokenizer's EOS token, unless the item ends with one itself.
             Without EOS, TRL counts a completion as truncated, and ``mask_truncated_completions`` drops it.
         options: keywords of the decoder, such as ``top_k`` or ``config``.
@@ -283,7 +285,7 @@ def trie_rollout(
             ``num_generations``; the trainer samples in a way that the decoder does not.
     """
     check_choice("decoder", decoder, _DECODERS)
-    models = _PrefixModels(trie, value_head=value_head)
+    models = _PrefixModels(trie, value_head=value_head, full_head=full_head)
 
     def rollout(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         _check_sampling(trainer, decoder)
