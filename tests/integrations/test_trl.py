@@ -416,3 +416,22 @@ def test_models_that_cannot_be_packed_are_refused_at_once(tmp_path: Path) -> Non
     for packed in ({"packed": True}, {"trie": TRIE}):
         with pytest.raises(TypeError, match="cannot be a prefix model"):
             make(tmp_path, model=tiny_model("Bloom", n_head=4, n_layer=1), **packed)
+
+
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [
+        (["trl_sibling_grpo.py", "--steps", "3"], "mean reward of sampled items: 0."),
+        (
+            ["minionerec.py", "--epochs", "0.04"],
+            "2 steps, 56 items; share of requests with a hit in 16 beams",
+        ),
+    ],
+)
+def test_the_examples_run(example: list[str], said: str) -> None:
+    root = Path(vstar_ops.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    command = [sys.executable, str(root / "examples" / example[0]), *example[1:]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert said in done.stdout

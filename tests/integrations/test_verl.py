@@ -287,18 +287,26 @@ def test_wrong_input() -> None:
     plugin.sibling_grpo(batch.rewards, batch.mask, batch.uid, config, batch.responses)
 
 
-def test_verl_loads_it_by_its_entry_point(tmp_path: Path) -> None:
-    """``import verl`` alone, in a new process, from the metadata that the package is installed with."""
+def in_a_new_process(folder: Path, *arguments: str) -> str:
+    """What python prints where the metadata of the package are installed, as pip would."""
     declared = (ROOT / "pyproject.toml").read_text()
     line = 'vstar_ops = "vstar_ops.integrations.verl"'
     assert f'[project.entry-points."verl.plugins"]\n{line}\n' in declared
-    info = tmp_path / "vstar_ops_plugin-0.dist-info"
+    info = folder / "vstar_ops_plugin-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vstar_ops_plugin\nVersion: 0\n")
     (info / "entry_points.txt").write_text("[verl.plugins]\n" + line.replace('"', "") + "\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_verl_loads_it_by_its_entry_point(tmp_path: Path) -> None:
+    """``import verl`` alone, and no trainer with it; the trainers are wrapped when they are imported."""
     code = """
 import sys, verl
-assert "verl.trainer.ppo.ray_trainer" not in sys.modules, "nothing of the trainers is imported"
+assert "verl.trainer.ppo.ray_trainer" not in sys.modules
 assert "vstar_ops.integrations.verl" in sys.modules
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 get_adv_estimator_fn("sibling_grpo")
@@ -308,6 +316,24 @@ assert ray_trainer.compute_advantage.__wrapped__
 from verl.trainer.ppo.v1 import PPOTrainer
 assert PPOTrainer._compute_advantage.__wrapped__
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_a_new_process(tmp_path, "-c", code)
+
+
+def test_an_untested_version_is_told_of_while_verl_loads(tmp_path: Path) -> None:
+    """verl itself would only log at debug level that a plugin failed."""
+    code = """
+import importlib.metadata as metadata, warnings
+true = metadata.version
+metadata.version = lambda name: "0.10.0" if name == "verl" else true(name)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import verl
+print(*[str(w.message) for w in caught if "vstar_ops" in str(w.message)])
+"""
+    told = in_a_new_process(tmp_path, "-c", code)
+    assert "vstar_ops.integrations.verl was tested with verl>=0.9.1,<0.10" in told and "0.10.0" in told
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    told = in_a_new_process(tmp_path, str(ROOT / "examples" / "verl_sibling_grpo" / "advantages.py"))
+    assert "<a_1><b_2><c_3>  reward 1.00  advantages   2.38   2.88   4.38" in told
