@@ -4,8 +4,8 @@
     python examples/minionerec.py                                   # a made-up data set, a tiny random model
     python examples/minionerec.py --data DIR --category NAME --model PATH --epochs 1
 
-Below DIR are train/NAME*.csv, with the columns history_item_sid and item_sid, and index/NAME.index.json. PATH is
-a checkpoint after supervised training, whose tokenizer knows every code as one token.
+Below DIR are train/NAME*.csv, with the columns history_item_sid and item_sid, and index/NAME.index.json. PATH
+is a checkpoint after supervised training, whose tokenizer knows every code as one token.
 """
 
 import argparse
