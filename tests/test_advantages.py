@@ -141,11 +141,13 @@ class Batch:
             out[b, g] = x[row]
         return out
 
-    def theirs(self, advantage: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Loss and gradient of a trainer in float64."""
-        logp = self.logp.double().requires_grad_()
+    def theirs(self, advantage: Tensor, loss: Loss, clip: Any = None) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of a trainer in float64, which clips as PPO."""
+        logp, advantage = self.logp.double().requires_grad_(), advantage.double()
         ratio = (logp - self.old.double()).exp()
-        value = loss(-ratio * advantage.double(), self.mask.double())
+        low, high = clip or (1, torch.inf)
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+        value = loss(-surrogate, self.mask.double())
         return value.detach(), torch.autograd.grad(value, logp)[0]
 
     def ours(self, loss_type: str, **options: Any) -> tuple[Tensor, Tensor]:
@@ -168,8 +170,8 @@ class Batch:
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("weighting", ["node", "candidate"])
-def test_a_trainers_loss_is_sibling_grpo_loss(trainer: str, sizes: str, weighting: str) -> None:
+@pytest.mark.parametrize(("weighting", "clip"), [("node", None), ("candidate", None), ("node", (0.05, 0.1))])
+def test_a_trainers_loss_is_sibling_grpo_loss(trainer: str, sizes: str, weighting: str, clip: Any) -> None:
     normalizer, loss_type, loss = TRAINERS[trainer]
     batch = Batch(SIZES[sizes])
     advantage = token_advantages(
@@ -180,14 +182,11 @@ def test_a_trainers_loss_is_sibling_grpo_loss(trainer: str, sizes: str, weightin
         sibling_weight=1.3,
         weighting=weighting,
     )
-    value, gradient = batch.theirs(advantage, loss)
-    # The constant of "dr_grpo" is B * G * L; the trainer's is its rows times a horizon.
-    length, horizon = batch.tokens.shape[1], {"constant": HORIZON, "sum": 1}.get(normalizer)
-    shorter = 1 if horizon is None else length / horizon
-    want, want_gradient = batch.ours(
-        loss_type, global_weight=0.7 * shorter, sibling_weight=1.3, weighting=weighting
-    )
-    if horizon is not None:
+    value, gradient = batch.theirs(advantage, loss, clip)
+    options = {"global_weight": 0.7, "sibling_weight": 1.3, "weighting": weighting, "clip": clip}
+    horizon = {"constant": HORIZON, "sum": 1}.get(normalizer)
+    want, want_gradient = batch.ours(loss_type, horizon=horizon, clip_terms="joint", **options)
+    if horizon is not None:  # a constant per place of the grid; the trainer's is per row
         more = batch.grid_shape[0] * batch.grid_shape[1] / len(batch.ids)
         want, want_gradient = want * more, want_gradient * more
     assert abs(value - want) < 1e-6 * max(1, abs(want))

@@ -55,9 +55,9 @@ def token_advantages(
     ``"sum"``      :math:`1 / N`              1                         ``"dr_grpo"``, ``horizon`` 1
     ============== ========================== ========================= ==================================
 
-    Losses and gradients are equal wherever no ratio is clipped. Where one is, the trainer clips the sum of
-    both advantages, where :func:`sibling_grpo_loss` clips each term. (``"dr_grpo"`` divides by the ``B G``
-    places of its grid, the trainer by its rows: another constant where groups are unequal.)
+    Losses and gradients are equal with ``clip_terms="joint"``, as the trainer clips the sum of both
+    advantages, and wherever no ratio is clipped. (``"dr_grpo"`` divides by the ``B G`` places of its grid, the
+    trainer by its rows: another constant where groups are unequal.)
 
     Args:
         tokens: integers ``[N, T]``, the completions, padded on the right.

@@ -185,7 +185,6 @@ def test_loss_and_gradient_of_a_captured_batch_are_ours(tmp_path: Path, loss_typ
     grid = (2, GROUP, ids.shape[1])
     ours = {"grpo": "grpo", **EQUAL, **SAME_SLOPE}[loss_type]
     siblings = vstar_ops.sibling_advantage(ids.view(grid), rewards.view(grid[:2]), there.view(grid))
-    horizon = {"dr_grpo": 6, "luspo": 1}.get(loss_type, grid[2])
 
     def loss() -> Tensor:
         everything = torch.cat([batch["prompt_ids"], ids], 1)
@@ -199,9 +198,8 @@ def test_loss_and_gradient_of_a_captured_batch_are_ours(tmp_path: Path, loss_typ
             old_logp=logp.detach().view(grid),
             sibling_advantage=siblings,
             sibling_weight=1.5,
-            global_weight=grid[2]
-            / horizon,  # of a constant: ours is B * G * L, theirs the rows times a horizon
             loss_type=ours,
+            horizon={"dr_grpo": 6, "luspo": 1}.get(loss_type),
         ).loss
 
     want, want_gradient = loss_and_gradient(trainer, loss)

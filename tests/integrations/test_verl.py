@@ -56,7 +56,7 @@ class Batch:
         self.score = torch.rand(rows, generator=g).round(decimals=1)
         self.rewards = torch.zeros(rows, 4).scatter_(1, self.length[:, None] - 1, self.score[:, None])
         self.old = -torch.rand(rows, 4, generator=g)
-        self.logp = self.old + 0.02 * torch.randn(rows, 4, generator=g)
+        self.logp = self.old + 0.3 * torch.randn(rows, 4, generator=g)
 
     def proto(self, **changed: Tensor) -> DataProto:
         tensors = {
@@ -172,7 +172,13 @@ def test_the_actors_loss_is_sibling_grpo_loss(mode: str, sizes: tuple[int, ...])
         group_advantage=vstar_ops.group_advantage(rewards, there.any(2), eps=1e-6),
         weighting="candidate",
         loss_type=LOSS_TYPES[mode],
-    ).loss
+        clip=(0.2, 0.2),  # verl's defaults, as are the next two
+        dual_clip=3.0,
+        log_ratio_bound=20.0,
+        clip_terms="joint",
+    )
+    assert want.global_clip_fraction > 0.1
+    want = want.loss
     want.backward()
     more = rewards.numel() / len(batch.group) if mode.endswith("norm") else 1  # ours counts the grid's places
     assert abs(value - more * want) < 1e-6
