@@ -26,7 +26,11 @@ PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.vstar_ops-ready
 INTEGRATED := $(VENV)/.vstar_ops-integrations
 
-INTEGRATIONS := transformers
+INTEGRATIONS := transformers,trl
+# verl pins transformers and tensordict to older versions than the tests run on, so it comes without its dependencies.
+VERL := verl==0.9.1 TransferQueue==0.1.11
+VERL_NEEDS := ray==2.60.0 tensordict==0.15.3 omegaconf hydra-core codetiming orjson torchdata pyzmq msgspec pillow peft \
+    cachetools fastapi uvicorn opentelemetry-api opentelemetry-sdk aiohttp tensorboard
 
 .PHONY: setup demo check test integrations bench lint compat gpu clean
 
@@ -87,6 +91,8 @@ $(READY): setup.py tools/recipe.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*
 # torch is there, so that this installs none.
 $(INTEGRATED): $(READY)
 	$(PIP) install -q --no-build-isolation -e '.[dev,$(INTEGRATIONS)]'
+	$(PIP) install -q $(VERL_NEEDS)
+	$(PIP) install -q --no-deps $(VERL)
 	@touch $@
 
 clean:

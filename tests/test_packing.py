@@ -100,7 +100,10 @@ def test_log_probabilities_and_gradients_in_double(
     logp = log_softmax(packed, packed.select(logits))
     want = conventional(model, prompt, prompt_mask, tokens, mask)
     torch.testing.assert_close(logp, want, rtol=0, atol=1e-10)
-    single = packed.logp(packed.select(logits).float(), temperature=0.7)
+    single, entropy = packed.logp_and_entropy(packed.select(logits).float(), temperature=0.7)
+    policy = (packed.select(logits) / 0.7).log_softmax(2)
+    want_entropy = packed.unpack(-(policy.exp() * policy).sum(2), packed.source).float()
+    torch.testing.assert_close(entropy, want_entropy, rtol=1e-5, atol=1e-5)
     want_single = log_softmax(packed, packed.select(logits) / 0.7).float()
     torch.testing.assert_close(single, want_single, rtol=1e-5, atol=1e-5)
     for got, expected in zip(gradients(model, logp), gradients(model, want)):

@@ -56,8 +56,8 @@ def token_advantages(
     ============== ========================== ========================= ==================================
 
     Losses and gradients are equal with ``clip_terms="joint"``, as the trainer clips the sum of both
-    advantages, and wherever no ratio is clipped. (``"dr_grpo"`` divides by the ``B G`` places of its grid, the
-    trainer by its rows: another constant where groups are unequal.)
+    advantages, and wherever no ratio is clipped. (``"dr_grpo"`` divides by the ``B G`` places of its grid,
+    the trainer by its rows: another constant where groups are unequal.)
 
     Args:
         tokens: integers ``[N, T]``, the completions, padded on the right.
