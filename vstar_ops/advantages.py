@@ -152,7 +152,8 @@ def token_advantages(
     elif normalizer == "constant":
         factor = horizon
     advantage = global_weight * group_advantage[:, None] + sibling_weight * factor * per_node
-    return F.pad(torch.where(mask, advantage, 0).float(), (0, shape[1] - mask.shape[1]))
+    advantage = torch.where(mask, advantage, 0).float()
+    return advantage if mask.shape == shape else F.pad(advantage, (0, shape[1] - mask.shape[1]))
 
 
 class GroupLayout:
@@ -188,16 +189,15 @@ class GroupLayout:
                 raise ValueError(f"groups must divide the number of rows, N = {rows}, got {groups}")
             return [cls((rows // groups, groups))]
         group = number_ids(groups, rows)
-        size = np.bincount(group)
-        first = np.cumsum(size) - size
-        order = np.argsort(group, kind="stable")
-        place = np.empty_like(group)
-        place[order] = np.arange(rows) - first[group[order]]
-        width = int(size.max(initial=0))
+        size, order = np.bincount(group), np.argsort(group, kind="stable")
+        width, place = int(size.max(initial=0)), np.empty_like(group)
+        if len(size) * width == rows:
+            place[order] = np.arange(rows)
+            indices = (torch.from_numpy(x).to(device) for x in (place, order))
+            return [cls((len(size), width), None, *indices)]
+        place[order] = np.arange(rows) - (np.cumsum(size) - size)[group[order]]
         if full * len(size) * width <= rows:
-            slot = torch.from_numpy(group * width + place).to(device)
-            filled = torch.from_numpy(order).to(device) if len(size) * width == rows else None
-            return [cls((len(size), width), None, slot, filled)]
+            return [cls((len(size), width), None, torch.from_numpy(group * width + place).to(device))]
         layouts = []
         level = np.ceil(np.log2(size)).astype(np.int64)
         for at in np.unique(level):
