@@ -36,7 +36,8 @@ def numbers() -> list[tuple[str, str, list[Any]]]:
         for name, parameter in inspect.signature(function).parameters.items():
             kind = str(parameter.annotation).removesuffix(" | None")
             if kind in ("float", "int") and name not in FIXED and op not in WITHOUT_NUMBERS:
-                found.append((op, name, FLOATS if kind == "float" else INTS))
+                values = FLOATS if kind == "float" else INTS
+                found.append((op, name, [1 + x for x in values] if name == "dual_clip" else values))
     return found
 
 

@@ -74,7 +74,7 @@ def test_strides_beyond_32_bits():
     )
     tokens = torch.randint(0, 3, (2, 8, 3), generator=torch.Generator().manual_seed(2))
     wide = torch.empty(far + 64, dtype=torch.int64).as_strided((2, 8, 3), (far, 3, 1)).copy_(tokens)
-    options = (None, 1e-4, 0, 0.0, 2, "sibling")
+    options = (None, 1e-4, 0, 0.0, 2, "sibling", "siblings")
     rewards = torch.rand(2, 8)
     assert_close(
         run("sibling_advantage", wide, rewards, *options),
@@ -98,7 +98,7 @@ def test_groups_beyond_shared_memory():
     tokens = torch.randint(0, 12, (1, 2200, 3), generator=generator)
     rewards = torch.randn(1, 2200, generator=generator)
     mask = torch.rand(1, 2200, generator=generator) > 0.1
-    case = (tokens, rewards, mask, 1e-4, 0, 0.0, 2, "sibling")
+    case = (tokens, rewards, mask, 1e-4, 0, 0.0, 2, "sibling", "siblings")
     want = REFERENCE["sibling_advantage"](*case)
     assert_close(run("sibling_advantage", *case), want)
     item = torch.randn(1, 2200, 5, generator=generator)
@@ -181,7 +181,7 @@ def test_only_legal_logits_are_read():
 def test_sibling_advantage_is_one_launch(group):
     tokens = torch.randint(0, 6, (2, group, 3), generator=torch.Generator().manual_seed(7))
     rewards = torch.rand(2, group)
-    found = counted("sibling_advantage", tokens, rewards, None, 1e-4, 0, 0.0, 2, "sibling")
+    found = counted("sibling_advantage", tokens, rewards, None, 1e-4, 0, 0.0, 2, "sibling", "siblings")
     assert (found.launches, found.blocks, found.atomics) == (1, 2, 0)
     traffic = tokens.numel() * 8 + rewards.numel() * 4
     assert traffic <= found.bytes <= traffic  # everything once
