@@ -323,9 +323,9 @@ def _rows(
     row_max, total, moment = float("-inf"), 0.0, 0.0
     for start in range(stats_low, stats_high, BLOCK):
         _, _, z = _load_children(logits, s2, children, columns, readable, start + step)
-        row_max, total, moment = _add_block(z, row_max, total, moment, weights.inv_temperature)
         if not EXTRA:
             _store_segments(best, z, start, segments, BLOCK, SEGMENT)
+        row_max, total, moment = _add_block(z, row_max, total, moment, weights.inv_temperature)
     vocab_max, vocab_total = row_max, total
     if (vocab != 0) & (count != columns):
         vocab_max, vocab_total = _vocab_stats(
