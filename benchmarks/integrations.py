@@ -48,8 +48,8 @@ def qwen2(vocab: int, dim: int, layers: int) -> Any:
     return transformers.Qwen2ForCausalLM(config).eval()
 
 
-def t5(vocab: int) -> Any:
-    """A tiny encoder-decoder."""
+def t5(vocab: int, spread: float = 4.0) -> Any:
+    """A tiny encoder-decoder, whose logits are the larger the greater ``spread`` is."""
     config = transformers.T5Config(
         vocab_size=vocab,
         d_model=128,
@@ -58,7 +58,7 @@ def t5(vocab: int) -> Any:
         num_layers=2,
         num_heads=4,
         decoder_start_token_id=0,
-        initializer_factor=4.0,
+        initializer_factor=spread,
     )
     return transformers.T5ForConditionalGeneration(config).eval()
 

@@ -60,7 +60,7 @@ def loss(report: harness.Report, rounds: int) -> None:
 
     # TRL's head for completions alone, as on a GPU; on a CPU it would run at the prompts' positions, too.
     utils._use_triton = lambda device: True
-    trainer = trainer_of(vocab=20_000)
+    trainer = trainer_of(vocab=20_000, packed=True)
     prompt, candidates = 200, 2 * GROUP
     trie = vstar_ops.Trie.from_sequences(torch.randint(10_000, 10_256, (10_000, 3)))
     items = trie.sequences(trie.num_nodes - 1 - torch.randperm(trie.num_sequences)[:candidates]).long()
@@ -88,8 +88,16 @@ def loss(report: harness.Report, rounds: int) -> None:
     print(f"greatest relative difference of a gradient: {worst:.1e}")
 
 
-def trainer_of(vocab: int) -> Any:
-    """A trainer that never trains, of a tiny model."""
+def trainer_of(
+    vocab: int,
+    kind: Any = None,
+    *,
+    group: int = GROUP,
+    reward: Callable[..., list[float]] = lambda prompts, **_: [0.0] * len(prompts),
+    rollout_func: Any = None,
+    **options: Any,
+) -> Any:
+    """A trainer of a tiny model, two groups per batch. Options of ``GRPOConfig`` are told by their names."""
     import transformers
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -101,22 +109,25 @@ def trainer_of(vocab: int) -> Any:
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     names = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    known = set(GRPOConfig.__dataclass_fields__)
     args = GRPOConfig(
         tempfile.mkdtemp(),
-        per_device_train_batch_size=2 * GROUP,
-        num_generations=GROUP,
+        per_device_train_batch_size=2 * group,
+        num_generations=group,
         gradient_checkpointing=False,
         report_to=[],
         use_cpu=True,
         bf16=False,
+        **{name: value for name, value in options.items() if name in known},
     )
-    trainer = SiblingGRPOTrainer(
+    trainer = (kind or SiblingGRPOTrainer)(
         qwen2(vocab, 128, 2),
-        lambda prompts, **_: [0.0] * len(prompts),
+        reward,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
         processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names),
-        packed=True,
+        rollout_func=rollout_func,
+        **{name: value for name, value in options.items() if name not in known},
     )
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
