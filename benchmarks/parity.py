@@ -98,7 +98,7 @@ def decoded(table: Table) -> None:
 
     for name, model in (
         ("Qwen2", integrations.qwen2(2000, 64, 2)),
-        ("T5", integrations.t5(2000, spread=1.5)),
+        ("T5", integrations.t5(2000, spread=1.0)),
     ):
         rows = integrations.items(2000, 5000)
         ids, mask = torch.randint(5, 1000, (4, 20)), torch.ones(4, 20, dtype=torch.int64)

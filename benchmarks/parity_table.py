@@ -18,7 +18,7 @@ class Table:
 
     def section(self, title: str) -> None:
         """Begin another table."""
-        print(f"\n### {title}\n\n| ours | theirs | quantity | difference | bound |\n|---|---|---|---|---|")
+        print(f"\n## {title}\n\n| ours | theirs | quantity | difference | bound |\n|---|---|---|---|---|")
 
     def add(
         self,

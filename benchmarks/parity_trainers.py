@@ -38,7 +38,7 @@ def trl(table: Table) -> None:
 
     def trained(kind: Any = None, **options: Any) -> list[Tensor]:
         trainer = made(kind, **options)
-        trainer.remove_callback(transformers.ProgressCallback)
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         return [weight.detach() for weight in trainer.model.parameters()]
 
@@ -48,7 +48,7 @@ def trl(table: Table) -> None:
             64, kind, group=4, rollout_func=rollout, reward=reward, max_completion_length=6, **options
         )
 
-    run = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no"}
+    run = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True}
     plain = trained(GRPOTrainer, **run)
     without = trained(sibling_weight=0.0, **run)
     table.add(
@@ -178,6 +178,16 @@ def verl(table: Table) -> None:
         estimated(data, uid),
         theirs + mask * factor * siblings / number.clamp(min=1),
         1e-5,
+    )
+    every, same = torch.ones(7, 4, dtype=torch.int64), np.array(["a"] * 7, dtype=object)
+    equal = {
+        "responses": torch.randint(3, (7, 4)),
+        "response_mask": every,
+        "token_level_rewards": torch.tensor([0, 0, 0, 0.35]).expand(7, 4).clone(),
+    }
+    noise, _ = core_algos.compute_grpo_outcome_advantage(equal["token_level_rewards"], every, same)
+    table.add(
+        "`sibling_grpo`, seven scores 0.35", "verl, `grpo`", "advantages", estimated(equal, same), noise
     )
     for mode in LOSS_AGG_MODES:
         policy_loss(table, mode, data, uid, group, score)
