@@ -401,6 +401,9 @@ def test_files_of_the_format_without_a_checksum(tmp_path):
     [
         (np.array([7, 2**63 + 5], np.uint64), "item_ids must fit in int64, got 9223372036854775813"),
         (np.array([7, 2**64 - 1], np.uint64), "item_ids must fit in int64, got 18446744073709551615"),
+        ([7, 2**63], "item_ids must fit in int64, got 9223372036854775808"),  # NumPy makes them floats
+        ([7, 2**64], "item_ids must fit in int64, got 18446744073709551616"),  # and these objects
+        ([7, -(2**63) - 1], "item_ids must fit in int64, got -9223372036854775809"),
         ([7, -1], "item_ids must not hold -1"),
     ],
 )

@@ -115,7 +115,7 @@ class Trie:
 
         Args:
             sequences: ints ``[N, L]``, one row an item, as a tensor, array or nested list; values in
-                ``[0, 2^31)``; ``N`` may be 0 and rows may repeat.
+                ``[0, 2^31 - 1)``; ``N`` may be 0 and rows may repeat.
             item_ids: ints ``[N]``, by default the row numbers; any int64 but -1, which pads :meth:`items`.
 
         Raises:
@@ -422,6 +422,10 @@ def _integers(name: str, value: Any) -> np.ndarray:
     if array.size == 0 and not isinstance(value, np.ndarray):
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
+        exact = np.asarray(value, object)  # integers of more than 64 bits are floats or objects in NumPy
+        wide = [x for x in exact.flat if type(x) is int and not -(2**63) <= x < 2**63]
+        if wide:
+            raise ValueError(f"{name} must fit in int64, got {wide[0]}")
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     return array
 
