@@ -470,6 +470,26 @@ def test_variants_and_configs_as_text() -> None:
         assert Config.from_json(config.to_json()) == config
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--kl-weight nan", "kl_weight must be finite, got nan"),
+        ("--sibling-weight inf", "sibling_weight must be finite, got inf"),
+        ("--sft-lr inf", "sft_lr must be finite, got inf"),
+        ("--gamma nan", "gamma must be finite, got nan"),
+        ("--rl-lr -1", "rl_lr must be >= 0, got -1.0"),
+        ("--dropout 1.5", "dropout must lie in [0, 1], got 1.5"),
+        ("--label-smoothing 2", "label_smoothing must lie in [0, 1], got 2.0"),
+    ],
+)
+def test_numbers_that_cannot_be_trained_with(toy: Path, tmp_path: Path, capsys, option, message) -> None:
+    """Known before the first stage, and not as a later one begins."""
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        main(["--data", str(toy), "--category", "Toy", "--out", str(run), *option.split()])
+    assert capsys.readouterr().err.endswith(f"error: {message}\n") and not run.exists()
+
+
 @pytest.mark.slow
 def test_several_seeds(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..decoding import VEDConfig
+from ..ops._checks import check_finite
 
 # Names in options and files, and what tables call them.
 DECODERS = {"beam": "beam candidates", "topk": "top-k samples", "ved": "VED"}
@@ -55,6 +56,9 @@ class Variant:
 _SETTINGS_OF_NO_WEIGHT = {"data", "category", "item_embeddings", "variants", "seeds", "threads", "ved"}
 _SETTINGS_OF_NO_WEIGHT |= {"checkpoint_every", "max_skipped"}
 
+_SHARES = {"dropout", "label_smoothing", "item_dropout"}
+_NEVER_NEGATIVE = {"sft_lr", "rl_lr", "value_lr", "weight_decay"}
+
 
 def option(default: Any, help: str, **argparse: Any) -> Any:
     """A field that is an option of the command line, with further keywords of ``add_argument``."""
@@ -63,7 +67,11 @@ def option(default: Any, help: str, **argparse: Any) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """All options of a run. The defaults are those on real data."""
+    """All options of a run. The defaults are those on real data.
+
+    Raises:
+        TypeError, ValueError: a number that no stage could be trained with, by name.
+    """
 
     data: str | None = option(None, "folder in MiniOneRec's layout (default: the synthetic catalogue)")
     category: str = option("Industrial_and_Scientific", "which of its catalogues")
@@ -104,6 +112,14 @@ class Config:
     max_skipped: int = option(
         5, "steps in a row, skipped as loss or gradient is not finite, that end the run"
     )
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in dataclasses.fields(self) if field.type == "float"):
+            value = check_finite(name, getattr(self, name))
+            if name in _SHARES and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+            if name in _NEVER_NEGATIVE and value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
 
     @classmethod
     def synthetic(cls) -> Config:
