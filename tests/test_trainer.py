@@ -363,6 +363,15 @@ def test_other_data_on_resume(toy: Path, tmp_path: Path, capsys, what, differs, 
     assert {path: path.read_bytes() for path in (run / "seed-0").iterdir()} == before
 
 
+@pytest.mark.parametrize("size", [0, 1000])
+def test_damaged_checkpoint_on_resume(toy: Path, tmp_path: Path, capsys, size) -> None:
+    run = tmp_path / "run"
+    interrupted(lambda: train(toy, run), 4)
+    path = run / "seed-0" / "sft.pt"
+    path.write_bytes(path.read_bytes()[:size])
+    assert f"{path} is no checkpoint, or damaged: " in refused(run, capsys)
+
+
 def test_paths_threads_and_seeds_may_change(toy: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     interrupted(lambda: train(toy, run), 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .._files import replacing
 
 
 class Mismatch(ValueError):
-    """A checkpoint belongs to other data or settings than those it was to be used with."""
+    """A checkpoint is damaged, or belongs to other data or settings than those it was to be used with."""
 
 
 def require(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -85,8 +86,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what :func:`save` wrote. Nothing in the file is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read what :func:`save` wrote. Nothing in the file is executed.
+
+    Raises:
+        Mismatch: it is not what :func:`save` wrote.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise Mismatch(f"{path} is no checkpoint, or damaged: {error or 'it ends too early'}") from error
 
 
 def save_text(path: Path, text: str) -> None:
