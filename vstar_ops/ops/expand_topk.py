@@ -120,7 +120,8 @@ def expand_topk(
         value_weight: :math:`\beta_v`. A term whose weight is 0 is not read.
         entropy_weight: :math:`\lambda`.
         temperature: any finite :math:`\tau > 0`. At 1e-39 a logit 0.5 below the largest has the
-            log-probability -5e38, which is -inf in float32, so that it cannot win.
+            log-probability -5e38, which is -inf in float32, so that it cannot win. Nor can one more than
+            3.4e38 below it at any temperature, save in the reference implementation.
         normalize: ``"legal"`` or ``"vocab"``.
         gumbel_seed: None, or int64 seeds ``[B]``, one per request, or one int for seeds derived from it and
             ``b`` (:func:`vstar_ops.derive_seeds`). Adds Gumbel(0, 1) noise to every score, a pure

@@ -97,7 +97,9 @@ def token_logp(
             Negative ones (-1, -100) are padding: log-probability 0, no gradient.
         trie: the catalogue; its tokens are columns of ``logits``. Together with ``node`` or not at all.
         node: int32 or int64 ``[...]``, the trie node of each row. Whatever is not a node has no children.
-        temperature: any finite :math:`\tau > 0`. A log-probability beyond float32 is -inf.
+        temperature: any finite :math:`\tau > 0`. A log-probability beyond float32 is -inf. So is that of a
+            logit more than 3.4e38 below the largest one, a difference that is float32 too; only the
+            reference implementation computes it.
 
     Returns:
         A named tuple:
