@@ -122,12 +122,17 @@ def floats_beside(x: Tensor) -> tuple[torch.dtype, ...]:
     return FLOATS_OR_DOUBLE if x.dtype is torch.float64 else FLOATS
 
 
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Of the numbers that an op computes of ``x``."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
 def check_floats(name: str, value: Any, shape: tuple[int, ...], axes: str, like: Tensor) -> Tensor | None:
     """An optional float argument as float32, or beside float64 as float64."""
     if value is None:
         return None
     check(name, value, shape, axes, floats_beside(like), like.device)
-    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    dtype = result_dtype(like)
     return value if value.dtype is dtype else value.to(dtype)
 
 

@@ -245,11 +245,6 @@ def _with_floats(overload: Any, *arguments: Any) -> Any:
     )
 
 
-def result_dtype(x: Tensor) -> torch.dtype:
-    """Of the numbers that an op computes of ``x``."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 def _slow(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference as what runs for lack of anything better, which is said once."""
 

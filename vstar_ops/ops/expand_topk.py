@@ -22,9 +22,10 @@ from ._checks import (
     check_seeds,
     check_trie,
     floats_beside,
+    result_dtype,
     validating,
 )
-from ._registry import define, result_dtype
+from ._registry import define
 
 _SIZES = (int, torch.SymInt)
 

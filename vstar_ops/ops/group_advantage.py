@@ -11,9 +11,10 @@ from ._checks import (
     check_choice,
     check_finite_rewards,
     check_mask,
+    result_dtype,
     standardizer_options,
 )
-from ._registry import define, result_dtype
+from ._registry import define
 
 _op = define(
     reference.group_advantage,

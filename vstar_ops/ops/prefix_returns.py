@@ -17,8 +17,9 @@ from ._checks import (
     check_tokens,
     floats_beside,
     level_weights,
+    result_dtype,
 )
-from ._registry import define, result_dtype
+from ._registry import define
 
 
 class PrefixReturns(NamedTuple):

@@ -17,9 +17,10 @@ from ._checks import (
     check_int,
     check_mask,
     check_tokens,
+    result_dtype,
     standardizer_options,
 )
-from ._registry import define, result_dtype
+from ._registry import define
 
 _BASELINES = ("sibling", "parent", "leave_one_out")
 _SCALES = ("siblings", "group", "none")

@@ -22,10 +22,12 @@ from ._checks import (
     check_int,
     check_mask,
     check_tokens,
+    floats_beside,
     level_weights,
+    result_dtype,
     validating,
 )
-from ._registry import Gradient, define, result_dtype
+from ._registry import Gradient, define
 from .group_advantage import group_advantage as _group_advantage
 from .sibling_advantage import SiblingAdvantage
 from .sibling_advantage import sibling_advantage as _sibling_advantage
@@ -207,7 +209,7 @@ def sibling_grpo_loss(
     """
     check("logp", logp, (None, None, None), _AXES, FLOATS_OR_DOUBLE)
     shape, device = tuple(logp.shape), logp.device
-    floats = FLOATS_OR_DOUBLE if logp.dtype is torch.float64 else FLOATS
+    floats = floats_beside(logp)
     for name, value in (("old_logp", old_logp), ("ref_logp", ref_logp)):
         if value is not None:
             check(name, value, shape, _AXES, floats, device)

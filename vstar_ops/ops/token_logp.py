@@ -16,9 +16,10 @@ from ._checks import (
     check_positive,
     check_tokens,
     check_trie,
+    result_dtype,
     validating,
 )
-from ._registry import Gradient, define, result_dtype
+from ._registry import Gradient, define
 
 
 class TokenLogp(NamedTuple):
