@@ -15,6 +15,7 @@ from torch import Tensor
 import vstar_ops
 from vstar_ops import sibling_grpo_loss, token_advantages
 from vstar_ops.advantages import GroupLayout
+from vstar_ops.ops._forms import FORMS
 
 TOKENS = torch.tensor([[1, 5], [1, 6], [2, 5], [7, 0]])
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0])
@@ -26,7 +27,7 @@ def test_by_hand() -> None:
     """Prefix 1 has the mean reward 1/2 and two candidates, prefix 2 has 0; below 1, 5 beats 6."""
 
     def siblings(**options: Any) -> list[list[float]]:
-        options = {"normalizer": "sum", "global_weight": 0, **EXACT, **options}
+        options = {"normalizer": "sum", "global_weight": 0, "form": "paper", **EXACT, **options}
         return token_advantages(TOKENS, REWARDS, IDS, **options).tolist()
 
     assert siblings() == [[0.5, 1], [0.5, -1], [-1, 0], [0, 0]]
@@ -37,6 +38,26 @@ def test_by_hand() -> None:
     assert siblings(normalizer="token") == [[1, 2], [1, -2], [-2, 0], [0, 0]]
     assert siblings(normalizer="constant") == siblings(normalizer="token")
     assert siblings(normalizer="constant", horizon=10) == [[5, 10], [5, -10], [-10, 0], [0, 0]]
+
+
+def test_the_centered_form_by_hand() -> None:
+    """The default: mean rewards go 1/3, 1/2, 1 or 0; and 1/3, 0. Group a has the deviation 1 / sqrt(3)."""
+
+    def siblings(**options: Any) -> Tensor:
+        got = token_advantages(
+            TOKENS, REWARDS, IDS, normalizer="sum", global_weight=0, **{**EXACT, **options}
+        )
+        return got * 3**-0.5 * 6
+
+    assert_close(siblings(), torch.tensor([[1.0, 3], [1, -3], [-2, 0], [0, 0]]), 1e-5)
+    assert_same(siblings(form="centered", weighting="candidate"), siblings())
+    assert_close(siblings(weighting="node"), torch.tensor([[0.5, 3], [0.5, -3], [-2, 0], [0, 0]]), 1e-5)
+    not_scaled = siblings(sibling_options={"scale": "none"})  # in place of what the form has
+    assert_close(not_scaled, siblings() * 3**-0.5, 1e-5)
+    with_baseline = siblings(sibling_options={**EXACT["sibling_options"], "baseline": "sibling"})
+    assert_close(with_baseline, torch.tensor([[1.5, 3], [1.5, -3], [-1.5, 0], [0, 0]]), 1e-5)
+    rows = token_advantages(TOKENS, REWARDS, IDS, normalizer="sum", sibling_weight=0, **EXACT)[:, 0]
+    assert_close(siblings().sum(1) / 6 * 3**0.5, rows, 1e-5)
 
 
 def test_the_only_row_of_a_group() -> None:
@@ -62,7 +83,8 @@ def test_masked_tokens_are_nobodys_siblings() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
 
     def siblings(tokens: Tensor, mask: Tensor) -> Tensor:
-        return token_advantages(tokens, rewards, 4, mask, normalizer="sum", global_weight=0, **EXACT)
+        options = {"normalizer": "sum", "global_weight": 0, "form": "paper", **EXACT}
+        return token_advantages(tokens, rewards, 4, mask, **options)
 
     got = siblings(tokens, mask)
     assert_close(got, torch.tensor([[1 / 3, 1], [1 / 3, 0], [1 / 3, -1], [-1, 0]]), 1e-6)
@@ -154,13 +176,12 @@ class Batch:
         """Loss and gradient of sibling_grpo_loss on the grid, the gradient by row."""
         logp = self.grid(self.logp).requires_grad_()
         tokens, rewards, mask = self.grid(self.tokens), self.grid(self.rewards), self.grid(self.mask)
-        siblings = vstar_ops.sibling_advantage(tokens, rewards, mask)
         loss = sibling_grpo_loss(
             logp,
-            rewards=rewards,
+            tokens,
+            rewards,
             mask=mask,
             old_logp=self.grid(self.old),
-            sibling_advantage=siblings,
             loss_type=loss_type,
             **options,
         ).loss
@@ -170,8 +191,11 @@ class Batch:
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize(("weighting", "clip"), [("node", None), ("candidate", None), ("node", (0.05, 0.1))])
-def test_a_trainers_loss_is_sibling_grpo_loss(trainer: str, sizes: str, weighting: str, clip: Any) -> None:
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("weighting", "clip"), [("node", None), ("candidate", None), (None, (0.05, 0.1))])
+def test_a_trainers_loss_is_sibling_grpo_loss(
+    trainer: str, sizes: str, form: str, weighting: str | None, clip: Any
+) -> None:
     normalizer, loss_type, loss = TRAINERS[trainer]
     batch = Batch(SIZES[sizes])
     advantage = token_advantages(
@@ -180,10 +204,12 @@ def test_a_trainers_loss_is_sibling_grpo_loss(trainer: str, sizes: str, weightin
         horizon=HORIZON if normalizer == "constant" else None,
         global_weight=0.7,
         sibling_weight=1.3,
+        form=form,
         weighting=weighting,
     )
     value, gradient = batch.theirs(advantage, loss, clip)
-    options = {"global_weight": 0.7, "sibling_weight": 1.3, "weighting": weighting, "clip": clip}
+    options = {"global_weight": 0.7, "sibling_weight": 1.3, "clip": clip}
+    options |= {"form": form, "weighting": weighting}
     horizon = {"constant": HORIZON, "sum": 1}.get(normalizer)
     want, want_gradient = batch.ours(loss_type, horizon=horizon, clip_terms="joint", **options)
     if horizon is not None:  # a constant per place of the grid; the trainer's is per row
@@ -275,6 +301,7 @@ def test_nothing(shape: tuple[int, int]) -> None:
         ({"normalizer": "grpo"}, ValueError, r"normalizer must be one of \('sequence', 'token'"),
         ({"horizon": 3}, ValueError, 'horizon must be None unless normalizer is "constant", got 3'),
         ({"normalizer": "constant", "horizon": 0.5}, TypeError, "horizon must be an int, got float"),
+        ({"form": "ours"}, ValueError, r"form must be one of \('centered', 'paper'\), got 'ours'"),
         ({"weighting": "prefix"}, ValueError, r"weighting must be one of \('node', 'candidate'\)"),
         ({"singleton": "mean"}, ValueError, r"singleton must be one of \('zero', 'reward'\)"),
         ({"sibling_weight": float("nan")}, ValueError, "sibling_weight must be finite, got nan"),

@@ -30,6 +30,7 @@ from vstar_ops import (
     sibling_grpo_loss_from_logits,
     token_logp,
 )
+from vstar_ops.ops._forms import FORMS
 
 FIELDS = vstar_ops.SiblingGRPOLoss._fields
 
@@ -55,10 +56,12 @@ class Example(NamedTuple):
 
 
 # Rewards 1 and 0 have the group advantages +-C, with the sample standard deviation 1 / sqrt(2) and eps 1e-4,
-# and the sibling advantages +-S, with the population's, 1/2.
-C, S = 0.5 / (0.5**0.5 + 1e-4), 0.5 / (0.5 + 1e-4)
+# and the paper's sibling advantages +-S, with the population's, 1/2. Rewards 1, 1 and 0 have the sample standard
+# deviation 1 / sqrt(3), and D is 1 - 2/3 over it.
+C, S, D = 0.5 / (0.5**0.5 + 1e-4), 0.5 / (0.5 + 1e-4), 1 / 3 / (3**-0.5 + 1e-4)
 ONLY_GLOBAL = {"sibling_weight": 0.0, "kl_weight": 0.0}
 ONLY_SIBLING = {"global_weight": 0.0, "kl_weight": 0.0}
+PAPER = {**ONLY_SIBLING, "form": "paper"}
 ONLY_KL = {"global_weight": 0.0, "sibling_weight": 0.0, "kl_weight": 1.0}
 EXAMPLES = [
     Example(
@@ -83,16 +86,25 @@ EXAMPLES = [
         metrics={"global_clip_fraction": 0.0},
     ),
     Example(
-        "The sibling term: every node once, divided by the number of candidates.",
-        [7, 8], [1, 0], 0.0, [-S / 2, S / 2], ONLY_SIBLING, metrics={"valid_fraction": 1.0},
+        "The sibling term: by how much each token changed the mean reward, over GRPO's standard deviation."
+        " Of one level it is GRPO.",
+        [7, 8], [1, 0], 0.0, [-C / 2, C / 2], ONLY_SIBLING, metrics={"valid_fraction": 1.0},
     ),
     Example(
-        "Two candidates through one node share it: half each.",
-        [7, 7, 8], [1, 1, 0], 0.0, [-S / 6, -S / 6, S / 3], ONLY_SIBLING,
+        "Each candidate counts once: two raise the mean from 2/3 to 1, one lowers it to 0.",
+        [7, 7, 8], [1, 1, 0], 0.0, [-D / 3, -D / 3, 2 * D / 3], ONLY_SIBLING,
     ),
     Example(
-        "weighting='candidate': each candidate once, so the sum is (2 S - S) / 3.",
-        [7, 7, 8], [1, 1, 0], -S / 3, [-S / 3, -S / 3, S / 3], {**ONLY_SIBLING, "weighting": "candidate"},
+        "weighting='node': two candidates through one node share it, so the sum is (D - 2 D) / 3.",
+        [7, 7, 8], [1, 1, 0], D / 3, [-D / 6, -D / 6, 2 * D / 3], {**ONLY_SIBLING, "weighting": "node"},
+    ),
+    Example(
+        "form='paper': children against their mean 1/2, over their standard deviation, and each node once.",
+        [7, 7, 8], [1, 1, 0], 0.0, [-S / 6, -S / 6, S / 3], PAPER,
+    ),
+    Example(
+        "The paper's advantages with weighting='candidate': the sum is (2 S - S) / 3.",
+        [7, 7, 8], [1, 1, 0], -S / 3, [-S / 3, -S / 3, S / 3], {**PAPER, "weighting": "candidate"},
     ),
     Example(
         "Without siblings there is no sibling term: no gradient, nothing valid.",
@@ -114,16 +126,16 @@ EXAMPLES = [
     Example(
         "The loss is the sum: kl_weight KL - global_weight J_global - sibling_weight J_sibling.",
         [7, 8], [1, 0], 0.1 * (1 - math.log(2)) / 2, [-C / 2 - 2 * S / 2 - 0.1 / 2, C / 2 + 2 * S / 2],
-        {"global_weight": 1.0, "sibling_weight": 2.0, "kl_weight": 0.1}, None, [2.0, 1.0],
+        {"global_weight": 1.0, "sibling_weight": 2.0, "kl_weight": 0.1, "form": "paper"}, None, [2.0, 1.0],
     ),
     Example(
         "mask: a candidate that is left out is in no mean, whatever its reward.",
-        [7, 8, 9], [1, 0, float("nan")], 0.0, [-S / 2, S / 2, 0.0],
+        [7, 8, 9], [1, 0, float("nan")], 0.0, [-C / 2, C / 2, 0.0],
         {**ONLY_SIBLING, "mask": [True, True, False]},
     ),
     Example(
         "depth_weights: each level's share of the sibling term.",
-        [7, 8], [1, 0], 0.0, [-3 * S / 2, 3 * S / 2], {**ONLY_SIBLING, "depth_weights": [3.0]},
+        [7, 8], [1, 0], 0.0, [-3 * C / 2, 3 * C / 2], {**ONLY_SIBLING, "depth_weights": [3.0]},
     ),
     Example(
         "loss_type='dr_grpo' divides by the size of the batch, padding included.",
@@ -148,7 +160,8 @@ EXAMPLES = [
         "clip_terms='joint': the sum of both advantages is clipped once. Here it is 2 S - C, positive, so the"
         " ratio 2 is cut at 1.25, also in the global term, which alone would not be cut.",
         [7, 8], [0, 1], -(1.25 - 1) * (2 * S - C) / 2, [(2 * S - C) / 2, 0.0],
-        {"global_weight": -1.0, "sibling_weight": 2.0, "clip": (0.5, 0.25), "clip_terms": "joint"},
+        {"global_weight": -1.0, "sibling_weight": 2.0, "clip": (0.5, 0.25), "clip_terms": "joint",
+         "form": "paper"},
         [1.0, 2.0],
         metrics={"global_term": (1.25 - 1) * C / 2, "sibling_term": (1.25 - 1) * S / 2,
                  "global_clip_fraction": 0.5, "sibling_clip_fraction": 0.5},
@@ -209,7 +222,8 @@ def test_by_hand(backend, example):
             "importance_sampling_level": st.sampled_from(["token", "sequence"]),
             "log_ratio_bound": st.sampled_from([None, 0.5, 20.0]),
             "kl": st.sampled_from(["k1", "k2", "k3"]),
-            "weighting": st.sampled_from(["node", "candidate"]),
+            "form": st.sampled_from(sorted(FORMS)),
+            "weighting": st.sampled_from([None, "node", "candidate"]),
             "loss_type": st.sampled_from(["grpo", "bnpo", "dr_grpo"]),
         }
     ),
@@ -249,10 +263,12 @@ def test_oracle(
 
     mask = case.get("mask")
     candidates = mask.any(2) if masked == "tokens" else mask
+    of_form, weighting = FORMS[options.pop("form")]
+    options["weighting"] = options["weighting"] or weighting
     x = case["logp"].nan_to_num().double().requires_grad_()
     want = loss_reference.whole_loss(
         x,
-        sibling_advantage(case["tokens"], case["rewards"], mask),
+        sibling_advantage(case["tokens"], case["rewards"], mask, **of_form),
         group_advantage(case["rewards"], candidates),
         **{k: case[k].nan_to_num().double() for k in ("old_logp", "ref_logp") if k in case},
         mask=mask,
@@ -273,12 +289,13 @@ def test_oracle(
 
 
 def by_hand(
-    case: dict[str, Tensor], mask: Tensor, clip: tuple[float, float] | None, weighting: str
+    case: dict[str, Tensor], mask: Tensor, clip: tuple[float, float] | None, form: str
 ) -> Tensor:
     """The loss as the training loop writes it, by torch's autograd."""
+    options, weighting = FORMS[form]
     x, old = case["logp"].double().requires_grad_(), case["old_logp"].double()
     a = group_advantage(case["rewards"], mask)
-    siblings = sibling_advantage(case["tokens"], case["rewards"], mask)
+    siblings = sibling_advantage(case["tokens"], case["rewards"], mask, **options)
     value = loss_reference.grpo_term(x, old, a, mask, clip)
     value = value + 0.5 * loss_reference.sibling_term(x, old, siblings, mask, clip, weighting=weighting)
     loss = 0.1 * loss_reference.kl_term(x, case["ref_logp"].double(), mask) - value
@@ -287,15 +304,13 @@ def by_hand(
 
 
 @pytest.mark.parametrize("clip", [None, (0.2, 0.3)])
-@pytest.mark.parametrize("weighting", ["node", "candidate"])
-def test_training_objective(backend, clip, weighting):
+@pytest.mark.parametrize("form", FORMS)
+def test_training_objective(backend, clip, form):
     case = policies(1, 5, 6, 3)
     mask = torch.rand(5, 6, generator=torch.Generator().manual_seed(2)) < 0.8
-    want = by_hand(case, mask, clip, weighting)
+    want = by_hand(case, mask, clip, form)
     case["logp"].requires_grad_()
-    out = sibling_grpo_loss(
-        **case, mask=mask, clip=clip, weighting=weighting, sibling_weight=0.5, kl_weight=0.1
-    )
+    out = sibling_grpo_loss(**case, mask=mask, clip=clip, form=form, sibling_weight=0.5, kl_weight=0.1)
     (gradient,) = torch.autograd.grad(out.loss, case["logp"])
     got = torch.cat([out.loss.detach()[None], gradient.flatten()])
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
@@ -331,11 +346,13 @@ def test_on_policy_is_the_old_policy_now(backend, clip):
     torch.testing.assert_close(first, second)
 
 
-def test_on_policy_gradient_is_zero_outside_the_sibling_tokens(backend):
-    """Node weighting, ratio 1, sibling term alone: exactly 0 where nothing branches."""
+@pytest.mark.parametrize("form", FORMS)
+def test_on_policy_gradient_is_zero_outside_the_sibling_tokens(backend, form):
+    """Ratio 1, sibling term alone: exactly 0 where nothing branches. Both forms agree on two children."""
     tokens = torch.tensor([[[1, 5, 7], [1, 5, 8], [1, 5, 8]]])
     logp = torch.zeros(1, 3, 3, requires_grad=True)
-    sibling_grpo_loss(logp, tokens, torch.tensor([[1.0, 0.0, 0.5]]), global_weight=0).loss.backward()
+    rewards = torch.tensor([[1.0, 0.0, 0.5]])
+    sibling_grpo_loss(logp, tokens, rewards, global_weight=0, form=form).loss.backward()
     assert not logp.grad[:, :, :2].any()
     assert logp.grad[0, :, 2].tolist() == pytest.approx([-1 / 3, 1 / 6, 1 / 6], rel=1e-3)
 
@@ -506,30 +523,65 @@ def test_small_divergence_keeps_its_digits(backend):
     torch.testing.assert_close(gradient, torch.full_like(gradient, -math.expm1(d) / 12), rtol=1e-4, atol=0)
 
 
-def test_advantages_given(backend):
-    case = policies(8, 3, 5, 3)
-    siblings = sibling_advantage(case["tokens"], case["rewards"])
-    group = group_advantage(case["rewards"])
-    want = sibling_grpo_loss(**case)
-    rest = {name: x for name, x in case.items() if name not in ("tokens", "rewards")}
-    got = sibling_grpo_loss(**rest, sibling_advantage=siblings, group_advantage=group)
-    assert all(torch.equal(one, two) for one, two in zip(got, want))
-
-
 @pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("masked", ["no", "candidates", "tokens"])
-def test_advantages_are_those_of_their_ops(backend, masked, scale):
-    """Of what the mask leaves: a masked token is no sibling."""
+def test_advantages_are_those_of_their_ops(backend, masked, form, scale):
+    """Of what the mask leaves: a masked token is no sibling. Of those given, the form leaves the weighting."""
     case = policies(15, 4, 6, 3)
     mask = torch.rand(4, 6, 3, generator=torch.Generator().manual_seed(2)) < 0.7
     masks = {"no": (None, None), "candidates": (mask[..., 0],) * 2, "tokens": (mask, mask.any(2))}
     mask, candidates = masks[masked]
-    got = sibling_grpo_loss(**case, mask=mask, scale=scale)
-    scales = ("siblings", "group") if scale == "std" else ("none", "none")
-    siblings = sibling_advantage(case.pop("tokens"), case["rewards"], mask, scale=scales[0])
-    group = group_advantage(case.pop("rewards"), candidates, scale=scales[1])
-    want = sibling_grpo_loss(**case, mask=mask, sibling_advantage=siblings, group_advantage=group)
-    assert all(map(torch.equal, got, want))
+    got = sibling_grpo_loss(**case, mask=mask, form=form, scale=scale)
+    options, weighting = FORMS[form]
+    no_scale = {} if scale == "std" else {"scale": "none"}
+    siblings = sibling_advantage(case.pop("tokens"), case["rewards"], mask, **{**options, **no_scale})
+    group = group_advantage(case.pop("rewards"), candidates, **no_scale)
+    given = {**case, "mask": mask, "sibling_advantage": siblings, "group_advantage": group}
+    for named in ({"form": form}, {"weighting": weighting}):
+        assert all(map(torch.equal, got, sibling_grpo_loss(**given, **named)))
+
+
+def test_the_default_is_centered(backend):
+    case = policies(21, 4, 6, 3)
+    default, centered, paper = (sibling_grpo_loss(**case, **x) for x in ({}, {"form": "centered"}, {"form": "paper"}))
+    assert all(map(torch.equal, default, centered))
+    assert not torch.equal(default.sibling_term, paper.sibling_term)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    group=st.integers(0, 40),
+    vocabulary=st.integers(1, 6),
+    masked=st.booleans(),
+    equal=st.booleans(),
+)
+def test_the_levels_of_the_centered_form_add_up_to_the_group_advantage(
+    backend, seed, group, vocabulary, masked, equal
+):
+    """Also with duplicates, which share what they earned, and groups of unequal sizes.
+
+    The advantages are read off the gradient on-policy, where an advantage has the weight -1 / (B G_b).
+    """
+    rng = np.random.default_rng(seed)
+    tokens = torch.from_numpy(rng.integers(0, vocabulary, (3, group, 4)))
+    rewards = torch.from_numpy(rng.normal(size=(3, group)).round(1)).float()
+    if equal:
+        rewards = torch.full_like(rewards, 0.35)
+    mask = torch.from_numpy(rng.random((3, group)) < rng.random((3, 1))) if masked else None
+    logp = torch.zeros(3, group, 4, requires_grad=True)
+    out = sibling_grpo_loss(logp, tokens, rewards, mask=mask, global_weight=0.0, loss_type="dr_grpo")
+    (gradient,) = torch.autograd.grad(out.loss, logp)
+    advantage = -gradient.double() * 3 * group
+
+    of_group = group_advantage(rewards, mask).double()
+    there = torch.ones(3, group, dtype=torch.bool) if mask is None else mask
+    same = (tokens[:, :, None] == tokens[:, None]).all(3) & there[:, :, None] & there[:, None]
+    want = (same * of_group[:, None]).sum(2) / same.sum(2).clamp(min=1)
+    torch.testing.assert_close(advantage.sum(2), want, rtol=1e-5, atol=1e-5)
+    siblings = sibling_advantage(tokens, rewards, mask, **FORMS["centered"].options)
+    assert not advantage[~siblings.valid].any(), "a token without alternative must have exactly 0"
+    assert not (equal and advantage.any()), "equal rewards must give exactly 0"
 
 
 def test_padding_behind_an_early_end_is_no_sibling(backend):
@@ -538,7 +590,7 @@ def test_padding_behind_an_early_end_is_no_sibling(backend):
     mask = torch.tensor([[[True, False], [True, True], [True, True], [True, False]]])
     logp = torch.zeros(1, 4, 2, requires_grad=True)
     rewards = torch.tensor([[0.5, 1.0, 0.0, 0.5]])
-    out = sibling_grpo_loss(logp, tokens, rewards, mask=mask, global_weight=0.0)
+    out = sibling_grpo_loss(logp, tokens, rewards, mask=mask, global_weight=0.0, form="paper")
     out.loss.backward()
     assert logp.grad[0, :, 1].tolist() == pytest.approx([0, -S / 4, S / 4, 0], rel=1e-5)
 
@@ -732,6 +784,8 @@ BAD = [
     ({"clip": (-0.1, 0.2)}, ValueError, "clip"),
     ({"clip": (0.1, float("nan"))}, ValueError, "clip"),
     ({"kl": "k4"}, ValueError, "kl"),
+    ({"form": "ours"}, ValueError, "form"),
+    ({"form": None}, ValueError, "form"),
     ({"weighting": "both"}, ValueError, "weighting"),
     ({"loss_type": "ppo"}, ValueError, "loss_type"),
     ({"scale": "group"}, ValueError, "scale"),

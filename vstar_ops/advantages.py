@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops._checks import FLOATS, INTS, check, check_choice, check_finite, check_int, check_tokens
+from .ops._forms import sibling_form
 from .ops.group_advantage import group_advantage as _group_advantage
 from .ops.sibling_advantage import sibling_advantage as _sibling_advantage
 
@@ -28,7 +29,8 @@ def token_advantages(
     horizon: int | None = None,
     global_weight: float = 1.0,
     sibling_weight: float = 1.0,
-    weighting: str = "node",
+    form: str = "centered",
+    weighting: str | None = None,
     singleton: str = "zero",
     group_advantage: Tensor | None = None,
     group_options: Mapping[str, Any] | None = None,
@@ -42,9 +44,9 @@ def token_advantages(
     .. math::
         A_{it} = w_{global} \, A_i + w_{sib} \, f_i \, A^{sib}_{it} / n_{it}
 
-    of :func:`group_advantage`, :func:`sibling_advantage` and the :math:`n` candidates through its node. The
-    factor :math:`f` turns the trainer's weight of a token into the objective's weight of a node. For ``N``
-    rows in ``B`` groups, :math:`T_i` tokens in a row and :math:`G_b` rows in its group:
+    of :func:`group_advantage` and, in the ``form`` of :func:`sibling_grpo_loss`, :func:`sibling_advantage`
+    and :math:`n`. The factor :math:`f` turns the trainer's weight of a token into the objective's weight of
+    a node. For ``N`` rows in ``B`` groups, :math:`T_i` tokens in a row and :math:`G_b` rows in its group:
 
     ============== ========================== ========================= ==================================
     ``normalizer`` the trainer's :math:`q`    factor :math:`f`          equal to ``loss_type``
@@ -72,11 +74,14 @@ def token_advantages(
         normalizer: how the trainer weighs a token, see above.
         horizon: :math:`H` of ``"constant"``; None: ``T``.
         global_weight, sibling_weight: :math:`w_{global}`, :math:`w_{sib}`.
-        weighting: ``"node"``, or ``"candidate"``: :math:`n = 1`.
+        form: of the sibling term, ``"centered"`` or ``"paper"``, see :func:`sibling_grpo_loss`.
+        weighting: ``"node"``: :math:`n` is the number of candidates through a node, which counts once;
+            ``"candidate"``: :math:`n = 1`; None: as ``form`` has it.
         singleton: :math:`A_i` of a row that is alone in its group: ``"zero"``, or ``"reward"``, its reward as
             it is, as in verl. It has no siblings in either case.
         group_advantage: float32 ``[N]``, :math:`A_i` as the trainer computed it.
-        group_options, sibling_options: keywords of :func:`group_advantage` and :func:`sibling_advantage`.
+        group_options, sibling_options: keywords of :func:`group_advantage` and :func:`sibling_advantage`,
+            the latter in place of those of ``form``.
 
     Returns:
         float32 ``[N, T]``, 0 where masked. ``N``, ``B``, :math:`T_i` and :math:`G_b` count what takes part.
@@ -91,9 +96,9 @@ def token_advantages(
         >>> tokens = torch.tensor([[1, 5], [1, 6], [2, 5], [7, 0]])
         >>> rewards, prompts = torch.tensor([1.0, 0.0, 0.0, 1.0]), ["a", "a", "a", "b"]
         >>> vstar_ops.token_advantages(tokens, rewards, prompts, global_weight=0, normalizer="sum")
-        tensor([[ 0.4998,  0.9998],
-                [ 0.4998, -0.9998],
-                [-0.9996,  0.0000],
+        tensor([[ 0.2886,  0.8659],
+                [ 0.2886, -0.8659],
+                [-0.5773,  0.0000],
                 [ 0.0000,  0.0000]])
     """
     tokens = check_tokens("tokens", tokens, (None, None), "[N, T]")
@@ -105,7 +110,8 @@ def token_advantages(
     if group_advantage is not None:
         check("group_advantage", group_advantage, shape[:1], "[N]", (torch.float32,), device)
     check_choice("normalizer", normalizer, _NORMALIZERS)
-    check_choice("weighting", weighting, ("node", "candidate"))
+    of_form, weighting = sibling_form(form, weighting)
+    sibling_options = {**of_form, **(sibling_options or {})}
     check_choice("singleton", singleton, ("zero", "reward"))
     if horizon is None:
         horizon = shape[1]
@@ -136,7 +142,7 @@ def token_advantages(
                 among = torch.where(size == 1, grid_rewards.float(), among)
             layout.put(over_groups, among)
         siblings = _sibling_advantage(
-            layout.grid(tokens), grid_rewards, layout.grid(mask), **sibling_options or {}
+            layout.grid(tokens), grid_rewards, layout.grid(mask), **sibling_options
         )
         number = siblings.num_candidates.clamp(min=1) if weighting == "node" else 1
         layout.put(per_node, siblings.advantage / number)

@@ -27,6 +27,7 @@ from trl.models.utils import unwrap_model_for_generation
 from ..advantages import GroupLayout, token_advantages
 from ..decoding import beam_search, topk_sampling, ved
 from ..ops._checks import check_choice, check_finite
+from ..ops._forms import sibling_form
 from ..packing import pack_prompts
 from ..trie import Trie
 from .transformers import CausalPrefixModel, ValueHead, prefix_model
@@ -57,8 +58,8 @@ class SiblingGRPOTrainer(GRPOTrainer):
 
     Args:
         *args, **kwargs: as for ``GRPOTrainer``.
-        global_weight, sibling_weight, weighting, sibling_options: as for :func:`vstar_ops.token_advantages`.
-            ``scale_rewards`` of the configuration is for TRL's own term.
+        global_weight, sibling_weight, form, weighting, sibling_options: as for
+            :func:`vstar_ops.token_advantages`. ``scale_rewards`` of the configuration is for TRL's own term.
         packed: run each distinct prompt of a micro-batch once, with the prefix tree of its completions behind
             it (:mod:`vstar_ops.packing`). The results are the same up to rounding; it saves most where a
             micro-batch holds whole groups, as with ``steps_per_generation=1``.
@@ -76,7 +77,8 @@ class SiblingGRPOTrainer(GRPOTrainer):
         *args: Any,
         global_weight: float = 1.0,
         sibling_weight: float = 1.0,
-        weighting: str = "node",
+        form: str = "centered",
+        weighting: str | None = None,
         sibling_options: Mapping[str, Any] | None = None,
         packed: bool = False,
         trie: Trie | None = None,
@@ -84,8 +86,8 @@ class SiblingGRPOTrainer(GRPOTrainer):
     ) -> None:
         self.global_weight = check_finite("global_weight", global_weight)
         self.sibling_weight = check_finite("sibling_weight", sibling_weight)
-        check_choice("weighting", weighting, ("node", "candidate"))
-        self.weighting, self.sibling_options = weighting, sibling_options
+        sibling_form(form, weighting)  # checked before the model is loaded
+        self.form, self.weighting, self.sibling_options = form, weighting, sibling_options
         self.trie, self.packed = trie, packed or trie is not None
         self._prefix_models = _PrefixModels(trie or Trie.from_sequences([[0]]), full_head=trie is None)
         super().__init__(*args, **kwargs)
@@ -149,6 +151,7 @@ class SiblingGRPOTrainer(GRPOTrainer):
             horizon=self.max_completion_length if self.loss_type == "dr_grpo" else None,
             global_weight=0.0,
             sibling_weight=self.sibling_weight,
+            form=self.form,
             weighting=self.weighting,
             sibling_options=self.sibling_options,
         )

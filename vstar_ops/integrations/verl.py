@@ -50,7 +50,7 @@ NORMALIZER = {
     "seq-mean-token-sum": "sum",
     "seq-mean-token-sum-norm": "constant",
 }
-_OPTIONS = ("global_weight", "sibling_weight", "weighting", "singleton", "loss_agg_mode", "horizon")
+_OPTIONS = ("global_weight", "sibling_weight", "form", "weighting", "singleton", "loss_agg_mode", "horizon")
 _SIBLING_OPTIONS = ("eps", "ddof", "std_floor", "min_siblings", "baseline", "scale")
 
 _responses: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("responses", default=None)
@@ -70,9 +70,10 @@ def sibling_grpo(
     ``(score - mean) / (std + 1e-6)``, or not divided under ``norm_adv_by_std_in_grpo=False``. Equal scores
     give exactly 0.
 
-    ``algorithm.sibling`` may hold ``global_weight``, ``sibling_weight`` and ``weighting`` of
-    :func:`vstar_ops.token_advantages`, ``eps``, ``ddof``, ``std_floor``, ``min_siblings``, ``baseline`` and
-    ``scale`` of :func:`vstar_ops.sibling_advantage`, with the defaults there, and:
+    ``algorithm.sibling`` may hold ``global_weight``, ``sibling_weight``, ``form`` and ``weighting`` of
+    :func:`vstar_ops.token_advantages`, with the defaults there; ``eps``, ``ddof``, ``std_floor``,
+    ``min_siblings``, ``baseline`` and ``scale`` of :func:`vstar_ops.sibling_advantage`, by default those of
+    ``form``; and:
 
     - ``singleton``: the first term of a response that is alone in its group: ``"reward"``, its score, as in
       verl (which divides it by 1 + 1e-6), or ``"zero"``. It has no siblings in either case.

@@ -75,6 +75,9 @@ def sibling_advantage(
 
     .. math:: A(h, v) = \frac{\bar R(h, v) - \mu_h}{\max(\sigma_h, \text{std\_floor}) + \text{eps}}.
 
+    The advantages of the form ``"centered"`` of :func:`sibling_grpo_loss` are those with
+    ``baseline="parent", scale="group", ddof=1``.
+
     Requests never mix. Prefixes are compared exactly, token by token. A NaN or infinite reward makes every
     advantage that is compared with it NaN: of all children of each prefix that its candidate goes through.
     Below other prefixes nothing changes.

@@ -1,4 +1,4 @@
-"""``sibling_grpo_loss``: the objective of Sibling-GRPO with its gradient (V-STAR, Eq. 19)."""
+"""``sibling_grpo_loss``: GRPO with a sibling term and KL (V-STAR, Eq. 19), and its gradient."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ._checks import (
     result_dtype,
     validating,
 )
+from ._forms import sibling_form
 from ._registry import Gradient, define
 from .group_advantage import group_advantage as _group_advantage
 from .sibling_advantage import SiblingAdvantage
@@ -99,7 +100,8 @@ def sibling_grpo_loss(
     importance_sampling_level: str = "token",
     log_ratio_bound: float | None = None,
     kl: str = "k3",
-    weighting: str = "node",
+    form: str = "centered",
+    weighting: str | None = None,
     depth_weights: Tensor | Sequence[float] | None = None,
     loss_type: str = "grpo",
     horizon: int | None = None,
@@ -114,12 +116,28 @@ def sibling_grpo_loss(
         KL &= \textstyle\sum_{b,g,\ell} c_{bg} \, k(d_{bg\ell}), \qquad d = \log\pi_{ref} - \log\pi
 
     where :math:`\rho = \exp(\log\pi - \log\pi_{old})`, :math:`A_{bg}` is :func:`group_advantage`,
-    :math:`A_{bg\ell}` is :func:`sibling_advantage` (only where it is valid), :math:`n` the candidates
-    through a node, so that every node counts once (arXiv 2602.10699, Eq. 19), :math:`s(\rho, A) = \rho A`
+    :math:`A_{bg\ell}` is :func:`sibling_advantage` (only where it is valid), :math:`s(\rho, A) = \rho A`
     or with ``clip`` PPO's bound :math:`\min(\rho A, \text{clip}(\rho, 1 - low, 1 + high) A)`, and the
     estimate :math:`k` of the divergence is ``k1``: :math:`-d`, ``k2``: :math:`d^2 / 2`, ``k3``:
-    :math:`e^d - d - 1`. Weights by ``loss_type``, for :math:`T_{bg}` tokens that are there in a sequence and
-    :math:`G_b` sequences with any in a request:
+    :math:`e^d - d - 1`.
+
+    The sibling term has two forms. For a token :math:`v` behind a prefix :math:`h`, the mean reward
+    :math:`\bar R` of the candidates through a prefix, and the candidates' rewards :math:`R` of a request:
+
+    - ``"centered"``: each level has the change of the mean reward when the prefix grew by its token, over
+      GRPO's standard deviation, and every candidate counts once (:math:`n = 1`):
+
+      .. math:: A(h, v) = \frac{\bar R(h, v) - \bar R(h)}{\text{std}(R) + 10^{-4}}
+
+      A token that all candidates behind :math:`h` share has exactly 0. The sum over the levels of a candidate
+      is its :func:`group_advantage` (the mean of those of its duplicates, if their rewards differ). With a
+      mask of tokens this holds where candidates with a common prefix all end there, or all go on.
+    - ``"paper"``: Eqs. 17-19 of arXiv 2602.10699. Each level compares :math:`\bar R` of the children of
+      :math:`h` with each other, as :func:`sibling_advantage` does by default, and every node counts once:
+      :math:`n` is the number of candidates through it.
+
+    Weights by ``loss_type``, for :math:`T_{bg}` tokens that are there in a sequence and :math:`G_b` sequences
+    with any in a request:
 
     ============= ============================================= =========================== =================
     ``loss_type`` a sequence's tokens, :math:`c_{bg}`           a request's nodes, `u_b`    meaning
@@ -134,17 +152,18 @@ def sibling_grpo_loss(
     Args:
         logp: float32, bfloat16 or float16 ``[B, G, L]``: log-probabilities of the candidates' tokens. Or
             float64, which the reference implementation takes.
-        tokens: integers ``[B, G, L]``; rewards: floats ``[B, G]``. Advantages are computed of them with the
-            defaults of their ops; not needed where ``sibling_advantage`` and ``group_advantage`` are given.
+        tokens: integers ``[B, G, L]``; rewards: floats ``[B, G]``. Advantages are computed of them; not
+            needed where ``sibling_advantage`` and ``group_advantage`` are given.
         old_logp: of the policy that drew the candidates, as ``logp``. None: this policy, now
             (:math:`\rho = 1`, its gradient that of ``logp``).
         ref_logp: of the reference policy; None: no KL term.
         mask: bool ``[B, G]``, candidates that are there, or ``[B, G, L]``, tokens that are. Others take no
             part whatever they hold. A candidate without any token is not there.
-        sibling_advantage: the result of :func:`sibling_advantage`, with options of its own.
+        sibling_advantage: the result of :func:`sibling_advantage`, with options of its own. Of ``form`` it
+            leaves the weighting.
         group_advantage: float32 or float64 ``[B, G]``, advantages of whole candidates.
-        scale: of the advantages that are computed here: ``"std"``, divided by a standard deviation as their
-            ops do by default, or ``"none"``: rewards minus their mean.
+        scale: of the advantages that are computed here: ``"std"``, divided by a standard deviation, or
+            ``"none"``, not divided.
         global_weight, sibling_weight, kl_weight: weights of the terms. 0 turns a term off, even one that is
             infinite.
         clip: None, or ``(low, high)``, both >= 0; ``math.inf`` leaves a side open.
@@ -161,7 +180,9 @@ def sibling_grpo_loss(
             > 0 that bounds the exponent of :math:`\rho`, and :math:`d`, to plus and minus itself, without
             gradient beyond it, as ``torch.clamp``. verl has 20.
         kl: ``"k1"``, ``"k2"`` or ``"k3"``.
-        weighting: ``"node"``, or ``"candidate"``: :math:`n = 1`, every candidate counts once.
+        form: of the sibling term, ``"centered"`` or ``"paper"``.
+        weighting: ``"node"``, every node counts once, or ``"candidate"``, every candidate does; None: as
+            ``form`` has it.
         depth_weights: :math:`w_\ell`, ``L`` numbers (1), or a tensor of them.
         loss_type: ``"grpo"``, ``"bnpo"`` or ``"dr_grpo"``.
         horizon: of ``"dr_grpo"``, in place of :math:`L`.
@@ -195,9 +216,9 @@ def sibling_grpo_loss(
         >>> logp = torch.zeros(1, 3, 2, requires_grad=True)
         >>> out = vstar_ops.sibling_grpo_loss(logp, tokens, torch.tensor([[1.0, 0.0, 0.0]]), global_weight=0)
         >>> out.loss.backward(); logp.grad
-        tensor([[[-0.1666, -0.3333],
-                 [-0.1666,  0.3333],
-                 [ 0.3332,  0.0000]]])
+        tensor([[[-0.0962, -0.2886],
+                 [-0.0962,  0.2886],
+                 [ 0.1924,  0.0000]]])
 
         One step over the micro-batches of a window, on several processes. (Where gradients are averaged over
         processes, as in DistributedDataParallel, multiply the loss by their number.)
@@ -219,12 +240,12 @@ def sibling_grpo_loss(
         ("clip_terms", clip_terms, ("separate", "joint")),
         ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
         ("kl", kl, ("k1", "k2", "k3")),
-        ("weighting", weighting, ("node", "candidate")),
         ("loss_type", loss_type, ("grpo", "bnpo", "dr_grpo")),
     ):
         check_choice(name, choice, choices)
+    options, weighting = sibling_form(form, weighting)
     siblings, group_advantage = _advantages(
-        sibling_advantage, group_advantage, tokens, rewards, mask, scale, logp
+        sibling_advantage, group_advantage, tokens, rewards, mask, options, scale, logp
     )
     if normalizer is not None:
         check("normalizer", normalizer, (4,), "[4]", (torch.int64,), device)
@@ -289,10 +310,11 @@ def _advantages(
     tokens: Tensor | None,
     rewards: Tensor | None,
     mask: Tensor | None,
+    options: dict[str, Any],
     scale: str,
     logp: Tensor,
 ) -> tuple[SiblingAdvantage, Tensor]:
-    """Both advantages, given or computed."""
+    """Both advantages, given or computed, those of siblings with the ``options`` of their form."""
     shape, device = tuple(logp.shape), logp.device
     if siblings is not None and group is not None:
         if scale != "std":
@@ -306,8 +328,9 @@ def _advantages(
         if tokens is None:
             raise ValueError("tokens must be given where sibling_advantage is not, got None")
         check("tokens", tokens, shape, _AXES, (*INTS, torch.int16, torch.int8, torch.uint8), device)
-        sibling_scale = "siblings" if scale == "std" else scale
-        siblings = _sibling_advantage(tokens, rewards, mask, scale=sibling_scale)  # type: ignore[arg-type]
+        if scale == "none":
+            options = {**options, "scale": scale}
+        siblings = _sibling_advantage(tokens, rewards, mask, **options)  # type: ignore[arg-type]
     elif not isinstance(siblings, SiblingAdvantage):
         raise TypeError(
             f"sibling_advantage must be a vstar_ops.SiblingAdvantage, got {type(siblings).__name__}"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..decoding import VEDConfig
-from ..ops._checks import check_finite
+from ..ops._checks import check_choice, check_finite
+from ..ops._forms import FORMS
 
 # Names in options and files, and what tables call them.
 DECODERS = {"beam": "beam candidates", "topk": "top-k samples", "ved": "VED"}
@@ -88,6 +89,7 @@ class Config:
     rl_batch_size: int = option(64, "requests per step")
     rl_lr: float = option(1e-4, "learning rate of reinforcement")
     sibling_weight: float = option(1.0, "weight of the sibling term in joint")
+    sibling_form: str = option("centered", "of the sibling term; paper is Eqs. 17-19", choices=tuple(FORMS))
     kl_weight: float = option(1e-3, "weight of the KL divergence from the supervised model")
     ved: VEDConfig = VEDConfig.training()  # noqa: RUF009 (it is immutable)
     value_lr: float = option(1e-3, "learning rate of the value head")
@@ -114,6 +116,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        check_choice("sibling_form", self.sibling_form, tuple(FORMS))
         for name in (field.name for field in dataclasses.fields(self) if field.type == "float"):
             value = check_finite(name, getattr(self, name))
             if name in _SHARES and not 0 <= value <= 1:

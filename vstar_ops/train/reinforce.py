@@ -114,6 +114,7 @@ class PolicyGradient:
             global_weight=per_candidate * self.global_weight,
             sibling_weight=per_request * self.sibling_weight,
             kl_weight=per_candidate * c.kl_weight,
+            form=c.sibling_form,
         )
         value_loss = self.value_loss(scores, requests, tokens, mask)
         loss = policy.loss + per_candidate * value_loss  # of this shard, and already weighted
