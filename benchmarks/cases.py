@@ -298,7 +298,8 @@ def sibling_grpo_loss(items: Tensor, batch: int, group: int, length: int = 0) ->
     """With clipping and KL, forward and backward; the advantages are given."""
     tokens, rewards = random_items(items, batch, group, length), torch.rand(batch, group)
     siblings, over_group = vstar_ops.sibling_advantage(tokens, rewards), vstar_ops.group_advantage(rewards)
-    given: dict[str, Any] = {"sibling_advantage": siblings, "group_advantage": over_group, "clip": (0.2, 0.2)}
+    given: dict[str, Any] = {"sibling_advantage": siblings, "group_advantage": over_group}
+    given |= {"form": "paper", "clip": (0.2, 0.2)}
     old, ref, logp = (-torch.rand(tokens.shape) for _ in range(3))
 
     def ours(logp: Tensor, old: Tensor, ref: Tensor, *_: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def formulas(table: Table) -> None:
     def gradient(loss: Tensor) -> Tensor:
         return torch.autograd.grad(loss, logp, retain_graph=True)[0]
 
-    options = {"old_logp": old, "global_weight": 0.0}
+    options = {"old_logp": old, "global_weight": 0.0, "form": "paper"}
     ours = sibling_grpo_loss(logp, tokens, rewards, **options).loss
     theirs = -((logp.double() - old).exp() * want / number).sum((1, 2)).mean() / shape[1]
     table.add("`sibling_grpo_loss`", "Eq. 19, each node once", "loss", ours, theirs, 1e-6, relative=True)
@@ -74,7 +74,7 @@ def formulas(table: Table) -> None:
         gradient(each),
         relative=True,
     )
-    parts = {"old_logp": old, "clip": (0.1, 0.1)}
+    parts = {"old_logp": old, "clip": (0.1, 0.1), "form": "paper"}
     apart, joint = (
         gradient(sibling_grpo_loss(logp, tokens, rewards, clip_terms=x, **parts).loss)
         for x in ("separate", "joint")

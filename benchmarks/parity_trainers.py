@@ -175,7 +175,7 @@ def verl(table: Table) -> None:
         "`sibling_grpo`",
         "verl's `grpo` + Eqs. 17, 18 by hand",
         "advantages",
-        estimated(data, uid),
+        estimated(data, uid, "+algorithm.sibling.form=paper"),
         theirs + mask * factor * siblings / number.clamp(min=1),
         1e-5,
     )

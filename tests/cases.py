@@ -159,12 +159,12 @@ def loss(batch: int, group: int = 6, *, options: bool = False, sequences: bool =
     arguments: dict[str, Any] = dict(policies(8, batch, group, 3))
     if options:
         arguments |= {"mask": random_mask(9, batch, group, 3), "depth_weights": (0.5, 1.0, 2.0)}
-        arguments |= {"clip": (0.2, 0.3), "kl": "k2", "weighting": "candidate", "loss_type": "bnpo"}
+        arguments |= {"clip": (0.2, 0.3), "kl": "k2", "form": "paper", "loss_type": "bnpo"}
         arguments |= {"dual_clip": 3.0, "log_ratio_bound": 2.0, "scale": "none"}
         arguments["normalizer"] = torch.tensor([1000, 9000, 8000, 20_000])
     elif sequences:
         arguments |= {"importance_sampling_level": "sequence", "clip_terms": "joint", "clip": (0.2, 0.3)}
-        arguments |= {"loss_type": "dr_grpo", "horizon": 5}
+        arguments |= {"loss_type": "dr_grpo", "horizon": 5, "form": "paper"}
     else:
         del arguments["old_logp"], arguments["ref_logp"]
     return Call(vstar_ops.sibling_grpo_loss, arguments)

@@ -288,9 +288,7 @@ def test_oracle(
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7 * largest)
 
 
-def by_hand(
-    case: dict[str, Tensor], mask: Tensor, clip: tuple[float, float] | None, form: str
-) -> Tensor:
+def by_hand(case: dict[str, Tensor], mask: Tensor, clip: tuple[float, float] | None, form: str) -> Tensor:
     """The loss as the training loop writes it, by torch's autograd."""
     options, weighting = FORMS[form]
     x, old = case["logp"].double().requires_grad_(), case["old_logp"].double()
@@ -544,7 +542,9 @@ def test_advantages_are_those_of_their_ops(backend, masked, form, scale):
 
 def test_the_default_is_centered(backend):
     case = policies(21, 4, 6, 3)
-    default, centered, paper = (sibling_grpo_loss(**case, **x) for x in ({}, {"form": "centered"}, {"form": "paper"}))
+    default, centered, paper = (
+        sibling_grpo_loss(**case, **x) for x in ({}, {"form": "centered"}, {"form": "paper"})
+    )
     assert all(map(torch.equal, default, centered))
     assert not torch.equal(default.sibling_term, paper.sibling_term)
 

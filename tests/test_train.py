@@ -468,6 +468,8 @@ def test_variants_and_configs_as_text() -> None:
             Variant.parse(text)
     for config in (Config(), Config.synthetic().replace(seeds=(1, 2), variants=(variant,), threads=1)):
         assert Config.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match=r"sibling_form must be one of .*, got 'ours'"):
+        Config(sibling_form="ours")
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,17 @@ def test_training_without_a_valid_split(toy: Path, tmp_path: Path, capsys, monke
     assert "seed 0 beam+grpo, step 2 of 3: reward " in out
 
 
+def test_the_form_of_the_sibling_term(toy: Path, tmp_path: Path) -> None:
+    """An option of the run, which its checkpoints know, and which decides what is learned."""
+    learned = []
+    for form, option in (("centered", []), ("paper", ["--sibling-form", "paper"])):
+        assert train(toy, tmp_path / form, "--objective", "sibling", *option) == 0
+        saved = checkpoint.load(tmp_path / form / "seed-0" / "beam+sibling.pt")
+        assert saved["fingerprint"]["configuration"]["sibling_form"] == form
+        learned.append(torch.cat([w.flatten() for w in saved["model"].values()]))
+    assert not torch.equal(*learned)
+
+
 def test_an_empty_valid_split_is_an_error_that_says_how_to_do_without(
     toy: Path, tmp_path: Path, capsys
 ) -> None:

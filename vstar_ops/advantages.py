@@ -141,9 +141,7 @@ def token_advantages(
             if singleton == "reward":
                 among = torch.where(size == 1, grid_rewards.float(), among)
             layout.put(over_groups, among)
-        siblings = _sibling_advantage(
-            layout.grid(tokens), grid_rewards, layout.grid(mask), **sibling_options
-        )
+        siblings = _sibling_advantage(layout.grid(tokens), grid_rewards, layout.grid(mask), **sibling_options)
         number = siblings.num_candidates.clamp(min=1) if weighting == "node" else 1
         layout.put(per_node, siblings.advantage / number)
     if group_advantage is None:

@@ -168,11 +168,14 @@ SAME_SLOPE = {"sapo": "grpo", "cispo": "bnpo", "vespo": "bnpo"}  # other losses,
 
 
 @pytest.mark.parametrize("loss_type", NORMALIZER)
-def test_loss_and_gradient_of_a_captured_batch_are_ours(tmp_path: Path, loss_type: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"form": "paper"}, {"form": "paper", "weighting": "candidate"}])
+def test_loss_and_gradient_of_a_captured_batch_are_ours(
+    tmp_path: Path, loss_type: str, options: dict[str, str]
+) -> None:
     """Rows of different lengths, with a completion that was not scored, against sibling_grpo_loss."""
     # CISPO cuts ratios at epsilon_high itself, not at 1 + epsilon_high.
     cut = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
-    trainer = make(tmp_path, loss_type=loss_type, sibling_weight=1.5, **cut)
+    trainer = make(tmp_path, loss_type=loss_type, sibling_weight=1.5, **cut, **options)
     batch = batch_of(trainer)
     value, gradient = loss_and_gradient(trainer, lambda: trainer._compute_loss(trainer.model, batch))
 
@@ -184,7 +187,6 @@ def test_loss_and_gradient_of_a_captured_batch_are_ours(tmp_path: Path, loss_typ
     assert 0 < there.any(1).sum() < len(ids)
     grid = (2, GROUP, ids.shape[1])
     ours = {"grpo": "grpo", **EQUAL, **SAME_SLOPE}[loss_type]
-    siblings = vstar_ops.sibling_advantage(ids.view(grid), rewards.view(grid[:2]), there.view(grid))
 
     def loss() -> Tensor:
         everything = torch.cat([batch["prompt_ids"], ids], 1)
@@ -193,11 +195,12 @@ def test_loss_and_gradient_of_a_captured_batch_are_ours(tmp_path: Path, loss_typ
         logp = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]
         return vstar_ops.sibling_grpo_loss(
             logp.view(grid),
-            rewards=rewards.view(grid[:2]),
+            ids.view(grid),
+            rewards.view(grid[:2]),
             mask=there.view(grid),
             old_logp=logp.detach().view(grid),
-            sibling_advantage=siblings,
             sibling_weight=1.5,
+            **options,
             loss_type=ours,
             horizon={"dr_grpo": 6, "luspo": 1}.get(loss_type),
         ).loss
@@ -226,6 +229,7 @@ def test_rows_that_were_not_scored_have_no_advantage(tmp_path: Path) -> None:
         ({"multi_objective_aggregation": "normalize_then_sum"}, "cannot do multi_objective_aggregation"),
         ({"off_policy_mask_threshold": 0.5}, "cannot do off_policy_mask_threshold"),
         ({"trie": TRIE, "cast_lm_head_to_fp32": True}, "cannot do trie with cast_lm_head_to_fp32"),
+        ({"form": "ours"}, "form must be one of"),
         ({"weighting": "prefix"}, "weighting must be one of"),
         ({"sibling_weight": float("inf")}, "sibling_weight must be finite"),
     ],

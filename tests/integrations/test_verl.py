@@ -111,7 +111,8 @@ def by_hand(batch: Batch, row: int, place: int) -> tuple[float, float, int]:
 
 def test_against_every_row_by_hand() -> None:
     batch = Batch()
-    got = advantages(batch, "+algorithm.sibling.sibling_weight=0.5", "+algorithm.sibling.global_weight=2.0")
+    weights = "+algorithm.sibling.sibling_weight=0.5", "+algorithm.sibling.global_weight=2.0"
+    got = advantages(batch, *weights, "+algorithm.sibling.form=paper")
     factor = int(batch.mask.sum()) / len(batch.group)  # token-mean, verl's default
     for row, place in np.ndindex(*batch.mask.shape):
         if not batch.mask[row, place]:
@@ -146,10 +147,14 @@ LOSS_TYPES = {"token-mean": "bnpo", "seq-mean-token-mean": "grpo", "seq-mean-tok
 
 @pytest.mark.parametrize("mode", LOSS_TYPES)
 @pytest.mark.parametrize("sizes", [(4, 4, 4), SIZES])
-def test_the_actors_loss_is_sibling_grpo_loss(mode: str, sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("options", [{}, {"form": "paper"}, {"form": "paper", "weighting": "candidate"}])
+def test_the_actors_loss_is_sibling_grpo_loss(
+    mode: str, sizes: tuple[int, ...], options: dict[str, str]
+) -> None:
     """verl's own policy loss under the actor's configuration."""
     batch = Batch(sizes)
-    overrides = [f"actor_rollout_ref.actor.loss_agg_mode={mode}", "+algorithm.sibling.weighting=candidate"]
+    overrides = [f"actor_rollout_ref.actor.loss_agg_mode={mode}"]
+    overrides += [f"+algorithm.sibling.{name}={value}" for name, value in options.items()]
     advantage = advantages(batch, *overrides, "+algorithm.sibling.singleton=zero")
     actor = configuration(
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1", *overrides
@@ -165,12 +170,12 @@ def test_the_actors_loss_is_sibling_grpo_loss(mode: str, sizes: tuple[int, ...])
     rewards = batch.grid(batch.score)
     want = vstar_ops.sibling_grpo_loss(
         batch.grid(ours),
-        rewards=rewards,
+        tokens,
+        rewards,
         mask=there,
         old_logp=batch.grid(batch.old),
-        sibling_advantage=vstar_ops.sibling_advantage(tokens, rewards, there),
         group_advantage=vstar_ops.group_advantage(rewards, there.any(2), eps=1e-6),
-        weighting="candidate",
+        **options,
         loss_type=LOSS_TYPES[mode],
         clip=(0.2, 0.2),  # verl's defaults, as are the next two
         dual_clip=3.0,

@@ -89,7 +89,7 @@ class Config:
     rl_batch_size: int = option(64, "requests per step")
     rl_lr: float = option(1e-4, "learning rate of reinforcement")
     sibling_weight: float = option(1.0, "weight of the sibling term in joint")
-    sibling_form: str = option("centered", "of the sibling term; paper is Eqs. 17-19", choices=tuple(FORMS))
+    sibling_form: str = option("centered", "of the sibling term; paper: Eqs. 17-19", choices=tuple(FORMS))
     kl_weight: float = option(1e-3, "weight of the KL divergence from the supervised model")
     ved: VEDConfig = VEDConfig.training()  # noqa: RUF009 (it is immutable)
     value_lr: float = option(1e-3, "learning rate of the value head")
