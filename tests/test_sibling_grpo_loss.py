@@ -56,8 +56,8 @@ class Example(NamedTuple):
 
 
 # Rewards 1 and 0 have the group advantages +-C, with the sample standard deviation 1 / sqrt(2) and eps 1e-4,
-# and the paper's sibling advantages +-S, with the population's, 1/2. Rewards 1, 1 and 0 have the sample standard
-# deviation 1 / sqrt(3), and D is 1 - 2/3 over it.
+# and the paper's sibling advantages +-S, with the population's, 1/2. D is 1 - 2/3 over the sample standard
+# deviation of the rewards 1, 1 and 0, 1 / sqrt(3).
 C, S, D = 0.5 / (0.5**0.5 + 1e-4), 0.5 / (0.5 + 1e-4), 1 / 3 / (3**-0.5 + 1e-4)
 ONLY_GLOBAL = {"sibling_weight": 0.0, "kl_weight": 0.0}
 ONLY_SIBLING = {"global_weight": 0.0, "kl_weight": 0.0}
@@ -525,7 +525,7 @@ def test_small_divergence_keeps_its_digits(backend):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("masked", ["no", "candidates", "tokens"])
 def test_advantages_are_those_of_their_ops(backend, masked, form, scale):
-    """Of what the mask leaves: a masked token is no sibling. Of those given, the form leaves the weighting."""
+    """Of what the mask leaves: a masked token is no sibling. The weighting of given ones is the form's."""
     case = policies(15, 4, 6, 3)
     mask = torch.rand(4, 6, 3, generator=torch.Generator().manual_seed(2)) < 0.7
     masks = {"no": (None, None), "candidates": (mask[..., 0],) * 2, "tokens": (mask, mask.any(2))}

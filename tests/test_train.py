@@ -382,7 +382,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
 def test_killed_between_two_stages_checkpoints(toy: Path, tmp_path: Path, monkeypatch) -> None:
     """Also before a stage's first step, and when the checkpoint is some steps behind."""
     options = ["--data", str(toy), *OPTIONS.split(), "--sft-epochs", "1", "--rl-steps", "3"]
-    options += ["--checkpoint-every", "2", "--patience", "1"]
+    options += ["--checkpoint-every", "2", "--patience", "3"]
     assert main([*options, "--out", str(tmp_path / "whole")]) == 0
     following, calls = trainer.Batches.__next__, 0
 
