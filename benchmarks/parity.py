@@ -48,9 +48,9 @@ def formulas(table: Table) -> None:
     options = {"old_logp": old, "global_weight": 0.0, "form": "paper"}
     ours = sibling_grpo_loss(logp, tokens, rewards, **options).loss
     theirs = -((logp.double() - old).exp() * want / number).sum((1, 2)).mean() / shape[1]
-    table.add("`sibling_grpo_loss`", "Eq. 19, each node once", "loss", ours, theirs, 1e-6, relative=True)
+    table.add('`form="paper"`', "Eq. 19, each node once", "loss", ours, theirs, 1e-6, relative=True)
     table.add(
-        "`sibling_grpo_loss`",
+        '`form="paper"`',
         "Eq. 19, autograd",
         "gradient",
         gradient(ours),
