@@ -553,13 +553,13 @@ def test_the_default_is_centered(backend):
     seed=st.integers(0, 2**32 - 1),
     group=st.integers(0, 40),
     vocabulary=st.integers(1, 6),
-    masked=st.booleans(),
+    masked=st.sampled_from(["no", "candidates", "tokens"]),
     equal=st.booleans(),
 )
 def test_the_levels_of_the_centered_form_add_up_to_the_group_advantage(
     backend, seed, group, vocabulary, masked, equal
 ):
-    """Also with duplicates, which share what they earned, and groups of unequal sizes.
+    """Also with duplicates, which share what they earned, unequal groups, and ends that a prefix decides.
 
     The advantages are read off the gradient on-policy, where an advantage has the weight -1 / (B G_b).
     """
@@ -568,14 +568,20 @@ def test_the_levels_of_the_centered_form_add_up_to_the_group_advantage(
     rewards = torch.from_numpy(rng.normal(size=(3, group)).round(1)).float()
     if equal:
         rewards = torch.full_like(rewards, 0.35)
-    mask = torch.from_numpy(rng.random((3, group)) < rng.random((3, 1))) if masked else None
+    there, mask = torch.ones(3, group, dtype=torch.bool), None
+    if masked != "no":
+        mask = there = torch.from_numpy(rng.random((3, group)) < rng.random((3, 1)))
+    if masked == "tokens":
+        goes_on = tokens[..., 2] != 0
+        mask = there[..., None].repeat(1, 1, 4)
+        mask[..., 3] &= goes_on
+        tokens[..., 3] *= goes_on
     logp = torch.zeros(3, group, 4, requires_grad=True)
     out = sibling_grpo_loss(logp, tokens, rewards, mask=mask, global_weight=0.0, loss_type="dr_grpo")
     (gradient,) = torch.autograd.grad(out.loss, logp)
     advantage = -gradient.double() * 3 * group
 
-    of_group = group_advantage(rewards, mask).double()
-    there = torch.ones(3, group, dtype=torch.bool) if mask is None else mask
+    of_group = group_advantage(rewards, there).double()
     same = (tokens[:, :, None] == tokens[:, None]).all(3) & there[:, :, None] & there[:, None]
     want = (same * of_group[:, None]).sum(2) / same.sum(2).clamp(min=1)
     torch.testing.assert_close(advantage.sum(2), want, rtol=1e-5, atol=1e-5)

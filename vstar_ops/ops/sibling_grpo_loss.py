@@ -159,8 +159,8 @@ def sibling_grpo_loss(
         ref_logp: of the reference policy; None: no KL term.
         mask: bool ``[B, G]``, candidates that are there, or ``[B, G, L]``, tokens that are. Others take no
             part whatever they hold. A candidate without any token is not there.
-        sibling_advantage: the result of :func:`sibling_advantage`, with options of its own. Of ``form`` it
-            leaves the weighting.
+        sibling_advantage: the result of :func:`sibling_advantage`, with options of its own. ``form``
+            then decides the weighting alone.
         group_advantage: float32 or float64 ``[B, G]``, advantages of whole candidates.
         scale: of the advantages that are computed here: ``"std"``, divided by a standard deviation, or
             ``"none"``, not divided.
