@@ -213,6 +213,8 @@ def test_candidates_by_hand(backend, lesson, options, leaves):
 class TableModel:
     """A ValueModel whose outputs are a pure function of (request, prefix): rows of a random table."""
 
+    finite_logits = True
+
     def __init__(self, trie: Trie, seed: int, *, spread: float = 2.0, values: float = 1.0) -> None:
         self.trie, self.columns = trie, trie.max_token + 1 + 2
         random = torch.Generator().manual_seed(seed)
@@ -253,8 +255,14 @@ class TableModel:
         return rows.masked_fill(slot[:, None] < 0, float("nan"))
 
 
-def random_trie(rng: np.random.Generator, length: int, items: int, codes: int) -> Trie:
-    return Trie.from_sequences(rng.integers(0, codes, size=(items, length)))
+def random_trie(rng: np.random.Generator, length: int, items: int, codes: int, single: float = 0.0) -> Trie:
+    """Random sequences; a level has one code only with the probability ``single``, given the level above."""
+    rows = rng.integers(0, codes, size=(items, length))
+    for level in range(1, length):
+        alone = rng.random(codes**2) < single  # by the last two codes
+        above = rows[:, level - 1] + codes * rows[:, max(level - 2, 0)]
+        rows[alone[above], level] = (above % codes)[alone[above]]
+    return Trie.from_sequences(rows)
 
 
 def random_search(rng: np.random.Generator, length: int) -> tuple[int, VEDConfig]:
@@ -268,7 +276,7 @@ def random_search(rng: np.random.Generator, length: int) -> tuple[int, VEDConfig
         exploration=float(rng.choice([0.0, 0.3, 1.0, 3.0])),
         logp_weight=float(rng.choice([0.0, 0.0, 0.3, 1.0])),
         value_weight=float(rng.choice([1.0, 1.0, 0.5, 0.0])),
-        evaluate_leaves=bool(rng.integers(2)),
+        evaluate_leaves=bool(rng.integers(3) == 0),
         child_values=child_values,
         num_value_beams=int(rng.choice([0, 1, 4, 20])) if child_values else 0,
         num_policy_candidates=int(rng.choice([0, 0, 2, 8])),
@@ -278,6 +286,7 @@ def random_search(rng: np.random.Generator, length: int) -> tuple[int, VEDConfig
         expand_root=bool(rng.integers(2)),
         normalize=str(rng.choice(["legal", "legal", "vocab"])),
         temperature=float(rng.choice([1.0, 1.0, 0.7, 2.0])),
+        skip_forced=bool(rng.integers(4)),
     )
 
 
@@ -285,7 +294,8 @@ def compare(case: int) -> None:
     """One random case, all requests of a batch against the sequential search, node by node."""
     rng = np.random.default_rng(case)
     length = int(rng.integers(1, 5))
-    trie = random_trie(rng, length, int(rng.integers(1, 200)), int(rng.integers(2, 12)))
+    items, codes, single = int(rng.integers(1, 200)), int(rng.integers(2, 12)), rng.choice([0.0, 0.7, 0.95])
+    trie = random_trie(rng, length, items, codes, single)
     k, config = random_search(rng, length)
     contexts = rng.integers(0, 1000, size=int(rng.integers(1, 4)))
     seeds = torch.from_numpy(rng.integers(-(2**62), 2**62, size=len(contexts)))
@@ -325,7 +335,8 @@ def test_ten_thousand_searches(cpu):
     for case in range(250):
         rng = np.random.default_rng([7, case])
         length = int(rng.integers(1, 6))
-        trie = random_trie(rng, length, int(rng.integers(1, 400)), int(rng.integers(1, 14)))
+        items, codes = int(rng.integers(1, 400)), int(rng.integers(1, 14))
+        trie = random_trie(rng, length, items, codes, rng.choice([0.0, 0.7, 0.95]))
         k, config = random_search(rng, length)
         model = TableModel(trie, case)
         out = ved(model, rng.integers(0, 1000, 40), trie, k, config, seed=case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,9 @@ class Trie:
         length: ``L``, tokens per sequence.
         max_token: the largest token, ``-1`` in an empty trie; logits need more columns than that.
         max_children: the largest number of children of any node.
+        only_leaf: int32 ``[T]``, the leaf that each node leads to without a choice (all nodes below it have
+            one child), ``-1`` for nodes with a choice below them; a leaf leads to itself. It is computed at
+            its first use, on the trie's device, and no file holds it.
 
     Example:
         >>> trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]], item_ids=[70, 71, 72])
@@ -104,6 +108,16 @@ class Trie:
     def device(self) -> torch.device:
         """Where the arrays live."""
         return self.offset.device
+
+    @cached_property
+    def only_leaf(self) -> Tensor:
+        """The leaf that each node leads to without a choice, else -1; see the class."""
+        leaf = torch.arange(self.num_nodes, dtype=torch.int32, device=self.device)
+        for first, end in zip(self.level_offset[-3::-1], self.level_offset[-2::-1]):  # bottom-up
+            begin, last = self.offset[first:end].long(), self.offset[first + 1 : end + 1].long()
+            child = (begin + 1).clamp(max=self.num_nodes - 1)
+            leaf[first:end] = torch.where(last - begin == 1, leaf[child], -1)
+        return leaf
 
     def __repr__(self) -> str:
         levels = " -> ".join(str(b - a) for a, b in zip(self.level_offset, self.level_offset[1:]))

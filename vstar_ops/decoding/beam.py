@@ -12,7 +12,7 @@ from .._deprecated import renamed_arguments, renamed_field
 from ..ops import ExpandTopK, expand_topk
 from ..ops._checks import check_int, validating
 from ..trie import Trie
-from .protocol import PrefixModel, check_normalize
+from .protocol import PrefixModel, can_skip_forced, check_finite_logits, check_normalize
 
 
 class BeamResult(NamedTuple):
@@ -73,7 +73,7 @@ def beam_search(
     """
     check_int("beam_width", beam_width, 1)
     check_normalize(model, normalize)
-    skip_forced = skip_forced and normalize == "legal" and getattr(model, "finite_logits", False)
+    skip_forced = skip_forced and can_skip_forced(model, normalize)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
     root = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -97,8 +97,7 @@ def beam_search(
         )
         if skip_forced and validating():
             legal = trie.num_children(beams.node).sum(1).clamp(max=beam_width)
-            if bool((out.num_valid < legal).any()):
-                raise ValueError("model must have finite_logits False, got a legal token at -inf or NaN")
+            check_finite_logits(out.num_valid, legal)
         beams.move(out)
         logp = out.logp
     return BeamResult(trie.sequences(out.node), out.node, logp, out.num_valid, forward_tokens.int())

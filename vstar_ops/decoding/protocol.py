@@ -87,3 +87,14 @@ def check_normalize(model: PrefixModel, normalize: str) -> None:
             "normalize='vocab' needs the logits of all columns, and the model has partial_logits: make it "
             "with its full head, or use normalize='legal'"
         )
+
+
+def can_skip_forced(model: PrefixModel, normalize: str) -> bool:
+    """Whether the log-probability of a single legal child is 0 for certain, so that no forward tells it."""
+    return normalize == "legal" and bool(getattr(model, "finite_logits", False))
+
+
+def check_finite_logits(found: Tensor, legal: Tensor) -> None:
+    """Raise if fewer children were ``found`` than are ``legal``; it looks at the host."""
+    if bool((found < legal).any()):
+        raise ValueError("model must have finite_logits False, got a legal token at -inf or NaN")

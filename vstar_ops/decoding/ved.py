@@ -20,9 +20,9 @@ from ..ops import (
     ved_insert,
     ved_select,
 )
-from ..ops._checks import check_int, check_seeds
+from ..ops._checks import check_int, check_seeds, validating
 from ..trie import Trie, pick
-from .protocol import PrefixModel, check_normalize
+from .protocol import PrefixModel, can_skip_forced, check_finite_logits, check_normalize
 from .ved_config import VEDConfig
 
 
@@ -61,7 +61,8 @@ def ved(
     :math:`G(s) = w_v V(s) + \lambda H(s) + w_p \log\pi(y_{\le\ell}|x)`. Every node on its path whose G is at
     least the mean of its depth gets one new child, drawn from its unexpanded legal children in proportion to
     :math:`\pi`. The new children of all requests are evaluated in one forward. The search ends when the
-    budget is spent or nothing can be expanded. Its steps are the ops of :mod:`vstar_ops.ops.ved`.
+    budget is spent or nothing can be expanded. With ``config.skip_forced`` prefixes that lead to one leaf
+    only are candidates without being evaluated. Its steps are the ops of :mod:`vstar_ops.ops.ved`.
 
     Args:
         model: a :class:`PrefixModel` that also has ``value``, unless ``config.value_weight`` is 0, and
@@ -79,9 +80,8 @@ def ved(
         A named tuple:
 
         - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]``, ``logp`` float32 ``[B, K]``: distinct
-          legal leaves, by value descending, then by lower tokens; if there are too few evaluated leaves,
-          then the most probable unexpanded children of the evaluated prefixes of depth ``L - 1``, best
-          prefix first
+          legal leaves: those that were evaluated, by value descending, then by lower tokens; then those that
+          the evaluated prefixes list, by score descending, then by shorter prefixes and lower tokens
         - ``score`` float32 ``[B, K]``: :math:`w_v V + w_p \log\pi`, by which they are ranked; for the
           policy's own candidates log pi
         - ``num_valid`` int32 ``[B]``: candidates that exist; slots past it hold -1 and -inf
@@ -89,7 +89,8 @@ def ved(
         - ``trees``: the whole search, see :class:`vstar_ops.SearchTrees`
 
     Raises:
-        TypeError, ValueError: an argument's type, shape, device or value, by name.
+        TypeError, ValueError: an argument's type, shape, device or value, by name. Where forced tokens are
+            skipped, under :func:`vstar_ops.validation`, a model that breaks its promise of finite logits.
     """
     check_int("num_candidates", num_candidates, 1)
     if num_rounds is not None:
@@ -113,7 +114,9 @@ def ved(
         leaves=max(1, leaves),
         device=logits.device,
     )
-    search = _Search(model, state, trie, trees, seeds, config, levels)
+    skip_forced = config.skip_forced and not config.evaluate_leaves
+    skip_forced = skip_forced and can_skip_forced(model, config.normalize)
+    search = _Search(model, state, trie, trees, seeds, config, levels, skip_forced)
     search.plant(logits, budget)
     search.grow(num_rounds)
     best = search.candidates(num_candidates)
@@ -145,6 +148,7 @@ class _Search:
     seeds: Tensor
     config: VEDConfig
     levels: int  # the depth of the deepest node that is evaluated
+    skip_forced: bool
 
     @property
     def weights(self) -> dict[str, float]:
@@ -156,36 +160,62 @@ class _Search:
         policy: dict[str, Any] = {"normalize": self.config.normalize, "temperature": self.config.temperature}
         return expand_topk(logits, self.trie, node, k, cum_logp=logp, **policy, **options)
 
+    def leaf_of(self, node: Tensor) -> Tensor:
+        """The leaf that a prefix stands for, so that it is not evaluated; -1 for others."""
+        if not self.skip_forced:
+            return torch.full_like(node, -1)
+        return pick(self.trie.only_leaf, node.long(), node >= 0)
+
+    def children(
+        self, logits: Tensor, node: Tensor, width: int, logp: Tensor, *, leaves: bool, **ranking: Any
+    ) -> ExpandTopK:
+        """The best children of nodes ``[N, 1]``: those that stand for a leaf, as this leaf, or the others."""
+        if not self.skip_forced:
+            return self.expand(logits, node, width, logp, **ranking)
+        listed = self.expand(logits, node, max(1, self.trie.max_children), logp, **ranking)
+        if validating() and not leaves:
+            check_finite_logits(listed.num_valid, self.trie.num_children(node[:, 0]))
+        leaf = self.leaf_of(listed.node)
+        return _dense(listed._replace(node=leaf if leaves else listed.node.masked_fill(leaf >= 0, -1)), width)
+
     def plant(self, logits: Tensor, budget: int) -> None:
-        """The initial beam search; each of its nodes is evaluated."""
+        """The initial beam search; its nodes are evaluated, but for those that stand for a leaf."""
         trees, batch, device = self.trees, len(logits), logits.device
         root = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         rows = SelectedRows(root - 1, root, torch.zeros(batch, 1, device=device))
-        values = self.evaluate(rows, logits, torch.arange(batch, device=device))
-        frontier, position, spent = logits[:, None], root, 1
-        width = min(self.config.beam_width, max(1, (budget - 1) // max(self.levels, 1)))
+        node, logp, position = root, rows.logp, root
+        row = torch.arange(batch, device=device)[:, None]  # of the logits
+        values = self.evaluate(rows, logits, row[:, 0])
+        width, spent = min(self.config.beam_width, max(1, (budget - 1) // max(self.levels, 1))), 1
         for _ in range(self.levels):
             width = min(width, budget - spent)
             if width < 1:
                 break
-            beams = self.best_extensions(frontier, rows, width, values)
-            above = position.gather(1, beams.parent.clamp(min=0).long()).masked_fill(beams.node < 0, -1)
-            rows = beams._replace(parent=above)
-            position = trees.size[:, None] + torch.arange(width, dtype=torch.int32, device=device)
+            beams = self.best_extensions(logits, row, node, width, logp, values)
+            node, logp, above = beams.node, beams.logp, beams.parent.clamp(min=0).long()
+            run = (node >= 0) & (self.leaf_of(node) < 0)
+            rows = SelectedRows(
+                position.gather(1, above).masked_fill(~run, -1), node.masked_fill(~run, -1), logp
+            )
+            position = trees.size[:, None] + run.cumsum(1, dtype=torch.int32) - 1
             logits, slot = self.forward(rows)
-            values = self.evaluate(rows, logits, slot)
-            frontier = logits.unflatten(0, (batch, width))
+            known, values = values, self.evaluate(rows, logits, slot)
+            if values and self.skip_forced:  # a beam that is not run is ranked as it was
+                at = row.gather(1, above)
+                added = known["child_value"][at.clamp(min=0), beams.token.clamp(min=0).long()]
+                value = known["value"].gather(1, above) + added.masked_fill(at < 0, 0)
+                values["value"] = torch.where(run, values["value"], value)
+            row = torch.arange(batch * width, device=device).view(batch, width).masked_fill(~run, -1)
             spent += width
 
     def best_extensions(
-        self, logits: Tensor, rows: SelectedRows, width: int, values: dict[str, Tensor]
-    ) -> SelectedRows:
-        """The next beams; their parents are positions among ``rows``."""
+        self, logits: Tensor, row: Tensor, node: Tensor, width: int, logp: Tensor, values: dict[str, Tensor]
+    ) -> ExpandTopK:
+        """The next beams; their parents are positions among ``node[B, W]``, whose logits are in ``row``."""
         num_value_beams = min(self.config.num_value_beams, width)
 
-        def best(count: int, **ranking: Any) -> SelectedRows:
-            out = self.expand(logits, rows.node, count, rows.logp, **ranking)
-            return SelectedRows(out.parent, out.node, out.logp)
+        def best(count: int, **ranking: Any) -> ExpandTopK:
+            return self.expand(logits, node, count, logp, row=row, **ranking)
 
         if not num_value_beams:
             return best(width)
@@ -232,7 +262,8 @@ class _Search:
 
         # The Gumbel order is a sample without replacement, so "draw an unexpanded child" is "take the next".
         seeds = self.seeds.repeat_interleave(shape[1])
-        drawn = self.expand(logits, node, trees.child_node.shape[2], logp, gumbel_seed=seeds)
+        width = trees.child_node.shape[2]
+        drawn = self.children(logits, node, width, logp, leaves=False, gumbel_seed=seeds)
         closed = node[:, 0] >= self.trie.level_offset[self.levels]
         if not config.expand_root:
             closed |= node[:, 0] == 0
@@ -251,18 +282,19 @@ class _Search:
         ved_insert(trees, rows, NodeEvaluation(**shaped), **priority)
         if child_value is None or not config.num_value_beams:
             return {}
-        child_value = child_value.view(*shape, child_value.shape[2])
-        return {"value": shaped["value"] / self.weights["value_weight"], "child_value": child_value}
+        return {"value": shaped["value"] / self.weights["value_weight"], "child_value": child_value[:, 0]}
 
     def leaves_below(
         self, node: Tensor, logp: Tensor, logits: Tensor, value: Tensor, child_value: Tensor | None
     ) -> dict[str, Tensor]:
-        """The leaves below those of the nodes ``[N, 1]`` that are of depth ``L - 1``, best first."""
-        first, end = self.trie.level_offset[-3:-1]
-        above_leaves = node.masked_fill((node < first) | (node >= end), -1)
+        """The leaves that the nodes ``[N, 1]`` list, best first."""
+        if not self.skip_forced:  # below those of depth L - 1
+            first, end = self.trie.level_offset[-3:-1]
+            node = node.masked_fill((node < first) | (node >= end), -1)
         weight = self.config.logp_weight
         ranking = {} if child_value is None else {"child_value": child_value, **self.weights}
-        listed = self.expand(logits, above_leaves, self.trees.leaf_node.shape[2], logp, **ranking)
+        width = self.trees.leaf_node.shape[2]
+        listed = self.children(logits, node, width, logp, leaves=True, **ranking)
         score = listed.score
         if child_value is None:
             score = weight * listed.logp if weight != 0 else torch.zeros_like(listed.logp)
@@ -287,18 +319,27 @@ class _Search:
         return best
 
 
+# What the unused places of a list hold.
+_UNUSED = {"node": -1, "parent": -1, "token": -1, "logp": -torch.inf, "score": -torch.inf}
+
+
 def _first_then(first: Any, others: Any) -> Any:
     """The nodes of ``first``, then those of ``others`` that are not among them; as many as ``others`` has.
 
-    Both are of one type, :class:`SelectedRows` or :class:`LeafCandidates`. Unused places come last.
+    Both are of one type, :class:`ExpandTopK` or :class:`LeafCandidates`. Unused places come last.
     """
     again = (others.node[:, :, None] == first.node[:, None]).any(2)
-    node = torch.cat([first.node, others.node.masked_fill(again, -1)], 1)
-    order = (node < 0).int().argsort(dim=1, stable=True)[:, : others.node.shape[1]]
-    node = node.gather(1, order)
-    merged = {"node": node, "num_valid": (node >= 0).sum(1).int()}
-    for name, unused in (("parent", -1), ("logp", -torch.inf), ("score", -torch.inf)):
-        if hasattr(first, name):
-            values = torch.cat([getattr(first, name), getattr(others, name)], 1).gather(1, order)
-            merged[name] = values.masked_fill(node < 0, unused)
-    return type(first)(**{name: merged[name] for name in first._fields})
+    width, others = others.node.shape[1], others._replace(node=others.node.masked_fill(again, -1))
+    fields = [name for name in _UNUSED if hasattr(first, name)]
+    return _dense(
+        first._replace(**{x: torch.cat([getattr(first, x), getattr(others, x)], 1) for x in fields}), width
+    )
+
+
+def _dense(found: Any, width: int) -> Any:
+    """The first ``width`` entries whose node is not -1, in their order. Unused places come last."""
+    order = (found.node < 0).int().argsort(dim=1, stable=True)[:, :width]
+    node = found.node.gather(1, order)
+    fields = [name for name in _UNUSED if hasattr(found, name)]
+    kept = {x: getattr(found, x).gather(1, order).masked_fill(node < 0, _UNUSED[x]) for x in fields}
+    return found._replace(**kept, num_valid=(node >= 0).sum(1).int())

@@ -50,17 +50,25 @@ class VEDConfig:
             the tree, whatever their value, in front of the others. Only for training, which must see the
             mistakes that V avoids. *Worth, valid*, all beams by value: a policy trained without them loses
             .11 / .01 by beam search and .05 / .01 by this search.
-        max_leaves_per_prefix: number of leaves below one prefix that may be candidates before those of other
-            prefixes are used up; None is no limit. A parent's value says the same of all its leaves, so
-            without a limit the candidates crowd below few prefixes. Only for training. *Worth, valid*, all
-            beams by value: 1 gives +.017 / +.012.
+        max_leaves_per_prefix: number of leaves listed below one evaluated prefix that may be candidates
+            before those of other prefixes are used up; None is no limit. A parent's value says the same of
+            all its leaves, so without a limit the candidates crowd below few prefixes. Only for training.
+            *Worth, valid*, all beams by value: 1 gives +.017 / +.012.
         traversals_per_round: traversals between two forwards of the model. More than 1 trades exactness for
             fewer and larger forwards. *Worth:* not measured.
         max_idle: number of traversals in a row that may expand nothing before the search of a request ends.
             It bounds the time of a search that never finds a node to expand, which ``exploration`` 0 may be.
-        expand_root: False leaves the root out of the expansion: only the initial beams have first tokens.
-            *Worth:* not measured.
+        expand_root: False leaves the root out of the expansion: of the evaluated prefixes only the initial
+            beams have first tokens. *Worth:* not measured.
         normalize, temperature: of the policy, as in :func:`vstar_ops.expand_topk`.
+        skip_forced: True: a prefix from which only one leaf can be reached is never evaluated and costs no
+            token. It stands for that leaf, whose log-probability is the prefix's, and is ranked like a leaf
+            below its parent; in the initial beam search it keeps its place, and what it does not spend is
+            left to the traversals. A prefix with a single child that branches further down costs its token,
+            since longer prefixes attend to it. Without effect, as in :func:`beam_search`, under
+            ``"vocab"`` and for models that do not promise ``finite_logits``
+            (:class:`~vstar_ops.decoding.PrefixModel`), and with ``evaluate_leaves``, where the model must
+            run all tokens of a leaf. False is the paper. *Worth:* not measured.
 
     Raises:
         TypeError, ValueError: a field's type or value, by name.
@@ -82,6 +90,7 @@ class VEDConfig:
     expand_root: bool = True
     normalize: str = "legal"
     temperature: float = 1.0
+    skip_forced: bool = True
 
     def __post_init__(self) -> None:
         for name in ("budget", "max_leaves_per_prefix"):
@@ -93,7 +102,7 @@ class VEDConfig:
             check_int(name, getattr(self, name), 0)
         for name in ("entropy_weight", "exploration", "value_weight", "logp_weight"):
             check_finite(name, getattr(self, name))
-        for name in ("evaluate_leaves", "child_values", "expand_root"):
+        for name in ("evaluate_leaves", "child_values", "expand_root", "skip_forced"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {type(getattr(self, name)).__name__}")
         if self.exploration < 0:
@@ -109,6 +118,7 @@ class VEDConfig:
         """The search of the paper, with some fields changed."""
         fields: dict[str, Any] = {"beam_width": 8, "value_weight": 1.0, "logp_weight": 0.0}
         fields |= {"evaluate_leaves": True, "child_values": False, "num_value_beams": 0}
+        fields["skip_forced"] = False
         return cls(**{**fields, **changes})
 
     @classmethod

@@ -34,7 +34,7 @@ class Node:
     priority: float  # G
     child_logp: dict[int, float]  # legal children (trie nodes) and their log-probability given the prefix
     child_value: dict[int, float]
-    draws: list[int]  # the same children, in the order in which they are drawn
+    draws: list[int]  # those of them that are ever evaluated, in the order in which they are drawn
     visits: int = 0
     children: list[Node] = field(default_factory=list)
     expanded: set[int] = field(default_factory=set)  # children that are in the tree, or will be next
@@ -46,7 +46,7 @@ class Node:
 
 @dataclass
 class Leaf:
-    """A candidate."""
+    """A candidate, or a prefix that may become one."""
 
     node: int
     logp: float
@@ -78,27 +78,48 @@ class _Search:
         self.model, self.trie, self.config = model, trie, config
         self.seed, self.budget = seed, budget
         self.levels = trie.length if config.evaluate_leaves else trie.length - 1
+        certain = config.normalize == "legal" and getattr(model, "finite_logits", False)
+        self.skip_forced = config.skip_forced and certain and not config.evaluate_leaves
         self.child_weight = config.value_weight or 1.0
+        self.edges: list[int] = trie.offset.tolist()
         self.tree: list[Node] = []
 
     def plant(self, context: Any) -> None:
         """Step 1, the initial beam search."""
         config = self.config
         logits, self.state = self.model.prefill(context)
-        frontier = [self.evaluate(0, None, 0.0, logits[0], 0)]
+        # A beam is a node, or stands for a leaf and keeps what it is ranked by.
+        frontier: list[Node | Leaf] = [self.evaluate(0, None, 0.0, logits[0], 0)]
         width = min(config.beam_width, max(1, (self.budget - 1) // max(self.levels, 1)))
         reserved = 1
         for _ in range(self.levels):
             width = min(width, self.budget - reserved)
             reserved += width
-            extensions = [(i, child) for i, parent in enumerate(frontier) for child in parent.child_logp]
-            extensions.sort(key=lambda e: (-self.logp_of(frontier[e[0]], e[1]), *e))
+            extensions: list[tuple[int, Node | None, Leaf]] = []
+            for i, beam in enumerate(frontier):
+                if isinstance(beam, Leaf):
+                    extensions.append((i, None, beam))
+                else:
+                    extensions += [(i, beam, self.extension(beam, child)) for child in beam.child_logp]
+            extensions.sort(key=lambda e: (-e[2].logp, e[0], e[2].node))
             by_logp = max(width - config.num_value_beams, 0)
             others = extensions[by_logp:]
             if config.num_value_beams:
-                others.sort(key=lambda e: (-self.worth(frontier[e[0]], e[1]), *e))
+                others.sort(key=lambda e: (-e[2].score, e[0], e[2].node))
             best = (extensions[:by_logp] + others)[: max(width, 0)]
-            frontier = [self.extend(frontier[i], child) for i, child in best]
+            frontier = [self.moved(parent, extension) for _, parent, extension in best]
+
+    def moved(self, parent: Node | None, extension: Leaf) -> Node | Leaf:
+        """The next beam: a leaf stays what it is, and is not evaluated."""
+        if parent is None or (self.skip_forced and self.leaf_of(extension.node) is not None):
+            return extension
+        return self.extend(parent, extension.node)
+
+    def leaf_of(self, node: int) -> int | None:
+        """The leaf that a prefix stands for: itself, or with ``skip_forced`` the only one below it."""
+        while self.skip_forced and self.edges[node + 1] - self.edges[node] == 1:
+            node = self.edges[node] + 1
+        return node if node >= self.trie.level_offset[-2] else None
 
     def extend(self, parent: Node, child: int) -> Node:
         """Step 4, for one new child."""
@@ -123,6 +144,8 @@ class _Search:
         child_logp = legal_logp if config.normalize == "legal" else logits.log_softmax(0)[tokens]
         noise = gumbel(torch.tensor(self.seed), torch.tensor(node), tokens)
         draws = [children[i] for i in (child_logp + noise).argsort(descending=True).tolist()]
+        if self.skip_forced:
+            draws = [child for child in draws if self.leaf_of(child) is None]
         child_value = (
             self.model.child_value(self.state, at)[0][tokens].tolist() if config.child_values else []
         )
@@ -138,6 +161,10 @@ class _Search:
 
     def logp_of(self, parent: Node, child: int) -> float:
         return parent.logp + parent.child_logp[child]
+
+    def extension(self, parent: Node, child: int) -> Leaf:
+        """A child that was not evaluated, and what ranks it."""
+        return Leaf(child, self.logp_of(parent, child), self.worth(parent, child))
 
     def worth(self, parent: Node, child: int) -> float:
         """What ranks a child that was not evaluated; a child value counts only with ``child_values``."""
@@ -202,11 +229,12 @@ class _Search:
         ]
         leaves.sort(key=lambda leaf: (-_float32(leaf.score), leaf.node))
         others: list[tuple[Node, Leaf]] = []
-        for s in (s for s in self.tree if s.depth == length - 1):
+        for s in self.tree:
             below = []
             for child in s.child_logp:
-                logp = self.logp_of(s, child)
-                below.append(Leaf(child, logp, logp if by_logp else self.worth(s, child)))
+                if (node := self.leaf_of(child)) is not None:
+                    logp = self.logp_of(s, child)
+                    below.append(Leaf(node, logp, logp if by_logp else self.worth(s, child)))
             by_score = self.config.child_values and not by_logp
             below.sort(key=lambda leaf: (-leaf.score if by_score else -leaf.logp, leaf.node))
             others += [(s, leaf) for leaf in below[:most] if leaf.node not in s.expanded]
