@@ -46,6 +46,10 @@ def agree(trie: Trie, rows: np.ndarray) -> None:
         assert trie.items(n).tolist() == want.items[n]
     assert trie.num_children(nodes).tolist() == [len(c) for c in want.children]
     assert trie.depth(nodes).tolist() == [len(p) for p in want.prefixes]
+    leaf = list(range(len(want.prefixes)))
+    for n in reversed(range(want.level_offset[-2])):
+        leaf[n] = leaf[want.children[n][0][1]] if len(want.children[n]) == 1 else -1
+    assert trie.only_leaf.tolist() == leaf and trie.only_leaf.dtype == torch.int32
     assert trie.parent(nodes).tolist() == [want.node[p[:-1]] if p else -1 for p in want.prefixes]
     pad = [list(p) + [-1] * (want.length - len(p)) for p in want.prefixes]
     assert trie.sequences(nodes).tolist() == pad

@@ -395,7 +395,7 @@ def test_steps_change_the_same_bits(backend):
 
 def industrial_size(seed=0, batch=24):
     rng = np.random.default_rng(seed)
-    trie = random_trie(rng, 3, 3000, 20)
+    trie = random_trie(rng, 3, 3000, 20, single=0.7)
     return TableModel(trie, seed), torch.from_numpy(rng.integers(0, 10**6, batch)), trie
 
 
@@ -407,6 +407,7 @@ def industrial_size(seed=0, batch=24):
         VEDConfig.paper(evaluate_leaves=False),
         VEDConfig.paper(logp_weight=1.0, traversals_per_round=3),
         VEDConfig.training(),
+        VEDConfig(num_value_beams=4),
     ],
 )
 def test_alone_in_a_batch_and_on_two_threads(backend, restore_threads, config):
@@ -447,11 +448,13 @@ def test_seeds_decide_what_is_drawn(backend):
 @pytest.mark.slow
 def test_a_fixed_number_of_rounds(backend):
     model, context, trie = industrial_size(3)
-    config = VEDConfig.paper()
-    free, fixed = (ved(model, context, trie, config=config, num_rounds=rounds) for rounds in (None, 40))
-    assert torch.equal(free.node, fixed.node)
-    none = ved(model, context, trie, config=config, num_rounds=0)
-    assert (none.forward_tokens == 1 + 3 * 8).all()
+    for config in (VEDConfig.paper(), VEDConfig()):
+        free, fixed = (ved(model, context, trie, config=config, num_rounds=rounds) for rounds in (None, 40))
+        assert torch.equal(free.node, fixed.node)
+        none = ved(model, context, trie, config=config, num_rounds=0)
+        beams = 1 + 3 * 8 if config.evaluate_leaves else 1 + 2 * 12
+        assert (none.forward_tokens == beams).all() or config.skip_forced
+        assert (none.forward_tokens <= beams).all() and (none.forward_tokens < free.forward_tokens).all()
 
 
 VALUES = {(): 0.0, (0,): 0.0, (1,): 1.0, (0, 2): 0.1, (0, 3): 0.7}
@@ -506,6 +509,70 @@ def test_a_config_needs_no_more_of_a_model_than_it_asks(backend):
         ved(ByName(), [0], trie, 4)
 
 
+BEST_FIRST = {"value_weight": 0.0, "child_values": False, "num_value_beams": 0}
+
+
+def test_skip_forced_by_hand(backend):
+    """[1, 3, 6] and [0, 3, 4] are certain from (1,) and (0, 3) on; the policy is uniform.
+
+    Of the two beams (0,) and (1,) only the first is run. (1,) stays the better one at the next level, beside
+    (0, 2). So 3 tokens find the whole catalogue, where all 5 of the budget miss [0, 3, 4] otherwise.
+    """
+    trie = Trie.from_sequences([[0, 2, 4], [0, 2, 5], [0, 3, 4], [1, 3, 6]])
+    config = VEDConfig(**BEST_FIRST, budget=5, beam_width=2)
+    model = TableModel(trie, 0, spread=0.0)
+    out = ved(model, [0], trie, 5, config)
+    assert trie.sequences(out.trees.node[0, :3]).tolist() == [[-1, -1, -1], [0, -1, -1], [0, 2, -1]]
+    assert out.forward_tokens.tolist() == [3] == [model.rows_evaluated + 1]
+    assert out.sequence[0].tolist() == [[1, 3, 6], [0, 3, 4], [0, 2, 4], [0, 2, 5], [-1, -1, -1]]
+    assert out.logp[0, :4].exp().tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 8, 1 / 8])
+    all_ = ved(model, [0], trie, 5, config.replace(skip_forced=False))
+    assert all_.forward_tokens.tolist() == [5] and all_.sequence[0, 0].tolist() == [1, 3, 6]
+    assert all_.num_valid.tolist() == [3]
+
+
+@pytest.mark.parametrize("by_beams", [True, False])
+@pytest.mark.parametrize(("length", "single"), [(3, 0.7), (3, 0.98), (4, 0.7), (4, 0.98)])
+def test_skip_forced_saves_tokens_and_nothing_else(backend, length, single, by_beams):
+    """Where the whole tree is searched and V says nothing, the candidates are the same, bit by bit.
+
+    A beam search of all prefixes reaches the whole tree at once, traversals one by one if no gate stops them.
+    """
+    rng = np.random.default_rng([length, int(100 * single)])
+    trie = random_trie(rng, length, 60, 6, single)
+    model = TableModel(trie, 1)
+    wide = {"budget": 100 * length, "beam_width": 100}
+    narrow = {"budget": 300, "beam_width": 2, "logp_weight": 0.0, "entropy_weight": 0.0}
+    config = VEDConfig(**BEST_FIRST, num_policy_candidates=12, **(wide if by_beams else narrow))
+    fast, slow = (ved(model, [3, 4], trie, 12, config.replace(skip_forced=skip)) for skip in (True, False))
+    for name in ("sequence", "node", "logp", "score", "num_valid"):
+        assert torch.equal(getattr(fast, name), getattr(slow, name)), name
+    inner = trie.level_offset[-2]
+    assert slow.forward_tokens.tolist() == [inner] * 2
+    branching = 1 + int((trie.only_leaf[1:inner] < 0).sum())
+    assert fast.forward_tokens.tolist() == [branching] * 2 and branching < 0.8 * inner
+
+
+@pytest.mark.parametrize(
+    ("promise", "changes"), [(False, {}), (True, {"normalize": "vocab"}), (True, {"evaluate_leaves": True})]
+)
+def test_when_skip_forced_has_no_effect(backend, promise, changes):
+    model, context, trie = industrial_size(4, batch=4)
+    model.finite_logits = promise
+    config = VEDConfig(**BEST_FIRST, **changes)
+    skip, all_ = (ved(model, context, trie, config=config.replace(skip_forced=x)) for x in (True, False))
+    for field in fields(skip.trees):
+        assert torch.equal(getattr(skip.trees, field.name), getattr(all_.trees, field.name)), field.name
+
+
+def test_skip_forced_and_a_broken_promise_of_finite_logits(backend):
+    model, context, trie = industrial_size(5, batch=4)
+    model.table[:, 3] = -torch.inf
+    ved(model, context, trie)
+    with vstar_ops.validation(), pytest.raises(ValueError, match="model must have finite_logits False"):
+        ved(model, context, trie)
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 @pytest.mark.parametrize("config", [VEDConfig.paper(budget=1), VEDConfig()])
 def test_small_things(backend, batch, config):
@@ -551,6 +618,7 @@ def test_errors(change, error, message):
         ({"entropy_weight": float("nan")}, ValueError, "entropy_weight must be finite, got nan"),
         ({"logp_weight": None}, TypeError, "logp_weight must be a number, got NoneType"),
         ({"expand_root": 1}, TypeError, "expand_root must be a bool, got int"),
+        ({"skip_forced": None}, TypeError, "skip_forced must be a bool, got NoneType"),
         ({"normalize": "all"}, ValueError, "normalize must be 'legal' or 'vocab', got 'all'"),
         ({"temperature": 0}, ValueError, "temperature must be > 0, got 0.0"),
     ],
@@ -563,6 +631,7 @@ def test_a_bad_config_fails_when_it_is_made(change, error, message):
 def test_presets():
     paper, training = VEDConfig.paper(budget=40), VEDConfig.training(value_weight=30.0)
     assert (paper.budget, paper.beam_width, paper.evaluate_leaves, paper.logp_weight) == (40, 8, True, 0.0)
+    assert training.skip_forced and not paper.skip_forced
     assert (training.num_policy_candidates, training.max_leaves_per_prefix) == (8, 1)
     assert training.for_evaluation() == VEDConfig(value_weight=30.0) == VEDConfig().replace(value_weight=30.0)
     assert VEDConfig().forward_budget(3, 16) == 33 and paper.forward_budget(3, 16) == 40
