@@ -539,10 +539,10 @@ def test_skip_forced_saves_tokens_and_nothing_else(backend, length, single, by_b
     A beam search of all prefixes reaches the whole tree at once, traversals one by one if no gate stops them.
     """
     rng = np.random.default_rng([length, int(100 * single)])
-    trie = random_trie(rng, length, 60, 6, single)
+    trie = random_trie(rng, length, 30, 6, single)
     model = TableModel(trie, 1)
-    wide = {"budget": 100 * length, "beam_width": 100}
-    narrow = {"budget": 300, "beam_width": 2, "logp_weight": 0.0, "entropy_weight": 0.0}
+    wide = {"budget": 30 * length, "beam_width": 30}
+    narrow = {"budget": 120, "beam_width": 2, "logp_weight": 0.0, "entropy_weight": 0.0}
     config = VEDConfig(**BEST_FIRST, num_policy_candidates=12, **(wide if by_beams else narrow))
     fast, slow = (ved(model, [3, 4], trie, 12, config.replace(skip_forced=skip)) for skip in (True, False))
     for name in ("sequence", "node", "logp", "score", "num_valid"):
@@ -568,9 +568,9 @@ def test_when_skip_forced_has_no_effect(backend, promise, changes):
 def test_skip_forced_and_a_broken_promise_of_finite_logits(backend):
     model, context, trie = industrial_size(5, batch=4)
     model.table[:, 3] = -torch.inf
-    ved(model, context, trie)
+    ved(model, context, trie, num_rounds=0)
     with vstar_ops.validation(), pytest.raises(ValueError, match="model must have finite_logits False"):
-        ved(model, context, trie)
+        ved(model, context, trie, num_rounds=0)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
