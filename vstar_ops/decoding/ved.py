@@ -338,8 +338,11 @@ def _first_then(first: Any, others: Any) -> Any:
 
 def _dense(found: Any, width: int) -> Any:
     """The first ``width`` entries whose node is not -1, in their order. Unused places come last."""
-    order = (found.node < 0).int().argsort(dim=1, stable=True)[:, :width]
-    node = found.node.gather(1, order)
+    rows, columns = found.node.shape
+    seen = (found.node >= 0).cumsum(1)
+    rank = torch.arange(1, width + 1, device=seen.device).repeat(rows, 1)
+    place = torch.searchsorted(seen, rank)  # of the entry of that rank; behind all if there is none
+    unused, place = place == columns, place.clamp(max=columns - 1)
     fields = [name for name in _UNUSED if hasattr(found, name)]
-    kept = {x: getattr(found, x).gather(1, order).masked_fill(node < 0, _UNUSED[x]) for x in fields}
-    return found._replace(**kept, num_valid=(node >= 0).sum(1).int())
+    kept = {x: getattr(found, x).gather(1, place).masked_fill(unused, _UNUSED[x]) for x in fields}
+    return found._replace(**kept, num_valid=(~unused).sum(1).int())
