@@ -151,14 +151,20 @@ def test_a_beam_search_in_a_graph(gpu: str) -> None:
             assert torch.equal(got, want)
 
 
-def test_a_whole_search_in_a_graph(gpu: str) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [VEDConfig.paper(beam_width=4), VEDConfig(beam_width=4, child_values=False, num_value_beams=0)],
+    ids=["paper", "skip_forced"],
+)
+def test_a_whole_search_in_a_graph(gpu: str, config: VEDConfig) -> None:
     """``ved`` with a fixed number of rounds never looks at the host: all of it is one graph."""
     trie, model = catalogue(), StaticModel(64)
+    model.finite_logits = True
     context = torch.zeros(32, dtype=torch.int64, device="cuda")
     seeds = torch.zeros(32, dtype=torch.int64, device="cuda")
 
     def search() -> Any:
-        return ved(model, context, trie, 16, VEDConfig.paper(beam_width=4), seed=seeds, num_rounds=12)
+        return ved(model, context, trie, 16, config, seed=seeds, num_rounds=12)
 
     search()
     graph = torch.cuda.CUDAGraph()

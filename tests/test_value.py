@@ -143,6 +143,7 @@ def test_ved_of_the_model_is_the_sequential_search(model, trie, evaluate_leaves,
         evaluate_leaves=evaluate_leaves,
         child_values=child_values,
         num_value_beams=int(child_values),
+        skip_forced=True,
     )
     out = ved(model, context, trie, 5, config, seed=torch.tensor([5, 6, 7]))
     for b in range(3):
@@ -220,7 +221,8 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
 def test_value_beams_are_the_best_by_value(model, trie) -> None:
     """The first beams are ranked by log pi + w (V + child value)."""
     context = torch.tensor([[0, 4, 8], [2, 6, 11]])
-    config = VEDConfig(budget=5, beam_width=2, num_value_beams=2, logp_weight=0.5, value_weight=3.0)
+    options = {"logp_weight": 0.5, "value_weight": 3.0, "skip_forced": False}
+    config = VEDConfig(budget=5, beam_width=2, num_value_beams=2, **options)
     out = ved(model, context, trie, 2, config)
     logits, state = model.prefill(context)
     root = torch.arange(2)

@@ -45,11 +45,12 @@ class SearchTrees:
         value, entropy: float32 ``[B, T]``, V and H of the node's own forward.
         priority: float32 ``[B, T]``, :math:`G = V + \lambda H + w_p \log\pi` (Eq. 10).
         visits: int32 ``[B, T]``, traversals through the node; the root's is :math:`N_{root}`.
-        child_node, child_logp: int32 and float32 ``[B, T, C]``, legal children in the order in which they
+        child_node, child_logp: int32 and float32 ``[B, T, C]``, the children in the order in which they
             will be expanded, a sample without replacement in proportion to pi.
         num_children, next_child: int32 ``[B, T]``, entries of that list, and those that are used up.
-        leaf_node, leaf_logp, leaf_score: ``[B, T, D]``, of prefixes of depth ``L - 1``: their legal children
-            as completions, best first, and what they are ranked by.
+        leaf_node, leaf_logp, leaf_score: ``[B, T, D]``, leaves below the node that need not be evaluated to
+            be candidates, best first, and what they are ranked by: the children of prefixes of depth
+            ``L - 1``, or whatever else a search lists.
         num_leaves: int32 ``[B, T]``.
         slot: int64 ``[B, T]``, the model's.
         size: int32 ``[B]``, evaluated nodes, which is the number of forward tokens.
