@@ -290,13 +290,17 @@ def random_search(rng: np.random.Generator, length: int) -> tuple[int, VEDConfig
     )
 
 
-def compare(case: int) -> None:
-    """One random case, all requests of a batch against the sequential search, node by node."""
+def compare(case: int, **changes: Any) -> None:
+    """One random case, all requests of a batch against the sequential search, node by node.
+
+    The ``changes`` are those of the config; tries then have at least three levels.
+    """
     rng = np.random.default_rng(case)
-    length = int(rng.integers(1, 5))
+    length = int(rng.integers(3 if changes else 1, 5))
     items, codes, single = int(rng.integers(1, 200)), int(rng.integers(2, 12)), rng.choice([0.0, 0.7, 0.95])
     trie = random_trie(rng, length, items, codes, single)
     k, config = random_search(rng, length)
+    config = config.replace(**changes)
     contexts = rng.integers(0, 1000, size=int(rng.integers(1, 4)))
     seeds = torch.from_numpy(rng.integers(-(2**62), 2**62, size=len(contexts)))
     model = TableModel(trie, case, values=float(rng.choice([0.0, 0.3, 1.0])))
@@ -327,6 +331,14 @@ def test_same_decisions_as_the_sequential_search(block, backend):
     cases = {"cpu": 100, "triton": 4 if INTERPRETING else 20, "emulated": 8}
     for case in range(cases.get(backend, 20)):
         compare(1000 * block + case)
+
+
+def test_beams_that_stand_for_a_leaf_are_ranked_by_value_too(backend):
+    """A beam that is not run keeps its place in both orders, level after level."""
+    beams = {"beam_width": 6, "num_value_beams": 3, "value_weight": 1.0, "budget": 40}
+    # In 3 beams of a second level keep their value, in 173 those of a first level over two more.
+    for case in [3, 173] if INTERPRETING or backend == "emulated" else [3, 173, *range(40)]:
+        compare(case, **beams, child_values=True, evaluate_leaves=False, normalize="legal", skip_forced=True)
 
 
 @pytest.mark.slow
