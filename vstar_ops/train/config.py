@@ -93,9 +93,11 @@ class Config:
     kl_weight: float = option(1e-3, "weight of the KL divergence from the supervised model")
     ved: VEDConfig = VEDConfig.training()  # noqa: RUF009 (it is immutable)
     value_lr: float = option(1e-3, "learning rate of the value head")
+    value_loss: str = option("ranking", "squared error of Eq. 9, or of the ranking", choices=("td", "ranking"))
+    value_temperature: float = option(0.1, "of the rewards in the ranking")
     gamma: float = option(0.99, "discount of V's targets")
     item_embeddings: str | None = option(None, ".npy file, E numbers per item (default: from the clicks)")
-    item_prior: bool = option(True, "do not tell V how near the user's items are to a prefix")
+    item_prior: bool = option(True, "do not tell policy and V how near the user's items are to a prefix")
     test_decoder: str = option(
         "beam",
         "in early stopping and at test; ved is for models with a value head, which get a row for beam too",

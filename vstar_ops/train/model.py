@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..decoding.slots import Slots
 from ..packing import PackedRows, pack_prompts
-from .value import ItemEmbeddings, ValueHead, hash_prefix, hash_prefixes
+from .value import ItemEmbeddings, ItemNearness, Prefixes, ValueHead, hash_prefix, hash_prefixes
 
 
 @dataclass
@@ -33,17 +33,17 @@ class PrefixCache:
     Attributes:
         keys, values: one tensor per layer, the value head's block being the last; ``S`` columns are in use.
         slots: the columns that each prefix sees.
-        prefix: int64 ``[slots]``, hash of the tokens since the prompt, 0 for none.
+        at: the prefixes ``[slots]``.
         valued: ``[slots, dim]``, outputs of the value head's block, None without one.
-        prior: ``[B, T + 1]``, what the head's prior says of the catalogue, None without one.
+        near: ``[B, T + 1]``, how near the prompt's items are to the catalogue, None without an item prior.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     slots: Slots
-    prefix: Tensor
+    at: Prefixes
     valued: Tensor | None
-    prior: Tensor | None
+    near: Tensor | None
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add the columns ``[B, heads, width, head_dim]`` to a layer; returns all of it.
@@ -110,17 +110,26 @@ class SIDTransformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.bias = nn.Parameter(torch.zeros(vocab))
         self.value_head: ValueHead | None = None
+        self.nearness: ItemNearness | None = None
+        self.prior: nn.Parameter | None = None
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 deep = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * layers) ** 0.5 if deep else 0.02)
 
-    def add_value_head(self, *, child_values: bool = False, items: ItemEmbeddings | None = None) -> None:
-        """Value prefixes from now on. The head reads the backbone's hidden states and never moves them; with
-        ``items`` it starts from what the prompt's items say, see :class:`ItemPrior`."""
+    def add_item_prior(self, items: ItemEmbeddings) -> None:
+        """Add to the logits of legal children how near the prompt's items are to them, with one weight per
+        level, 0 at first; see :class:`ItemNearness`. A value head that is added later has weights of its own."""
+        self.nearness = ItemNearness(items)
+        self.prior = self.nearness.new_weight()
+
+    def add_value_head(self, *, child_values: bool = False) -> None:
+        """Value prefixes from now on. The head reads the backbone's hidden states and never moves them."""
         dim, block = self.token.weight.shape[1], self.blocks[0]
         own = Block(dim, block.heads, block.rate)  # type: ignore[arg-type]
-        self.value_head = ValueHead(own, dim, self.vocab, child_values=child_values, items=items)
+        self.value_head = ValueHead(
+            own, dim, self.vocab, child_values=child_values, nearness=self.nearness
+        )
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters of the policy and of the value head."""
@@ -129,7 +138,8 @@ class SIDTransformer(nn.Module):
         return [p for p in self.parameters() if id(p) not in own], head
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns."""
+        """Logits ``[B, 1 + T, V]``: row ``t`` predicts the token after the first ``t`` columns. Without the
+        item prior, whose weights are fitted to these logits."""
         return self._head(self._causal(tokens)[0])
 
     def pack(
@@ -152,14 +162,18 @@ class SIDTransformer(nn.Module):
             return block.finish(x, block.attend(q, k, v, mask).transpose(1, 2))
 
         x, valued = self._run(token, prefix, x, layer)
-        logits = self._head(rows.select(x))
+        hidden, prompt = rows.select(x), slice(rows.prompt_columns)
+        shape = hidden.shape[:2]
+        node = torch.zeros_like(token)
+        if self.nearness is not None:
+            node = F.pad(rows.of_nodes(self.nearness.nodes(rows.tokens)), (rows.prompt_columns, 0))
+        request = torch.arange(shape[0], device=token.device).repeat_interleave(shape[1])
+        at = Prefixes(rows.select(prefix).flatten(), rows.select(node).flatten(), request)
+        near = self._near(token[:, prompt], rows.real[:, prompt])
+        logits = self._logits(hidden.flatten(0, 1), at, near).unflatten(0, shape)
         if self.value_head is None or valued is None:
             return PackedScores(logits, None, None)
-        valued = rows.select(valued)
-        shape, prompt = valued.shape[:2], slice(rows.prompt_columns)
-        prior = self._prior(token[:, prompt], rows.real[:, prompt])
-        request = torch.arange(shape[0], device=token.device).repeat_interleave(shape[1])
-        of = (valued.flatten(0, 1), rows.select(prefix).flatten(), request, prior)
+        of = (rows.select(valued).flatten(0, 1), at, near)
         value = self.value_head(*of).view(shape)
         if not child_values:
             return PackedScores(logits, value, None)
@@ -177,18 +191,22 @@ class SIDTransformer(nn.Module):
 
     def _valued(
         self, state: PrefixCache, slot: Tensor
-    ) -> tuple[ValueHead, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    ) -> tuple[ValueHead, tuple[Tensor, Prefixes, Tensor | None]]:
         if self.value_head is None or state.valued is None:
             raise ValueError("the model has no value head: call add_value_head() before prefill")
         slot = slot.clamp(min=0)
-        of = (state.valued[slot], state.prefix[slot], state.slots.request[slot], state.prior)
-        return self.value_head, of
+        return self.value_head, (state.valued[slot], Prefixes(*(x[slot] for x in state.at)), state.near)
 
-    def _prior(self, prompt: Tensor, real: Tensor) -> Tensor | None:
-        """What the value head's prior says after prompts with their begin token, ``[B, T + 1]``."""
-        if self.value_head is None or self.value_head.prior is None:
-            return None
-        return self.value_head.prior(prompt, real)
+    def _near(self, prompt: Tensor, real: Tensor) -> Tensor | None:
+        """How near the items of prompts with their begin token are to the catalogue, ``[B, T + 1]``."""
+        return self.nearness(prompt, real) if self.nearness is not None else None
+
+    def _logits(self, hidden: Tensor, at: Prefixes, near: Tensor | None) -> Tensor:
+        """The policy's logits ``[N, V]`` after prefixes."""
+        logits = self._head(hidden)
+        if self.nearness is None or self.prior is None or near is None:
+            return logits
+        return logits + self.nearness.of_children(self.prior, near, at.request, at.node, self.vocab)
 
     def prefill(self, context: Tensor) -> tuple[Tensor, PrefixCache]:
         """Evaluate prompts ``context[B, T]``; see :class:`PrefixModel`."""
@@ -197,11 +215,12 @@ class SIDTransformer(nn.Module):
         batch, last = torch.arange(len(x), device=x.device), position.argmax(1)
         valued = valued[batch, last] if valued is not None else None
         prompt = F.pad(context.long(), (1, 0), value=self.vocab)
-        prior = self._prior(prompt, prompt >= 0)
+        near = self._near(prompt, prompt >= 0)
         position = position[batch, last]
         slots = Slots(seen[batch, last], batch, position, len(x))
-        cache = PrefixCache(keys, values, slots, batch * 0, valued, prior)
-        return self._head(x[batch, last]), cache
+        at = Prefixes(batch * 0, batch * 0, batch)
+        cache = PrefixCache(keys, values, slots, at, valued, near)
+        return self._logits(x[batch, last], at, near), cache
 
     def extend(self, state: PrefixCache, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate the prefixes ``parent`` + ``token``, all ``[N]``; see :class:`PrefixModel`."""
@@ -220,12 +239,16 @@ class SIDTransformer(nn.Module):
             attended = block.attend(q, *state.append(i, k, v), mask)
             return block.finish(x, attended[rows.request, :, rows.rank])
 
-        prefix = hash_prefix(state.prefix[parent], token)
-        x, valued = self._run(token, prefix, self.dropout(x), layer)
-        state.prefix = torch.cat([state.prefix, prefix])
+        above, node = Prefixes(*(x[parent] for x in state.at)), torch.zeros_like(parent)
+        if self.nearness is not None:
+            node = self.nearness.child(above.node, token)
+        at = Prefixes(hash_prefix(above.hash, token), node, above.request)
+        x, valued = self._run(token, at.hash, self.dropout(x), layer)
+        state.at = Prefixes(*(torch.cat(pair) for pair in zip(state.at, at)))
         if state.valued is not None and valued is not None:
             state.valued = torch.cat([state.valued, valued])
-        return logits.index_put((rows.live.nonzero()[:, 0],), self._head(x)), rows.slot
+        logits = logits.index_put((rows.live.nonzero()[:, 0],), self._logits(x, at, state.near))
+        return logits, rows.slot
 
     def _causal(
         self, tokens: Tensor

@@ -7,6 +7,7 @@ policy that searched.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
@@ -17,10 +18,10 @@ from .config import Variant
 from .data import Split
 from .decode import Decoded, Decoder
 from .model import SIDTransformer
-from .rewards import make_reward, reward_name
+from .rewards import make_reward, reward_name, rule
 from .scoring import CandidateScores, candidate_rows
 from .trainer import Batches, Evaluate, Run, Schedule, fit, optimizer_of
-from .value import DenseReturn, RewardReturn, item_embeddings, squared_error, td_target
+from .value import DenseReturn, RewardReturn, item_embeddings, listwise, squared_error, td_target
 
 
 def reinforce(
@@ -51,11 +52,9 @@ def new_policy(run: Run, variant: Variant, sft: SIDTransformer) -> SIDTransforme
     """A copy of the supervised policy, with a new value head where the variant's search asks for values."""
     c = run.config
     torch.manual_seed(run.seed)
-    model = SIDTransformer(run.dataset.vocab, run.dataset.max_tokens, dropout=c.dropout)
-    model.load_state_dict(sft.state_dict())
+    model = copy.deepcopy(sft)
     if variant.decoder == "ved" and c.ved.value_weight != 0:
-        items = item_embeddings(c.item_embeddings, run.dataset, run.trie) if c.item_prior else None
-        model.add_value_head(child_values=c.ved.child_values, items=items)
+        model.add_value_head(child_values=c.ved.child_values)
     return model
 
 
@@ -145,6 +144,8 @@ class PolicyGradient:
         """The squared error of V, and of V + child value of each parent, against Eq. 9; 0 without values."""
         if scores.value is None:
             return torch.zeros(())
+        if self.config.value_loss == "ranking":
+            return self.ranking_loss(scores, requests, tokens, mask)
         returns, value = self.returns_of(requests, tokens, mask), scores.value
         if not self.config.ved.evaluate_leaves:  # the worth of a leaf is known, and nobody asks V for it
             value = torch.cat([value[..., :-1], returns[..., -1:]], 2)
@@ -152,4 +153,21 @@ class PolicyGradient:
         loss = squared_error(value, target, mask)
         if scores.value_from_parent is not None:
             loss = loss + squared_error(scores.value_from_parent, target, mask)
+        return loss
+
+    def ranking_loss(self, scores: CandidateScores, requests: Split, tokens: Tensor, mask: Tensor) -> Tensor:
+        """:func:`listwise` of what ranks prefixes in the search."""
+        assert scores.value is not None
+        name = reward_name(self.config.reward, self.run.dataset)
+        reward = self.reward_of(requests, tokens) if name == "true" else rule(tokens, requests.target)
+        weight, temperature = self.config.ved.value_weight, self.config.value_temperature
+        logp = scores.logp.detach().cumsum(2)
+        ranked = [(logp + weight * scores.value)[..., :-1]]
+        if self.config.ved.evaluate_leaves:
+            ranked = [logp + weight * scores.value]
+        if scores.value_from_parent is not None:
+            ranked.append(logp + weight * scores.value_from_parent)
+        loss = torch.zeros(())
+        for score in ranked:
+            loss = loss + listwise(score, reward, tokens[..., : score.shape[2]], mask, temperature)
         return loss

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .data import UserWindows
+from ..trie import Trie
+from .data import Split, UserWindows
+from .metrics import BATCH_SIZE
 from .model import SIDTransformer
 from .scoring import legal_logp
 from .trainer import Batches, Evaluate, Run, Schedule, fit, optimizer_of
+from .value import Prefixes, item_embeddings
 
 
 def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, dict[str, float]]:
     """The supervised policy and the figures of :func:`fit`.
 
     The likelihood is over the legal children of every prefix. All steps of a user are learned in one pass.
-    Early stopping looks at NDCG@10.
+    Early stopping looks at NDCG@10. With ``config.item_prior`` the policy then gets an item prior, see
+    :func:`fit_prior`.
     """
     c, trie, windows = run.config, run.trie, UserWindows(run.dataset.train)
     torch.manual_seed(run.seed)
@@ -56,4 +60,45 @@ def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, dict[str, 
         ),
         metric="NDCG@10",
     )
+    if c.item_prior and c.validate:
+        model.add_item_prior(item_embeddings(c.item_embeddings, run.dataset, trie))
+        fit_prior(model, trie, run.dataset.valid)
     return model, figures
+
+
+def fit_prior(model: SIDTransformer, trie: Trie, split: Split) -> None:
+    """Set the weights of the model's item prior to the most likely ones, one number per level.
+
+    On rows that nothing was learned from: the clicks that make the embeddings of items are those of the
+    training rows, so that there every target is near its own history.
+    """
+    assert model.nearness is not None and model.prior is not None
+    rows = []  # logits of the legal children, what a weight of 1 adds to them, which was taken, and the level
+    nn.init.ones_(model.prior)
+    model.eval()
+    with torch.no_grad():
+        for batch in torch.arange(len(split)).split(BATCH_SIZE):
+            part = split[batch]
+            logits, state = model.prefill(part.context)
+            slot = torch.arange(len(part))
+            for level, token in enumerate(part.target.unbind(1)):
+                at, near = Prefixes(*(x[slot] for x in state.at)), state.near
+                child, legal = model.nearness.below(at.node)
+                added = model.nearness.weighted(model.prior, near, at.request[:, None], child)
+                base = logits.gather(1, legal.clamp(min=0)) - added
+                rows.append((base.masked_fill(child < 0, -torch.inf), added, legal == token[:, None], level))
+                if level < trie.length - 1:
+                    logits, slot = model.extend(state, slot, token)
+    weight = torch.zeros(trie.length, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        logp = [(base + weight[level] * x).log_softmax(1)[taken] for base, x, taken, level in rows]
+        total = -torch.cat(logp).mean()
+        total.backward()
+        return total.item()
+
+    optimizer.step(loss)  # convex
+    with torch.no_grad():
+        model.prior.copy_(weight)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import prefix_returns
+from ..ops import prefix_returns, sibling_advantage
 from ..trie import Trie, pick, ragged
 from .data import Dataset, Split, user_sequences
 from .rewards import Reward
@@ -98,6 +99,33 @@ def squared_error(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, error, 0).sum() / mask.sum().clamp(min=1)
 
 
+def listwise(score: Tensor, reward: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    r"""How far the ranking of prefixes by their score is from that by the best reward found below them.
+
+    Per level the cross entropy of softmax(score) over the distinct prefixes of a request's candidates against
+    softmax(best reward / temperature); mean over levels and the requests whose rewards differ. With the
+    log-probability in ``score``, V learns what the policy does not know, in units of log-probability.
+
+    Args:
+        score: ``[B, G, L]``, the same for candidates that share a prefix.
+        reward: float ``[B, G]``; tokens: ints ``[B, G, L]``; mask: bool ``[B, G]``.
+    """
+    node = sibling_advantage(tokens, reward, mask).node.long()  # [B, G, L], distinct prefixes
+    spare = node.numel() // len(node)
+    at = torch.where(node < 0, spare, node).flatten(1)
+    every = reward[..., None].expand_as(node).flatten(1)
+    best = every.new_full((len(node), spare + 1), -torch.inf).scatter_reduce(1, at, every, "amax")
+    place = torch.arange(spare, device=node.device).expand_as(at)
+    first = torch.full_like(best, spare, dtype=torch.int64).scatter_reduce(1, at, place, "amin")
+    stands = (first.gather(1, at) == place).view_as(node) & mask[..., None]  # for its prefix, once
+    target = (best.gather(1, at).view_as(node) / temperature).masked_fill(~stands, -torch.inf).softmax(1)
+    logp = score.masked_fill(~stands, -torch.inf).log_softmax(1).masked_fill(~stands, 0)
+    lowest = reward.masked_fill(~mask, torch.inf).min(1).values
+    differ = reward.masked_fill(~mask, -torch.inf).max(1).values > lowest
+    loss = torch.where(differ[:, None], -(target * logp).sum(1), 0)
+    return loss.sum() / (differ.sum() * node.shape[2]).clamp(min=1)
+
+
 @dataclass(frozen=True)
 class DenseReturn:
     """r of Eq. 8: nearness of a prefix's items to the logged target, at every level."""
@@ -136,14 +164,15 @@ def hash_prefixes(tokens: Tensor) -> Tensor:
     return torch.stack(hashes[1:], -1)
 
 
-class ItemPrior(nn.Module):
-    r"""What the user's own items say of every prefix of the catalogue, before anything is learned of it.
+class ItemNearness(nn.Module):
+    r"""How near the user's own items are to every prefix of the catalogue, before anything is learned of it.
 
-    :math:`w_\ell \langle u, e(y_{\le\ell}) \rangle`, one learned weight per level. :math:`e` is the direction
-    of the mean embedding of the items below a prefix, added to those of the prefixes before it, since few
-    clicks make the embedding of an item but many that of a prefix; :math:`u` is the mean direction of the
-    items in the prompt. One number per level generalizes over all users and prefixes from the first step on,
-    where embeddings of prefixes learn what everybody likes and know nothing of what was never tried.
+    :math:`\langle u, e(y_{\le\ell}) \rangle`, where :math:`e` is the direction of the mean embedding of the
+    items below a prefix, added to those of the prefixes before it, since few clicks make the embedding of an
+    item but many that of a prefix; :math:`u` is the mean direction of the items in the prompt. The *item
+    prior* of policy or value is this number times one learned weight per level: it generalizes over all users
+    and prefixes from the first step on, where embeddings of prefixes learn what everybody likes and know
+    nothing of what was never tried. Nothing of it is in a state dict: it is a function of the data.
     """
 
     # The optimizer moves all weights by steps of one size, and those of few inputs have far to go.
@@ -153,8 +182,7 @@ class ItemPrior(nn.Module):
     level: Tensor
     offset: Tensor
     token: Tensor
-    key: Tensor
-    node: Tensor
+    edge: Tensor
 
     def __init__(self, items: ItemEmbeddings) -> None:
         super().__init__()
@@ -166,49 +194,59 @@ class ItemPrior(nn.Module):
         for first, last in reversed(_levels(trie)):
             total.index_add_(0, parent[first:last], total[first:last].clone())
         total[0] = 0
-        direction, key = F.normalize(total, dim=1), torch.zeros(trie.num_nodes, dtype=torch.int64)
+        direction = F.normalize(total, dim=1)
         level = torch.zeros(trie.num_nodes, dtype=torch.int64)
         for depth, (first, last) in enumerate(_levels(trie), 1):
-            above = parent[first:last]
-            direction[first:last] += direction[above]
-            key[first:last] = hash_prefix(key[above], trie.token[first - 1 : last - 1].long())
+            direction[first:last] += direction[parent[first:last]]
             level[first:last] = depth
         direction = F.normalize(direction, dim=1)
         direction[1:] -= direction[leaf:].mean(0)
-        key, order = key.sort()
-        self.length = trie.length
-        self.weight = nn.Parameter(torch.zeros(trie.length))
-        self.register_buffer("direction", direction, persistent=False)  # [T, E]
-        self.register_buffer("level", level, persistent=False)  # [T]
-        self.register_buffer("offset", trie.offset.long(), persistent=False)  # [T + 1], the trie's
-        self.register_buffer("token", trie.token.long(), persistent=False)
-        self.register_buffer("key", key, persistent=False)  # hashes of the prefixes, sorted, and their nodes
-        self.register_buffer("node", order, persistent=False)
+        self.length, self.vocab = trie.length, int(trie.token.max()) + 1
+        edge = parent[1:] * self.vocab + trie.token.long()  # ascending, as the trie's edges are
+        for name, tensor in (
+            ("direction", direction),  # [T, E]
+            ("level", level),  # [T]
+            ("offset", trie.offset.long()),  # [T + 1], the trie's
+            ("token", trie.token.long()),
+            ("edge", edge),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
 
-    def find(self, prefix: Tensor) -> Tensor:
-        """The nodes of hashed prefixes, -1 where there is none."""
-        at = torch.searchsorted(self.key, prefix).clamp(max=len(self.key) - 1)
-        return torch.where(self.key[at] == prefix, self.node[at], -1)
+    def new_weight(self) -> nn.Parameter:
+        """A weight per level, with which the prior says nothing yet."""
+        return nn.Parameter(torch.zeros(self.length))
 
     def forward(self, prompt: Tensor, real: Tensor) -> Tensor:
-        """float32 ``[B, T + 1]`` of every node, the last column 0; ``prompt[B, P]`` begins with a token that
-        is no item's."""
+        """float32 ``[B, T + 1]`` of every node, 0 for the root and in the last column; ``prompt[B, P]``
+        begins with a token that is no item's."""
         place = real.cumsum(1) - 2  # the first token of the first item is 0
-        prefix = torch.zeros_like(prompt)
+        node = torch.zeros_like(prompt)
         for _ in range(self.length):
-            above = torch.where(place % self.length > 0, F.pad(prefix, (1, -1)), 0)
-            prefix = hash_prefix(above, prompt)
-        whole = real & (place >= 0) & (place % self.length == self.length - 1)
-        node = torch.where(whole, self.find(prefix), -1)
-        chosen = self.direction[node.clamp(min=0)] * (node >= 0)[..., None]
+            above = torch.where(place % self.length > 0, F.pad(node, (1, -1)), 0)
+            node = self.child(above, prompt)
+        whole = real & (place >= 0) & (place % self.length == self.length - 1) & (node >= 0)
+        chosen = self.direction[node.clamp(min=0)] * whole[..., None]
         near = F.normalize(chosen.sum(1), dim=1) @ self.direction.T
-        weight = F.pad(self.SCALE * self.weight, (1, 0))[self.level]  # nothing is said of the root
-        return F.pad(near * weight, (0, 1))
+        return F.pad(near.masked_fill(self.level == 0, 0), (0, 1))
 
-    def at(self, prior: Tensor, request: Tensor, node: Tensor) -> Tensor:
-        """What ``prior[B, T + 1]`` says to requests of nodes, 0 for node -1; all of one shape."""
-        columns = prior.shape[1]
-        return prior.flatten()[request * columns + node % columns]
+    def child(self, node: Tensor, token: Tensor) -> Tensor:
+        """The nodes that ``token`` leads to from ``node``, -1 where there is none; both of one shape."""
+        wanted = torch.where((node >= 0) & (token >= 0) & (token < self.vocab), node * self.vocab + token, -1)
+        at = torch.searchsorted(self.edge, wanted).clamp(max=len(self.edge) - 1)
+        return torch.where(self.edge[at] == wanted, at + 1, -1)
+
+    def nodes(self, tokens: Tensor) -> Tensor:
+        """The nodes ``[..., L]`` of all prefixes of ``tokens[..., L]``."""
+        nodes = [torch.zeros_like(tokens[..., 0])]
+        for token in tokens.unbind(-1):
+            nodes.append(self.child(nodes[-1], token))
+        return torch.stack(nodes[1:], -1)
+
+    def weighted(self, weight: Tensor, near: Tensor, request: Tensor, node: Tensor) -> Tensor:
+        """The prior of nodes for requests, all of one shape, from :meth:`forward`'s ``near``; 0 for node -1."""
+        columns = near.shape[1]
+        found = near.flatten()[request * columns + node % columns]
+        return found * F.pad(self.SCALE * weight, (1, 0))[self.level[node.clamp(min=0)]]
 
     def below(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """The children ``[N, C]`` of ``node[N]`` and their tokens, -1 where there are no more."""
@@ -218,10 +256,28 @@ class ItemPrior(nn.Module):
         edge, there = ragged(begin, end)
         return torch.where(there, edge + 1, -1), pick(self.token, edge, there)
 
+    def of_children(
+        self, weight: Tensor, near: Tensor, request: Tensor, node: Tensor, columns: int
+    ) -> Tensor:
+        """The prior of the children of ``node[N]`` in the columns of their tokens, ``[N, columns]``; 0 elsewhere."""
+        child, token = self.below(node)
+        prior = self.weighted(weight, near, request[:, None], child)
+        result = prior.new_zeros(len(node), columns + 1)  # one more for what is not there
+        return result.scatter(1, torch.where(child >= 0, token, columns), prior)[:, :columns]
+
 
 def _levels(trie: Trie) -> list[tuple[int, int]]:
     """First node and end of every level below the root."""
     return list(zip(trie.level_offset[1:], trie.level_offset[2:]))
+
+
+class Prefixes(NamedTuple):
+    """Evaluated prefixes, each ``[N]``: hash (0 for none), node of the catalogue (-1 outside, 0 where there
+    is no prior to ask for it), request."""
+
+    hash: Tensor
+    node: Tensor
+    request: Tensor
 
 
 class ValueHead(nn.Module):
@@ -233,14 +289,14 @@ class ValueHead(nn.Module):
     the whole prefix since the prompt (hashed into ``BUCKETS`` rows): what makes an item worth something need
     not be in features that were trained on clicks, and tokens of SIDs mean little without those before them.
     For the same reason every prefix has a read-out of its own (``reader``) on top of the shared one: worth is
-    a product of who asks and what is offered, and a sum of embeddings learns a product slowly. With ``items``
-    all of this is learned on top of :class:`ItemPrior`.
+    a product of who asks and what is offered, and a sum of embeddings learns a product slowly. With
+    ``nearness`` all of this is learned on top of an item prior of its own, see :class:`ItemNearness`.
     """
 
     BUCKETS = 2**14
 
     def __init__(
-        self, block: nn.Module, dim: int, vocab: int, *, child_values: bool, items: ItemEmbeddings | None
+        self, block: nn.Module, dim: int, vocab: int, *, child_values: bool, nearness: ItemNearness | None
     ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab + 1, dim)
@@ -258,38 +314,36 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.reader.weight)
         if self.child is not None:
             self.child.reset()
-        self.prior = ItemPrior(items) if items is not None else None
+        self.nearness = nearness
+        self.prior = nearness.new_weight() if nearness is not None else None
 
     def embed(self, token: Tensor, prefix: Tensor) -> Tensor:
         """What is added to the hidden states; ``prefix`` as :func:`hash_prefix` makes it."""
         return self.token(token) + self.prefix(prefix % self.BUCKETS)
 
-    def forward(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
-        """V ``[N]`` of block outputs ``[N, dim]``, which stand for prefixes ``[N]`` of requests ``[N]``, and
-        the prior's ``[B, T + 1]``."""
+    def forward(self, x: Tensor, at: Prefixes, near: Tensor | None) -> Tensor:
+        """V ``[N]`` of block outputs ``[N, dim]`` at prefixes, and the nearness ``[B, T + 1]``."""
         features = self._features(x)
-        own = (features * self.reader(prefix % self.BUCKETS)).sum(1)
+        own = (features * self.reader(at.hash % self.BUCKETS)).sum(1)
         value = self.value(features)[:, 0] + own
-        if self.prior is None or prior is None:
+        if self.nearness is None or near is None:
             return value
-        return value + self.prior.at(prior, request, self.prior.find(prefix))
+        return value + self.nearness.weighted(self.prior, near, at.request, at.node)
 
-    def child_values(self, x: Tensor, prefix: Tensor, request: Tensor, prior: Tensor | None) -> Tensor:
+    def child_values(self, x: Tensor, at: Prefixes, near: Tensor | None) -> Tensor:
         """The child values ``[N, vocab]``; with a prior, 0 for what is no legal child."""
         if self.child is None:
             raise ValueError("the value head was made without child values")
-        features = self._features(x)
-        if self.prior is None or prior is None:
-            token = torch.arange(self.child.token.out_features, device=x.device)
-            return self.child(features, prefix, token.expand(len(x), -1))
-        node = self.prior.find(prefix)
-        child, token = self.prior.below(node)
-        value = self.child(features, prefix, token.clamp(min=0))
-        value = value + self.prior.at(prior, request[:, None], child)
-        value = value - self.prior.at(prior, request, node)[:, None]
-        nowhere = self.child.token.out_features  # a column for what is not there
-        result = value.new_zeros(len(x), nowhere + 1)
-        return result.scatter(1, torch.where(child >= 0, token, nowhere), value)[:, :nowhere]
+        features, columns = self._features(x), self.child.token.out_features
+        if self.nearness is None or near is None:
+            token = torch.arange(columns, device=x.device)
+            return self.child(features, at.hash, token.expand(len(x), -1))
+        child, token = self.nearness.below(at.node)
+        value = self.child(features, at.hash, token.clamp(min=0))
+        value = value + self.nearness.weighted(self.prior, near, at.request[:, None], child)
+        value = value - self.nearness.weighted(self.prior, near, at.request, at.node)[:, None]
+        result = value.new_zeros(len(x), columns + 1)  # one more for what is not there
+        return result.scatter(1, torch.where(child >= 0, token, columns), value)[:, :columns]
 
     def _features(self, x: Tensor) -> Tensor:
         return F.gelu(self.hidden(self.norm(x)))
