@@ -62,18 +62,34 @@ def diversity(candidates: Tensor) -> Tensor:
     return (distance * pair).sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)
 
 
-@torch.no_grad()
 def evaluate(
     model: SIDTransformer, data: Dataset, trie: Trie, decoder: Decoder, name: str, rows: int | None = None
 ) -> Scores:
-    """Decode candidates for the requests of the split ``name`` with fixed seeds, and score them.
+    """The means of :func:`per_request`, with the accuracy of the ranks.
+
+    Raises:
+        ValueError: the split is empty.
+        FloatingPointError: a score is not finite, as a reward is not.
+    """
+    joined = per_request(model, data, trie, decoder, name, rows)
+    scores = accuracy(joined.pop("rank")) | {score: x.double().mean().item() for score, x in joined.items()}
+    for score, x in scores.items():
+        if not math.isfinite(x):
+            raise FloatingPointError(f"{data.name}: {score} is {x} over the requests of {name}")
+    return scores
+
+
+@torch.no_grad()
+def per_request(
+    model: SIDTransformer, data: Dataset, trie: Trie, decoder: Decoder, name: str, rows: int | None = None
+) -> dict[str, Tensor]:
+    """Decode candidates for the requests of the split ``name`` with fixed seeds, and score each, ``[R]``.
 
     With ``rows`` only for so many requests, a fixed random choice; see :meth:`Split.part`.
     The reward is the true one where it is known (this adds ``true_reward@10``), otherwise 1 for the target.
 
     Raises:
         ValueError: the split is empty.
-        FloatingPointError: a score is not finite, as a reward is not.
     """
     split, true_reward, training = getattr(data, name).part(rows), data.reward, model.training
     if not len(split):
@@ -97,14 +113,9 @@ def evaluate(
             parts.setdefault(score, []).append(values)
     model.train(training)
     _return_memory()
-    joined = {score: torch.cat(values) for score, values in parts.items()}
-    scores = accuracy(joined.pop("rank")) | {score: x.double().mean().item() for score, x in joined.items()}
     if not true_reward:
-        del scores["true_reward@10"]
-    for score, x in scores.items():
-        if not math.isfinite(x):
-            raise FloatingPointError(f"{data.name}: {score} is {x} over {len(split)} requests of {name}")
-    return scores
+        del parts["true_reward@10"]
+    return {score: torch.cat(values)[order.argsort()] for score, values in parts.items()}
 
 
 def _return_memory() -> None:
