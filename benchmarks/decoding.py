@@ -141,9 +141,10 @@ def main() -> None:
     model = SIDTransformer(trie.max_token + 1, 33)
     if args.weights:
         state = torch.load(args.weights, map_location="cpu", weights_only=True)
-        model.load_state_dict({k: v for k, v in state.items() if not k.startswith("value_head")})
-    items = ItemEmbeddings(trie, sequences, torch.randn(len(sequences), 64))
-    model.add_value_head(child_values=True, items=items)
+        own = {k: v for k, v in state.items() if k != "prior" and not k.startswith("value_head")}
+        model.load_state_dict(own)
+    model.add_item_prior(ItemEmbeddings(trie, sequences, torch.randn(len(sequences), 64)))
+    model.add_value_head(child_values=True)
     for parameter in model.value_head.parameters():  # type: ignore[union-attr]
         parameter.data += 0.1 * torch.randn_like(parameter)  # values that differ, as trained ones do
     model.eval()

@@ -455,7 +455,8 @@ def test_ved_at_test(toy: Path, tmp_path: Path, monkeypatch, prior: bool) -> Non
     stopping = asked[: asked.index(("test", "beam"))]
     assert {decoder for _, decoder in stopping} == {"beam", "ved"} and stopping[0][1] == "beam"
     assert asked[-2:] == [("test", "ved"), ("test", "beam")]
-    assert ("value_head.prior.weight" in weights(run, "ved+joint")) == prior
+    for stage, name in (("ved+joint", "value_head.prior"), ("ved+joint", "prior"), ("sft", "prior")):
+        assert (name in weights(run, stage)) == prior
 
 
 def test_variants_and_configs_as_text() -> None:

@@ -18,7 +18,7 @@ from vstar_ops.train.trainer import optimizer_of
 from vstar_ops.train.value import (
     DenseReturn,
     ItemEmbeddings,
-    ItemPrior,
+    ItemNearness,
     RewardReturn,
     cooccurrence_embeddings,
     load_embeddings,
@@ -41,7 +41,8 @@ def model() -> SIDTransformer:
     torch.manual_seed(0)
     model = SIDTransformer(12, 12, dim=32, layers=2, heads=2, dropout=0.0)
     items = ItemEmbeddings(Trie.from_sequences(CATALOGUE), CATALOGUE, torch.randn(len(CATALOGUE), 5))
-    model.add_value_head(child_values=True, items=items)
+    model.add_item_prior(items)
+    model.add_value_head(child_values=True)
     for parameter in model.parameters():  # far from the initial, almost constant outputs
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
@@ -183,8 +184,7 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
     torch.manual_seed(0)
     vectors = torch.randn(8, 5)
     sequences = torch.cat([CATALOGUE, CATALOGUE[:1]])  # a collision
-    prior = ItemPrior(ItemEmbeddings(trie, sequences, vectors))
-    prior.weight.data = torch.tensor([0.1, 0.2, 0.3])
+    prior, weight = ItemNearness(ItemEmbeddings(trie, sequences, vectors)), torch.tensor([0.1, 0.2, 0.3])
     leaf = vectors[:7].clone()
     leaf[0] = (vectors[0] + vectors[7]) / 2
 
@@ -199,7 +199,9 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
     prompt = torch.tensor(
         [[99, 0, 4, 9, 3, 7, 11], [99, 2, 6, 11, -1, -1, -1], [99, -1, -1, -1, 1, 6, 10], [99] + [-1] * 6]
     )
-    found = prior(prompt, prompt >= 0)
+    near = prior(prompt, prompt >= 0)
+    request = torch.arange(4)[:, None].expand(-1, trie.num_nodes)
+    found = prior.weighted(weight, near, request, torch.arange(trie.num_nodes).expand(4, -1))
     histories = [[[0, 4, 9], [3, 7, 11]], [[2, 6, 11]], [[1, 6, 10]], []]
     for b, history in enumerate(histories):
         user = functional.normalize(sum((direction(s) - mean for s in history), torch.zeros(5)), dim=0)
@@ -207,15 +209,18 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
             want = [1.0, 2.0, 3.0][len(prefix) - 1] * (user @ (direction(prefix) - mean))
             got = found[b, trie.lookup(torch.tensor(prefix)).item()]
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert not found[:, 0].any() and not found[:, -1].any() and not found[3].any()
+    assert not found[:, 0].any() and not near[:, -1].any() and not found[3].any()
     node = torch.tensor([trie.lookup(torch.tensor([0])).item(), -1, 0, trie.num_nodes - 1])
     child, token = prior.below(node)
     assert [[t for t in row if t >= 0] for row in token.tolist()] == [[4, 5], [], [0, 1, 2, 3], []]
     for row, prefix in ((0, [0]), (2, [])):
         for at, one in enumerate(token[row].tolist()):
             assert child[row, at] == (trie.lookup(torch.tensor([*prefix, one])) if one >= 0 else -1)
-    request = torch.arange(4)
-    assert torch.equal(prior.at(found, request, node), found[request, node])
+    prefixes = torch.tensor([[0, 4, 9], [0, 6, 9], [-1, -1, -1], [3, 7, 12]])  # the second leaves the catalogue
+    want = [trie.lookup(prefixes[:, :depth]).long() for depth in (1, 2, 3)]
+    assert torch.equal(prior.nodes(prefixes), torch.stack(want, 1))
+    dead = prior.weighted(weight, near, torch.arange(4), node)
+    assert dead.tolist() == [found[0, node[0]].item(), 0.0, 0.0, found[3, node[3]].item()]
 
 
 def test_value_beams_are_the_best_by_value(model, trie) -> None:

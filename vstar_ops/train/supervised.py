@@ -62,43 +62,46 @@ def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, dict[str, 
     )
     if c.item_prior and c.validate:
         model.add_item_prior(item_embeddings(c.item_embeddings, run.dataset, trie))
-        fit_prior(model, trie, run.dataset.valid)
+        weight = fit_prior(model, trie, run.dataset.valid) if run.world.is_main else None
+        with torch.no_grad():
+            model.prior.copy_(run.world.broadcast(weight))  # type: ignore[union-attr]
     return model, figures
 
 
-def fit_prior(model: SIDTransformer, trie: Trie, split: Split) -> None:
-    """Set the weights of the model's item prior to the most likely ones, one number per level.
+@torch.no_grad()
+def fit_prior(model: SIDTransformer, trie: Trie, split: Split) -> Tensor:
+    """The most likely weights ``[L]`` of the model's item prior, whose own become 1.
 
     On rows that nothing was learned from: the clicks that make the embeddings of items are those of the
-    training rows, so that there every target is near its own history.
+    training rows, so that there every target is near its own history. A normal distribution of the weights
+    keeps them finite where few rows could want them infinite.
     """
     assert model.nearness is not None and model.prior is not None
     rows = []  # logits of the legal children, what a weight of 1 adds to them, which was taken, and the level
     nn.init.ones_(model.prior)
     model.eval()
-    with torch.no_grad():
-        for batch in torch.arange(len(split)).split(BATCH_SIZE):
-            part = split[batch]
-            logits, state = model.prefill(part.context)
-            slot = torch.arange(len(part))
-            for level, token in enumerate(part.target.unbind(1)):
-                at, near = Prefixes(*(x[slot] for x in state.at)), state.near
-                child, legal = model.nearness.below(at.node)
-                added = model.nearness.weighted(model.prior, near, at.request[:, None], child)
-                base = logits.gather(1, legal.clamp(min=0)) - added
-                rows.append((base.masked_fill(child < 0, -torch.inf), added, legal == token[:, None], level))
-                if level < trie.length - 1:
-                    logits, slot = model.extend(state, slot, token)
+    for batch in torch.arange(len(split)).split(BATCH_SIZE):
+        part = split[batch]
+        logits, state = model.prefill(part.context)
+        slot = torch.arange(len(part))
+        for level, token in enumerate(part.target.unbind(1)):
+            at, near = Prefixes(*(x[slot] for x in state.at)), state.near
+            child, legal = model.nearness.below(at.node)
+            added = model.nearness.weighted(model.prior, near, at.request[:, None], child)
+            base = logits.gather(1, legal.clamp(min=0)) - added
+            rows.append((base.masked_fill(child < 0, -torch.inf), added, legal == token[:, None], level))
+            if level < trie.length - 1:
+                logits, slot = model.extend(state, slot, token)
     weight = torch.zeros(trie.length, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=50, line_search_fn="strong_wolfe")
 
-    def loss() -> float:
+    @torch.enable_grad()
+    def loss() -> Tensor:
         optimizer.zero_grad()
         logp = [(base + weight[level] * x).log_softmax(1)[taken] for base, x, taken, level in rows]
-        total = -torch.cat(logp).mean()
+        total = (weight.square().sum() / 2 - torch.cat(logp).sum()) / len(split)
         total.backward()
-        return total.item()
+        return total
 
     optimizer.step(loss)  # convex
-    with torch.no_grad():
-        model.prior.copy_(weight)
+    return weight.detach()
