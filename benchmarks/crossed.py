@@ -35,9 +35,10 @@ def interval(scores: Sequence[np.ndarray] | np.ndarray) -> Interval:
 
     The model is :math:`x_{sr} = \mu + a_s + b_r + e_{sr}` with random effects of the seed, which all requests
     share, and of the request, which all seeds share. An interval over seeds alone would be about these
-    requests, one over requests alone about these policies. The variance of the mean is estimated by the mean
-    squares of the two-way layout, :math:`(MS_a + MS_b - MS_e) / (S R)`, and at least by the larger of the first
-    two alone; degrees of freedom are Satterthwaite's. With one seed it is the interval over requests.
+    requests, one over requests alone about these policies. The variance of the mean is estimated by the
+    mean squares of the two-way layout, :math:`(MS_a + MS_b - MS_e) / (S R)`, and at least by the larger of
+    the first two alone; degrees of freedom are Satterthwaite's. With one seed it is the interval over
+    requests.
     """
     x = np.asarray(scores, dtype=np.float64)
     seeds, requests = x.shape

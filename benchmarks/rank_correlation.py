@@ -16,9 +16,9 @@ from vstar_ops.train.trainer import Run
 def correlations(model: SIDTransformer, run: Run, part: Split) -> dict[str, Tensor]:
     """``"score level"`` -> a correlation per request, over the distinct prefixes of 64 beams.
 
-    The scores are log-probability, nearness to the user's items, V, and what ranks the beams of a search, log pi
-    plus weighted V. NaN where one side is constant. The reward of a prefix is the mean true reward of the items
-    below it, or, where that is not known, 1 for a prefix of the target and 0 otherwise.
+    The scores are log-probability, nearness to the user's items, V, and what ranks the beams of a search,
+    log pi plus weighted V. NaN where one side is constant. The reward of a prefix is the mean true reward of
+    the items below it, or, where that is not known, 1 for a prefix of the target and 0 otherwise.
     """
     trie, result = run.trie, {}
     tokens = beam_search(model, part.context, trie, 64).sequence.long()

@@ -2,16 +2,16 @@
 
 Parts, each over several seeds:
 
-rows: policies trained in every way, each decoded in several ways on the test split; gains are paired by seed and
-    request, and the questions that the paper raises are answered with intervals.
+rows: policies trained in every way, each decoded in several ways on the test split; gains are paired by seed
+    and request, and the questions that the paper raises are answered with intervals.
 tokens: quality against the forward tokens that a search really spends.
 levels: how well log-probability, item prior and V rank the prefixes of each level.
 gradients: which estimate of the policy gradient points along the exact one (synthetic catalogue alone), see
     :mod:`benchmarks.gradients`.
 
-All policies of a seed start from one supervised policy and take the same number of steps. Whatever is chosen is
-chosen on the valid split; the test split is looked at once per cell. A cell that is done is a file and is not done
-again, so a killed study continues where it was.
+All policies of a seed start from one supervised policy and take the same number of steps. Whatever is chosen
+is chosen on the valid split; the test split is looked at once per cell. A cell that is done is a file and is
+not done again, so a killed study continues where it was.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Policy:
         variant: as text; None: not at all.
         changes: fields of :class:`Config`.
         ved: fields of its search; ``paper`` starts from the paper's.
-        prior: of the item prior, ``"fitted"``, ``"none"``, or ``"by hand"``: one weight for all levels, in units
-            of the cosine, chosen on the valid split.
+        prior: of the item prior, ``"fitted"``, ``"none"``, or ``"by hand"``: one weight for all levels, in
+            units of the cosine, chosen on the valid split.
     """
 
     variant: str | None = None
@@ -82,14 +82,14 @@ class Policy:
 
 SFT, GRPO, VSTAR = "SFT", "GRPO", "V-STAR"
 PLAIN = "SFT without item prior"
-PAPER = {"sibling_form": "paper", "value_loss": "td", "sibling_weight": 1.0}
+PAPER = {"sibling_form": "paper", "sibling_weight": 1.0}
 POLICIES = {
     PLAIN: Policy(prior="none"),
     SFT: Policy(),
     "SFT, prior by hand": Policy(prior="by hand"),
     GRPO: Policy("beam+grpo"),
     "Sibling-GRPO": Policy("beam+joint"),
-    "Sibling-GRPO, the paper's": Policy("beam+joint", {"sibling_form": "paper", "sibling_weight": 1.0}),
+    "Sibling-GRPO, the paper's": Policy("beam+joint", PAPER),
     "sibling advantages alone": Policy("beam+sibling"),
     "GRPO, V learned beside": Policy("ved+grpo", ved=POLICY_ALONE),
     VSTAR: Policy("ved+joint"),
@@ -208,9 +208,7 @@ class Study:
 
     def table(self) -> dict[str, Cell]:
         """Row name -> scores of every test request."""
-        return {
-            row_name(*row): self.cell(row_name(*row), functools.partial(self.row, *row)) for row in ROWS
-        }
+        return {row_name(*row): self.cell(row_name(*row), functools.partial(self.row, *row)) for row in ROWS}
 
     def row(self, policy: str, decoding: str) -> Cell:
         """One cell of the table."""
@@ -306,7 +304,9 @@ def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def run(dataset: Dataset, config: Config, folder: Path, parts: Sequence[str], rows: dict[str, int | None]) -> str:
+def run(
+    dataset: Dataset, config: Config, folder: Path, parts: Sequence[str], rows: dict[str, int | None]
+) -> str:
     """All parts for all seeds, then the report."""
     trie = Trie.from_sequences(dataset.sequences)
     runs = [Run(config, dataset, trie, folder / f"seed-{seed}", seed) for seed in config.seeds]
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--seeds", default="0,1,2,3,4", help="default: %(default)s")
     p.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s (default: all)")
     p.add_argument("--threads", type=int, default=1, help="default: %(default)s, bit-for-bit repeatable")
-    p.add_argument("--rl-steps", type=int, default=150, help="default: %(default)s")
+    p.add_argument("--rl-steps", type=int, default=100, help="default: %(default)s")
     p.add_argument("--sft-epochs", type=int, help="default: as in python -m vstar_ops.train")
     p.add_argument("--valid-rows", type=int, default=2000, help="to choose by (default: %(default)s)")
     p.add_argument("--test-rows", type=int, help="a fixed random part of the test split (default: all)")
@@ -360,10 +360,12 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         p.error(str(error))
     changes = {"sft_epochs": args.sft_epochs} if args.sft_epochs else {}
-    changes |= {name: getattr(args, name) for name in ("data", "item_embeddings", "threads", "rl_steps", "valid_rows")}
+    changes |= {
+        name: getattr(args, name) for name in ("data", "item_embeddings", "threads", "rl_steps", "valid_rows")
+    }
     # Every policy takes all steps; which of them is kept is chosen by the valid split.
     config = (Config() if args.data else Config.synthetic()).replace(
-        **changes, category=args.category, seeds=seeds, rl_evals=5, patience=100
+        **changes, category=args.category, seeds=seeds, rl_evals=4, patience=100
     )
     rows = {"valid": args.valid_rows, "test": args.test_rows}
     folder = args.out or Path("runs") / f"study-{dataset.name}"

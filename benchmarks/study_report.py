@@ -49,7 +49,11 @@ def of(seeds: Sequence[Cells], row: str, column: str, against: str | None = None
 
 
 def write(
-    folder: Path, name: str, seeds: Sequence[int], found: Mapping[str, list[Any]], figures: Mapping[str, list[Any]]
+    folder: Path,
+    name: str,
+    seeds: Sequence[int],
+    found: Mapping[str, list[Any]],
+    figures: Mapping[str, list[Any]],
 ) -> str:
     """``study.md``, ``study.json`` and ``study.svg``; returns the text."""
     text, numbers = [f"{name}, seeds {', '.join(map(str, seeds))}."], {}
@@ -60,7 +64,11 @@ def write(
         numbers["gains"] = {
             question: {c: of(rows, row, c, base) for c in columns[:-2]} for question, row, base in QUESTIONS
         }
-        text += ["Test split:", _rows(rows, columns), "Questions; the difference is paired by seed and request:"]
+        text += [
+            "Test split:",
+            _rows(rows, columns),
+            "Questions; the difference is paired by seed and request:",
+        ]
         text += [_answers(rows, columns), "Steps of reinforcement, taken and kept:", _steps(figures)]
     if "tokens" in found:
         numbers["tokens"] = _nested(found["tokens"])
@@ -105,7 +113,9 @@ def _markdown(rows: list[list[str]]) -> str:
 
 def _rows(seeds: Sequence[Cells], columns: Sequence[str]) -> str:
     target = columns[0]
-    table = [["policy, decoded by", *(report.COLUMNS[c] for c in columns), f"gain in {report.COLUMNS[target]}"]]
+    table = [
+        ["policy, decoded by", *(report.COLUMNS[c] for c in columns), f"gain in {report.COLUMNS[target]}"]
+    ]
     for row in seeds[0]:
         cells = [of(seeds, row, c).text(1 if c == "forward_tokens" else 4) for c in columns]
         gain = "" if row == BASE else of(seeds, row, target, BASE).text(signed=True)
@@ -160,7 +170,9 @@ def _correlation(seeds: Sequence[Any], score: str, level: str) -> Interval:
 
 def _levels(found: Mapping[str, Mapping[str, Interval]]) -> str:
     levels = list(next(iter(found.values())))
-    return _markdown([["level", *levels], *([score, *(x[n].text(3) for n in levels)] for score, x in found.items())])
+    return _markdown(
+        [["level", *levels], *([score, *(x[n].text(3) for n in levels)] for score, x in found.items())]
+    )
 
 
 def _figure(path: Path, found: Mapping[str, list[Any]]) -> None:

@@ -31,8 +31,14 @@ def test_spearman_is_pearson_of_average_ranks() -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "requests", "of_seed", "of_request", "rest"),
-    [(3, 200, 0.1, 0.5, 1.0), (8, 200, 0.0, 1.0, 1.0), (5, 50, 0.3, 0.3, 1.0), (4, 200, 0.2, 0.0, 0.1)]
-    + [(5, 100, 0.0, 0.0, 1.0), (1, 100, 0.0, 1.0, 1.0)],
+    [
+        (3, 200, 0.1, 0.5, 1.0),
+        (8, 200, 0.0, 1.0, 1.0),
+        (5, 50, 0.3, 0.3, 1.0),
+        (4, 200, 0.2, 0.0, 0.1),
+        (5, 100, 0.0, 0.0, 1.0),
+        (1, 100, 0.0, 1.0, 1.0),
+    ],
 )
 def test_intervals_cover_the_mean(
     seeds: int, requests: int, of_seed: float, of_request: float, rest: float
@@ -75,13 +81,24 @@ def test_a_page_has_one_place_for_a_study(tmp_path: Path) -> None:
 def test_all_parts_and_resume(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, page = tmp_path / "study", tmp_path / "page.md"
     page.write_text("<!-- study Toy -->\n<!-- end -->\n")
-    options = ["--data", str(toy), "--category", "Toy", "--seeds", "0,1", "--out", str(out), "--page", str(page)]
+    options = [
+        "--data",
+        str(toy),
+        "--category",
+        "Toy",
+        "--seeds",
+        "0,1",
+        "--out",
+        str(out),
+        "--page",
+        str(page),
+    ]
     options += ["--rl-steps", "1", "--sft-epochs", "1", "--valid-rows", "5", "--test-rows", "6"]
     assert main(options) == 0
     text = capsys.readouterr().out
     assert all(row_name(*row) in text for row in ROWS)
     assert all(question in text for question, _, _ in study_report.QUESTIONS)
-    assert text.split("\nin ")[0].strip() in page.read_text()
+    assert text[text.index("Toy, seeds 0, 1.") : text.index("\nin ")].strip() in page.read_text()
     assert (out / "study.svg").stat().st_size > 1000
     result = json.loads((out / "study.json").read_text())
     assert result["seeds"] == [0, 1] and set(result) == {"seeds", "rows", "gains", "tokens", "levels"}

@@ -216,7 +216,7 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
     for row, prefix in ((0, [0]), (2, [])):
         for at, one in enumerate(token[row].tolist()):
             assert child[row, at] == (trie.lookup(torch.tensor([*prefix, one])) if one >= 0 else -1)
-    prefixes = torch.tensor([[0, 4, 9], [0, 6, 9], [-1, -1, -1], [3, 7, 12]])  # the second leaves the catalogue
+    prefixes = torch.tensor([[0, 4, 9], [0, 6, 9], [-1, -1, -1], [3, 7, 12]])  # some leave the catalogue
     want = [trie.lookup(prefixes[:, :depth]).long() for depth in (1, 2, 3)]
     assert torch.equal(prior.nodes(prefixes), torch.stack(want, 1))
     dead = prior.weighted(weight, near, torch.arange(4), node)

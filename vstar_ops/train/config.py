@@ -93,8 +93,6 @@ class Config:
     kl_weight: float = option(1e-3, "weight of the KL divergence from the supervised model")
     ved: VEDConfig = VEDConfig.training()  # noqa: RUF009 (it is immutable)
     value_lr: float = option(1e-3, "learning rate of the value head")
-    value_loss: str = option("ranking", "squared error of Eq. 9, or of the ranking", choices=("td", "ranking"))
-    value_temperature: float = option(0.1, "of the rewards in the ranking")
     gamma: float = option(0.99, "discount of V's targets")
     item_embeddings: str | None = option(None, ".npy file, E numbers per item (default: from the clicks)")
     item_prior: bool = option(True, "do not tell policy and V how near the user's items are to a prefix")
@@ -131,7 +129,7 @@ class Config:
         """The defaults on the synthetic catalogue, which is easier to fit and has a denser reward. V learns
         that reward itself, so it deserves more weight."""
         ved = VEDConfig.training(value_weight=30.0)
-        return cls(sft_epochs=12, rl_steps=150, rl_lr=6e-4, sibling_weight=0.1, ved=ved)
+        return cls(sft_epochs=12, rl_steps=150, rl_lr=6e-4, ved=ved)
 
     def replace(self, **changes: Any) -> Config:
         """This config with some fields changed."""

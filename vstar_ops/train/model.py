@@ -119,7 +119,7 @@ class SIDTransformer(nn.Module):
 
     def add_item_prior(self, items: ItemEmbeddings) -> None:
         """Add to the logits of legal children how near the prompt's items are to them, with one weight per
-        level, 0 at first; see :class:`ItemNearness`. A value head that is added later has weights of its own."""
+        level, 0 at first; see :class:`ItemNearness`. A value head added later has weights of its own."""
         self.nearness = ItemNearness(items)
         self.prior = self.nearness.new_weight()
 
@@ -127,9 +127,7 @@ class SIDTransformer(nn.Module):
         """Value prefixes from now on. The head reads the backbone's hidden states and never moves them."""
         dim, block = self.token.weight.shape[1], self.blocks[0]
         own = Block(dim, block.heads, block.rate)  # type: ignore[arg-type]
-        self.value_head = ValueHead(
-            own, dim, self.vocab, child_values=child_values, nearness=self.nearness
-        )
+        self.value_head = ValueHead(own, dim, self.vocab, child_values=child_values, nearness=self.nearness)
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters of the policy and of the value head."""

@@ -18,10 +18,10 @@ from .config import Variant
 from .data import Split
 from .decode import Decoded, Decoder
 from .model import SIDTransformer
-from .rewards import make_reward, reward_name, rule
+from .rewards import make_reward, reward_name
 from .scoring import CandidateScores, candidate_rows
 from .trainer import Batches, Evaluate, Run, Schedule, fit, optimizer_of
-from .value import DenseReturn, RewardReturn, item_embeddings, listwise, squared_error, td_target
+from .value import DenseReturn, RewardReturn, item_embeddings, squared_error, td_target
 
 
 def reinforce(
@@ -115,7 +115,7 @@ class PolicyGradient:
             kl_weight=per_candidate * c.kl_weight,
             form=c.sibling_form,
         )
-        value_loss = self.value_loss(scores, requests, tokens, mask)
+        value_loss = self.value_loss(scores, requests, tokens, mask, laid_out.child.view(tokens.shape))
         loss = policy.loss + per_candidate * value_loss  # of this shard, and already weighted
         loss.backward()
         best = reward.max(1).values
@@ -140,34 +140,24 @@ class PolicyGradient:
             decoder = dataclasses.replace(decoder, ved=c.ved.replace(num_policy_candidates=own))
         return decoder(self.model, requests.context, self.run.trie, seed)
 
-    def value_loss(self, scores: CandidateScores, requests: Split, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The squared error of V, and of V + child value of each parent, against Eq. 9; 0 without values."""
+    def value_loss(
+        self, scores: CandidateScores, requests: Split, tokens: Tensor, mask: Tensor, node: Tensor
+    ) -> Tensor:
+        """The squared error of V, and of V + child value of each parent, against Eq. 9; 0 without values.
+
+        A prefix that stands for its leaf in the search is worth what the leaf is. ``node[B, G, L]`` are the
+        nodes of the candidates' prefixes.
+        """
         if scores.value is None:
             return torch.zeros(())
-        if self.config.value_loss == "ranking":
-            return self.ranking_loss(scores, requests, tokens, mask)
         returns, value = self.returns_of(requests, tokens, mask), scores.value
         if not self.config.ved.evaluate_leaves:  # the worth of a leaf is known, and nobody asks V for it
             value = torch.cat([value[..., :-1], returns[..., -1:]], 2)
         target = td_target(value, returns, self.config.gamma)
+        if self.config.ved.skip_forced:
+            complete = self.run.trie.only_leaf[node.clamp(min=0)] >= 0
+            target = torch.where(complete, returns[..., -1:], target)
         loss = squared_error(value, target, mask)
         if scores.value_from_parent is not None:
             loss = loss + squared_error(scores.value_from_parent, target, mask)
-        return loss
-
-    def ranking_loss(self, scores: CandidateScores, requests: Split, tokens: Tensor, mask: Tensor) -> Tensor:
-        """:func:`listwise` of what ranks prefixes in the search."""
-        assert scores.value is not None
-        name = reward_name(self.config.reward, self.run.dataset)
-        reward = self.reward_of(requests, tokens) if name == "true" else rule(tokens, requests.target)
-        weight, temperature = self.config.ved.value_weight, self.config.value_temperature
-        logp = scores.logp.detach().cumsum(2)
-        ranked = [(logp + weight * scores.value)[..., :-1]]
-        if self.config.ved.evaluate_leaves:
-            ranked = [logp + weight * scores.value]
-        if scores.value_from_parent is not None:
-            ranked.append(logp + weight * scores.value_from_parent)
-        loss = torch.zeros(())
-        for score in ranked:
-            loss = loss + listwise(score, reward, tokens[..., : score.shape[2]], mask, temperature)
         return loss

@@ -62,9 +62,8 @@ def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, dict[str, 
     )
     if c.item_prior and c.validate:
         model.add_item_prior(item_embeddings(c.item_embeddings, run.dataset, trie))
-        weight = fit_prior(model, trie, run.dataset.valid) if run.world.is_main else None
-        with torch.no_grad():
-            model.prior.copy_(run.world.broadcast(weight))  # type: ignore[union-attr]
+        weight = fit_prior(model, trie, run.dataset.valid) if run.world.is_main else torch.zeros(0)
+        model.prior = nn.Parameter(run.world.broadcast(weight))
     return model, figures
 
 
@@ -86,6 +85,7 @@ def fit_prior(model: SIDTransformer, trie: Trie, split: Split) -> Tensor:
         slot = torch.arange(len(part))
         for level, token in enumerate(part.target.unbind(1)):
             at, near = Prefixes(*(x[slot] for x in state.at)), state.near
+            assert near is not None
             child, legal = model.nearness.below(at.node)
             added = model.nearness.weighted(model.prior, near, at.request[:, None], child)
             base = logits.gather(1, legal.clamp(min=0)) - added

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import prefix_returns, sibling_advantage
+from ..ops import prefix_returns
 from ..trie import Trie, pick, ragged
 from .data import Dataset, Split, user_sequences
 from .rewards import Reward
@@ -97,33 +97,6 @@ def squared_error(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean over the tokens of all candidates that are there; ``[B, G, L]``, ``mask[B, G]``."""
     error = (value - target).square().mean(2)
     return torch.where(mask, error, 0).sum() / mask.sum().clamp(min=1)
-
-
-def listwise(score: Tensor, reward: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    r"""How far the ranking of prefixes by their score is from that by the best reward found below them.
-
-    Per level the cross entropy of softmax(score) over the distinct prefixes of a request's candidates against
-    softmax(best reward / temperature); mean over levels and the requests whose rewards differ. With the
-    log-probability in ``score``, V learns what the policy does not know, in units of log-probability.
-
-    Args:
-        score: ``[B, G, L]``, the same for candidates that share a prefix.
-        reward: float ``[B, G]``; tokens: ints ``[B, G, L]``; mask: bool ``[B, G]``.
-    """
-    node = sibling_advantage(tokens, reward, mask).node.long()  # [B, G, L], distinct prefixes
-    spare = node.numel() // len(node)
-    at = torch.where(node < 0, spare, node).flatten(1)
-    every = reward[..., None].expand_as(node).flatten(1)
-    best = every.new_full((len(node), spare + 1), -torch.inf).scatter_reduce(1, at, every, "amax")
-    place = torch.arange(spare, device=node.device).expand_as(at)
-    first = torch.full_like(best, spare, dtype=torch.int64).scatter_reduce(1, at, place, "amin")
-    stands = (first.gather(1, at) == place).view_as(node) & mask[..., None]  # for its prefix, once
-    target = (best.gather(1, at).view_as(node) / temperature).masked_fill(~stands, -torch.inf).softmax(1)
-    logp = score.masked_fill(~stands, -torch.inf).log_softmax(1).masked_fill(~stands, 0)
-    lowest = reward.masked_fill(~mask, torch.inf).min(1).values
-    differ = reward.masked_fill(~mask, -torch.inf).max(1).values > lowest
-    loss = torch.where(differ[:, None], -(target * logp).sum(1), 0)
-    return loss.sum() / (differ.sum() * node.shape[2]).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -243,7 +216,7 @@ class ItemNearness(nn.Module):
         return torch.stack(nodes[1:], -1)
 
     def weighted(self, weight: Tensor, near: Tensor, request: Tensor, node: Tensor) -> Tensor:
-        """The prior of nodes for requests, all of one shape, from :meth:`forward`'s ``near``; 0 for node -1."""
+        """The prior of nodes for requests, all of one shape, out of :meth:`forward`'s result; 0 for -1."""
         columns = near.shape[1]
         found = near.flatten()[request * columns + node % columns]
         return found * F.pad(self.SCALE * weight, (1, 0))[self.level[node.clamp(min=0)]]
@@ -259,7 +232,7 @@ class ItemNearness(nn.Module):
     def of_children(
         self, weight: Tensor, near: Tensor, request: Tensor, node: Tensor, columns: int
     ) -> Tensor:
-        """The prior of the children of ``node[N]`` in the columns of their tokens, ``[N, columns]``; 0 elsewhere."""
+        """The prior of the children of ``node[N]`` in the columns of their tokens; ``[N, columns]``, else 0."""
         child, token = self.below(node)
         prior = self.weighted(weight, near, request[:, None], child)
         result = prior.new_zeros(len(node), columns + 1)  # one more for what is not there
@@ -326,7 +299,7 @@ class ValueHead(nn.Module):
         features = self._features(x)
         own = (features * self.reader(at.hash % self.BUCKETS)).sum(1)
         value = self.value(features)[:, 0] + own
-        if self.nearness is None or near is None:
+        if self.nearness is None or self.prior is None or near is None:
             return value
         return value + self.nearness.weighted(self.prior, near, at.request, at.node)
 
@@ -335,7 +308,7 @@ class ValueHead(nn.Module):
         if self.child is None:
             raise ValueError("the value head was made without child values")
         features, columns = self._features(x), self.child.token.out_features
-        if self.nearness is None or near is None:
+        if self.nearness is None or self.prior is None or near is None:
             token = torch.arange(columns, device=x.device)
             return self.child(features, at.hash, token.expand(len(x), -1))
         child, token = self.nearness.below(at.node)
