@@ -115,7 +115,7 @@ def test_the_value_head_learns(model: SIDTransformer, trie: Trie) -> None:
     reward = torch.tensor([[1.0, 0.0, 0.5, 0.2, 0.4, 0.0, 0.9]])
     mask = torch.ones(1, 7, dtype=torch.bool)
     returns = RewardReturn(lambda *_: reward)(None, candidates, mask)
-    for _ in range(600):
+    for _ in range(900):
         optimizer.zero_grad()
         value = scoring.candidate_scores(model, context, trie, candidates, values=True).value
         squared_error(value, td_target(value, returns, 0.9), mask).backward()

@@ -232,7 +232,7 @@ class ItemNearness(nn.Module):
     def of_children(
         self, weight: Tensor, near: Tensor, request: Tensor, node: Tensor, columns: int
     ) -> Tensor:
-        """The prior of the children of ``node[N]`` in the columns of their tokens; ``[N, columns]``, else 0."""
+        """The prior of the children of ``node[N]`` in the columns of their tokens, ``[N, columns]``."""
         child, token = self.below(node)
         prior = self.weighted(weight, near, request[:, None], child)
         result = prior.new_zeros(len(node), columns + 1)  # one more for what is not there
