@@ -75,9 +75,9 @@ class Policy:
     prior: str = "fitted"
 
     def config(self, base: Config) -> Config:
-        """``base`` with what is changed here."""
+        """``base`` with what is changed here. Every policy takes all steps; which is kept, the valid split says."""
         ved = VEDConfig.paper() if self.paper else base.ved
-        return base.replace(**self.changes, ved=ved.replace(**self.ved))
+        return base.replace(**self.changes, ved=ved.replace(**self.ved), patience=base.rl_evals)
 
 
 SFT, GRPO, VSTAR = "SFT", "GRPO", "V-STAR"
@@ -363,9 +363,8 @@ def main(argv: list[str] | None = None) -> int:
     changes |= {
         name: getattr(args, name) for name in ("data", "item_embeddings", "threads", "rl_steps", "valid_rows")
     }
-    # Every policy takes all steps; which of them is kept is chosen by the valid split.
     config = (Config() if args.data else Config.synthetic()).replace(
-        **changes, category=args.category, seeds=seeds, rl_evals=4, patience=100
+        **changes, category=args.category, seeds=seeds, rl_evals=4
     )
     rows = {"valid": args.valid_rows, "test": args.test_rows}
     folder = args.out or Path("runs") / f"study-{dataset.name}"
