@@ -95,11 +95,12 @@ def table(
                 digits = 1 if column == "forward_tokens" else 4
                 cells.append(interval_text(values, digits, signed=against is not None))
         rows.append(cells)
-    return _markdown(rows, width)
+    return markdown(rows, width)
 
 
-def _markdown(rows: list[list[str]], width: int | None = None) -> str:
-    """A table, without the last columns where it would be wider than ``width``."""
+def markdown(rows: list[list[str]], width: int | None = None) -> str:
+    """A Markdown table of rows of cells, the first its head; without the last columns where it would be wider
+    than ``width``."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     while width and len(widths) > 2 and sum(widths) + 3 * len(widths) + 1 > width:
         widths.pop()
@@ -141,7 +142,7 @@ def gains_by_step(
                 gain = [scores[step][column] - b for scores, b in zip(found[other], base)]
                 cells.append(interval_text(gain, signed=True))
         rows.append(cells)
-    return _markdown(rows, width)
+    return markdown(rows, width)
 
 
 def write(folder: Path, title: str, results: Results, config: Config) -> str:
