@@ -24,7 +24,7 @@ CANDIDATES = (
 )
 SAMPLED, DISTINCT, WEIGHTED, NORMALIZED, BEAM = CANDIDATES[:5]
 FOUR = ("GRPO", *PRESETS, str(JOINT[-1]))
-MAIN = (*FOUR, "leave-one-out", str(PARENT), str(SIBLING), *(f"GRPO + {form}" for form in JOINT))
+MAIN = (*FOUR, "leave-one-out", str(PARENT), str(SIBLING), *(f"GRPO + {form}" for form in JOINT[:2]))
 
 
 def tables(result: Result) -> str:
@@ -49,7 +49,7 @@ def tables(result: Result) -> str:
         return f"{x['one']:.3f}, {x['one best']:.3f}"
 
     def table(head: str, rows: Mapping[str, list[str]], columns: Iterable[str] = result) -> str:
-        filled = [[name, *row] for name, row in rows.items() if any(row)]
+        filled = [[name, *row] for name, row in rows.items() if any(map(str.strip, row))]
         return f"{head}\n\n{report.markdown([['', *columns], *filled])}"
 
     exact = [found["exact"] for found in result.values()]
@@ -71,7 +71,7 @@ def tables(result: Result) -> str:
     for name in FOUR:
         head = f"{name}, G = {at}, by candidates:"
         text.append(table(head, {kind: logits(kind, name, both) for kind in CANDIDATES}))
-    rows = {f"{name}, {kind}": logits(kind, name, gain) for kind in CANDIDATES for name in MAIN[1:]}
+    rows = {f"{name}, {kind}": logits(kind, name, gain) for kind in CANDIDATES for name in FOUR[1:]}
     text.append(table(f"Gain over GRPO, G = {at}, one draw, with 95 % interval over requests:", rows))
     for kind in (SAMPLED, WEIGHTED, BEAM):
         rows = {
@@ -120,7 +120,7 @@ def figure(path: Path, result: Result) -> None:
             axes[0].plot(groups, [mean(name, kind, group, lambda x: x["one"]) for group in groups], **style)
             points = [mean(name, kind, at, lambda x, i=i: x["levels"][i]) for i in levels]  # type: ignore[misc]
             axes[2].plot([str(level + 1) for level in levels], points, **style)
-        for kind in CANDIDATES:
+        for kind in (kind for kind in CANDIDATES if kind != NORMALIZED):  # the same cosines per request
             found = [p for p in policies if kind in result[p]["logits"][at]]
             points = [result[p]["logits"][at][kind]["centered"]["one"] for p in found]
             axes[1].plot(found, points, marker="o", linestyle="-" if "VED" not in kind else "", label=kind)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gradients
+from benchmarks.gradients_report import CANDIDATES
 from benchmarks.policy_tree import (
     FORMS,
     PARENT,
@@ -105,6 +106,24 @@ def test_tree_of_a_model() -> None:
     assert (tree.leaf_logp(got).exp().sum(1) - 1).abs().max() < 1e-5
 
 
+def test_exact_gradient_by_weights() -> None:
+    data = synthetic(items=120, users=30, requests=4, codes=(5, 4))
+    tree = Tree(Trie.from_sequences(data.sequences))
+    torch.manual_seed(0)
+    model = SIDTransformer(data.vocab, data.max_tokens, dim=16, layers=2, heads=2).eval()
+    case, weights = gradients.Case.of(tree, model, data, data.train.part(20)), list(model.parameters())
+
+    def run(rows: slice) -> Tensor:
+        return tree.logits(model, case.requests.context[rows])
+
+    (got,) = gradients._gradients(weights, 20, run, [tree.by_child(case.exact)])
+    p = tree.leaf_logp(tree.logp(run(slice(20)))).exp()
+    found = torch.autograd.grad((p * case.reward).sum(), weights, materialize_grads=True)
+    expected = torch.cat([x.flatten() for x in found]).double()
+    assert expected.norm() > 0.01
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * expected.norm().item())
+
+
 def mean_estimates(tree: Tree, logp: Tensor, reward: Tensor, draws: Draws) -> dict[str, Tensor]:
     """By the logits ``[B, E]``, the mean over the draws."""
     shape = draws.leaf.shape
@@ -173,7 +192,7 @@ def test_part_tables_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = gradients.part(tmp_path / "out", **options, groups=(4, 8), requests=3)
     assert list(result) == list(policies)
     for name, found in result.items():
-        kinds = [k for k in gradients.CANDIDATES if "GRPO" not in name or "VED" not in k]
+        kinds = [k for k in CANDIDATES if "GRPO" not in name or "VED" not in k]
         assert list(found["logits"]["8"]) == kinds and list(found["weights"]) == ["exact", *kinds]
         for kind in kinds:
             for cells in (found["logits"]["8"][kind], found["weights"][kind]):
@@ -182,7 +201,7 @@ def test_part_tables_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert found["weights"]["independent samples"]["leave-one-out"]["one"] > 0.1
         assert sum(found["exact"]["decided"]) == pytest.approx(1)
     text = gradients.tables(result)
-    assert all(name in text for name in (*policies, *gradients.CANDIDATES, "paper", "centered"))
+    assert all(name in text for name in (*policies, *CANDIDATES, "paper", "centered"))
     gradients.figure(tmp_path / "figure.png", result)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
