@@ -8,7 +8,7 @@ independent draws. The cosine of an estimate with the exact gradient is taken
   of many draws (what remains is bias);
 - by the policy's weights, for a batch of requests, which is what an optimizer sees.
 
-Cells that are done are kept, so that a killed run continues.
+Cells that are done are kept, so that a killed run continues. About 10 minutes on one core.
 """
 
 from __future__ import annotations
