@@ -27,8 +27,22 @@ FOUR = ("GRPO", *PRESETS, str(JOINT[-1]))
 MAIN = (*FOUR, "leave-one-out", str(PARENT), str(SIBLING), *(f"GRPO + {form}" for form in JOINT[:2]))
 
 
+def summary(result: Result) -> str:
+    """One table: how near an estimate of 16 candidates is to the exact gradient, by candidates and form."""
+    names = ("GRPO", "leave-one-out", *PRESETS, str(PARENT), f"GRPO + {JOINT[1]}")
+    rows = [["candidates", "policy", *names]]
+    for kind in (kind for kind in CANDIDATES if kind != NORMALIZED):
+        for policy, found in result.items():
+            cells = list(found["logits"].values())[1].get(kind)
+            if cells and (kind == SAMPLED or found is list(result.values())[-1]):
+                shown = [cells.get(name) for name in names]
+                texts = [f"{x['one']:.2f} ({x['mean']:.2f})" if x else "" for x in shown]
+                rows.append([kind, policy, *texts])
+    return report.markdown(rows)
+
+
 def tables(result: Result) -> str:
-    """Markdown."""
+    """All of it, as Markdown."""
     groups = list(next(iter(result.values()))["logits"])
     at = groups[1]
 

@@ -75,7 +75,7 @@ class Policy:
     prior: str = "fitted"
 
     def config(self, base: Config) -> Config:
-        """``base`` with what is changed here. Every policy takes all steps; which is kept, the valid split says."""
+        """``base`` with what is changed here. All steps are taken; the valid split says which is kept."""
         ved = VEDConfig.paper() if self.paper else base.ved
         return base.replace(**self.changes, ved=ved.replace(**self.ved), patience=base.rl_evals)
 

@@ -80,11 +80,15 @@ def write(
         }
         text += ["Spearman's correlation with the reward, by level:", _levels(numbers["levels"])]
     if "gradients" in found:
-        from . import gradients
+        from . import gradients_report
 
         numbers["gradients"] = found["gradients"][0]
-        text.append(gradients.tables(found["gradients"][0]))
-        gradients.figure(folder / "gradients.svg", found["gradients"][0])
+        result = found["gradients"][0]
+        text += ["Cosine of an estimate with the exact gradient of the expected reward, by the logits of all"]
+        text[-1] += " prefixes, 16 candidates; in brackets that of the mean of many estimates:"
+        text.append(gradients_report.summary(result))
+        checkpoint.save_text(folder / "gradients.md", gradients_report.tables(result) + "\n")
+        gradients_report.figure(folder / "gradients.svg", result)
     joined = "\n\n".join(text) + "\n"
     checkpoint.save_text(folder / "study.md", joined)
     checkpoint.save_text(folder / "study.json", json.dumps({"seeds": list(seeds), **numbers}, indent=1))
@@ -106,11 +110,6 @@ def replace_part(page: Path, name: str, text: str) -> None:
     checkpoint.save_text(page, new)
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
 def _rows(seeds: Sequence[Cells], columns: Sequence[str]) -> str:
     target = columns[0]
     table = [
@@ -120,7 +119,7 @@ def _rows(seeds: Sequence[Cells], columns: Sequence[str]) -> str:
         cells = [of(seeds, row, c).text(1 if c == "forward_tokens" else 4) for c in columns]
         gain = "" if row == BASE else of(seeds, row, target, BASE).text(signed=True)
         table.append([row, *cells, gain])
-    return _markdown(table) + f"\n\nGains are over {BASE}, paired by seed and request."
+    return report.markdown(table) + f"\n\nGains are over {BASE}, paired by seed and request."
 
 
 def _answers(seeds: Sequence[Cells], columns: Sequence[str]) -> str:
@@ -129,7 +128,7 @@ def _answers(seeds: Sequence[Cells], columns: Sequence[str]) -> str:
     for question, row, base in QUESTIONS:
         gains = [of(seeds, row, c, base) for c in scores]
         table.append([question, gains[0].verdict, *(gain.text(signed=True) for gain in gains)])
-    return _markdown(table) + f"\n\nThe answer is about {report.COLUMNS[scores[0]]}."
+    return report.markdown(table) + f"\n\nThe answer is about {report.COLUMNS[scores[0]]}."
 
 
 def _steps(figures: Mapping[str, list[Any]]) -> str:
@@ -139,7 +138,7 @@ def _steps(figures: Mapping[str, list[Any]]) -> str:
             steps, best, seconds = ([run[key] for run in runs] for key in ("steps", "best_step", "seconds"))
             ends = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)}-{max(steps)}"
             table.append([name, ends, ", ".join(map(str, best)), f"{sorted(seconds)[len(seconds) // 2]:.0f}"])
-    return _markdown(table)
+    return report.markdown(table)
 
 
 def _nested(seeds: Sequence[Mapping[str, Cells]]) -> dict[str, dict[str, dict[str, Interval]]]:
@@ -160,7 +159,7 @@ def _tokens(seeds: Sequence[Mapping[str, Cells]]) -> str:
         for budget, scores in budgets.items():
             cells = [scores[c].text() for c in (target, "best_reward", "diversity")]
             table.append([name, budget, scores["forward_tokens"].text(1), *cells])
-    return _markdown(table)
+    return report.markdown(table)
 
 
 def _correlation(seeds: Sequence[Any], score: str, level: str) -> Interval:
@@ -170,7 +169,7 @@ def _correlation(seeds: Sequence[Any], score: str, level: str) -> Interval:
 
 def _levels(found: Mapping[str, Mapping[str, Interval]]) -> str:
     levels = list(next(iter(found.values())))
-    return _markdown(
+    return report.markdown(
         [["level", *levels], *([score, *(x[n].text(3) for n in levels)] for score, x in found.items())]
     )
 
