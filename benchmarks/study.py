@@ -46,6 +46,7 @@ from vstar_ops.train.trainer import Run
 
 from . import study_report
 from .rank_correlation import correlations
+from .sasrec import sasrec
 
 Cell = dict[str, Tensor]  # score -> a number per test request
 Decode = Callable[[SIDTransformer, Tensor, Trie, Tensor], Any]

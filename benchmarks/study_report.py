@@ -60,7 +60,9 @@ def write(
     if "rows" in found:
         rows = found["rows"]
         columns = [c for c in COLUMNS if c in next(iter(rows[0].values()))]
-        numbers["rows"] = {row: {c: of(rows, row, c) for c in columns} for row in rows[0]}
+        numbers["rows"] = {
+            row: {c: of(rows, row, c) for c in columns if c in scores} for row, scores in rows[0].items()
+        }
         numbers["gains"] = {
             question: {c: of(rows, row, c, base) for c in columns[:-2]} for question, row, base in QUESTIONS
         }
@@ -116,7 +118,10 @@ def _rows(seeds: Sequence[Cells], columns: Sequence[str]) -> str:
         ["policy, decoded by", *(report.COLUMNS[c] for c in columns), f"gain in {report.COLUMNS[target]}"]
     ]
     for row in seeds[0]:
-        cells = [of(seeds, row, c).text(1 if c == "forward_tokens" else 4) for c in columns]
+        cells = [
+            of(seeds, row, c).text(1 if c == "forward_tokens" else 4) if c in seeds[0][row] else ""
+            for c in columns
+        ]
         gain = "" if row == BASE else of(seeds, row, target, BASE).text(signed=True)
         table.append([row, *cells, gain])
     return report.markdown(table) + f"\n\nGains are over {BASE}, paired by seed and request."

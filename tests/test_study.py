@@ -101,6 +101,7 @@ def test_all_parts_and_resume(toy: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert text[text.index("Toy, seeds 0, 1.") : text.index("\nin ")].strip() in page.read_text()
     assert (out / "study.svg").stat().st_size > 1000
     result = json.loads((out / "study.json").read_text())
+    assert set(result["rows"]["SASRec"]) == {"NDCG@10", "HR@10"}
     assert result["seeds"] == [0, 1] and set(result) == {"seeds", "rows", "gains", "tokens", "levels"}
     assert set(result["tokens"]["VED"]) == {"0.5x", "1x", "2x", "4x"}
     assert set(result["levels"]["V"]) == {"1", "2", "3"}

@@ -15,51 +15,40 @@ class VEDConfig:
     The defaults are this library's search as a decoder. :meth:`paper` is the search of V-STAR (arXiv
     2602.10699); :meth:`training` finds candidates to learn from. A config is checked when it is made.
 
-    *Worth* is what a field does for the mean true reward of the first 10 candidates / for the best reward
-    of all 16, from ``benchmarks/results/study.md``: synthetic catalogue, 33 forward tokens per request, three
-    seeds, policies trained and decoded with that field. The defaults, with a value weight of 30, have
-    .586 / .841 there, a beam search of the same policy .509 / .825, the paper's search .486 / .765. Intervals
-    over the seeds reach about .03 to either side, so smaller differences mean little. *Worth, valid* is from
-    two seeds of the valid split, before the defaults were chosen.
+    What the search is worth, and what of it does it, is measured in ``docs/evidence.md``.
 
     Attributes:
         budget: forward tokens per request, a hard limit: 1 for the root and 1 for each other evaluated
             prefix. None: ``1 + (L - 1) * num_candidates``, what a beam search of that width may spend.
-            *Worth:* four times the budget gives +.000 / +.005.
         beam_width: width of the initial beam search, each node of which is evaluated; narrowed to what the
-            budget allows. *Worth, valid:* 16 instead of 12, half of them by value, +.006 / +.022.
+            budget allows.
         entropy_weight: :math:`\lambda`, weight of the entropy in the priority G.
-            *Worth:* 0 instead of 0.1: .595 / .842, the same.
-        exploration: :math:`\beta` of the upper confidence bound U, at least 0. *Worth:* not measured.
+        exploration: :math:`\beta` of the upper confidence bound U, at least 0.
         value_weight: :math:`w_v`, weight of the value. With 0, and without ``child_values``, this is a
-            best-first search by probability, and the model needs no values. *Worth:* 0 loses .074 / .019,
-            with the same policy. 3 was chosen on logged clicks, 30 on the synthetic catalogue, where V learns
-            the true reward itself.
+            best-first search by probability, and the model needs no values. 3 was chosen on logged clicks, 30
+            on the synthetic catalogue, where V learns the true reward itself.
         logp_weight: :math:`w_p`, weight of the log-probability in G and in the ranking of leaves; 0 is the
-            paper. *Worth:* not measured alone.
+            paper.
         evaluate_leaves: True: leaves are evaluated, cost a token each, and are ranked by their own value.
             False: the whole budget goes to inner prefixes, and a leaf is ranked by its parent's value.
-            *Worth:* without value beams, evaluated .527 / .808, not evaluated .571 / .813.
         child_values: rank leaves that were not evaluated by V plus the model's ``child_value``.
-            *Worth:* without value beams .571 / .813 against .566 / .813: it is there for the value beams.
+            The value beams need it.
         num_value_beams: number of initial beams chosen by
             :math:`w_p \log\pi + w_v (V + \text{child value})` among those that log pi does not choose;
             needs ``child_values``. 0 is the paper. With this and ``beam_width`` at the number of candidates
-            or above, the search is a beam search by value. *Worth:* +.015 / +.028.
+            or above, the search is a beam search by value.
         num_policy_candidates: number of candidates that are the policy's own: the most probable leaves of
             the tree, whatever their value, in front of the others. Only for training, which must see the
-            mistakes that V avoids. *Worth, valid*, all beams by value: a policy trained without them loses
-            .11 / .01 by beam search and .05 / .01 by this search.
+            mistakes that V avoids.
         max_leaves_per_prefix: number of leaves listed below one evaluated prefix that may be candidates
             before those of other prefixes are used up; None is no limit. A parent's value says the same of
             all its leaves, so without a limit the candidates crowd below few prefixes. Only for training.
-            *Worth, valid*, all beams by value: 1 gives +.017 / +.012.
         traversals_per_round: traversals between two forwards of the model. More than 1 trades exactness for
-            fewer and larger forwards. *Worth:* not measured.
+            fewer and larger forwards.
         max_idle: number of traversals in a row that may expand nothing before the search of a request ends.
             It bounds the time of a search that never finds a node to expand, which ``exploration`` 0 may be.
         expand_root: False leaves the root out of the expansion: of the evaluated prefixes only the initial
-            beams have first tokens. *Worth:* not measured.
+            beams have first tokens.
         normalize, temperature: of the policy, as in :func:`vstar_ops.expand_topk`.
         skip_forced: True: a prefix from which only one leaf can be reached is never evaluated and costs no
             token. It stands for that leaf, whose log-probability is the prefix's, and is ranked like a leaf
@@ -68,7 +57,7 @@ class VEDConfig:
             since longer prefixes attend to it. Without effect, as in :func:`beam_search`, under
             ``"vocab"`` and for models that do not promise ``finite_logits``
             (:class:`~vstar_ops.decoding.PrefixModel`), and with ``evaluate_leaves``, where the model must
-            run all tokens of a leaf. False is the paper. *Worth:* not measured.
+            run all tokens of a leaf. False is the paper.
 
     Raises:
         TypeError, ValueError: a field's type or value, by name.

@@ -72,10 +72,11 @@ def evaluate(
         FloatingPointError: a score is not finite, as a reward is not.
     """
     joined = per_request(model, data, trie, decoder, name, rows)
+    number = len(joined["rank"])
     scores = accuracy(joined.pop("rank")) | {score: x.double().mean().item() for score, x in joined.items()}
     for score, x in scores.items():
         if not math.isfinite(x):
-            raise FloatingPointError(f"{data.name}: {score} is {x} over the requests of {name}")
+            raise FloatingPointError(f"{data.name}: {score} is {x} over {number} requests of {name}")
     return scores
 
 

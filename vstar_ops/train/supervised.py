@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..trie import Trie
 from .data import Split, UserWindows
-from .metrics import BATCH_SIZE
 from .model import SIDTransformer
 from .scoring import legal_logp
 from .trainer import Batches, Evaluate, Run, Schedule, fit, optimizer_of
@@ -79,7 +78,7 @@ def fit_prior(model: SIDTransformer, trie: Trie, split: Split) -> Tensor:
     rows = []  # logits of the legal children, what a weight of 1 adds to them, which was taken, and the level
     nn.init.ones_(model.prior)
     model.eval()
-    for batch in torch.arange(len(split)).split(BATCH_SIZE):
+    for batch in torch.arange(len(split)).split(256):
         part = split[batch]
         logits, state = model.prefill(part.context)
         slot = torch.arange(len(part))
