@@ -1,4 +1,4 @@
-"""SASRec (arXiv 1808.09781) on the rows of a study, for scale: a transformer over items instead of SID tokens.
+"""SASRec (arXiv 1808.09781) on the rows of a study, for scale: a transformer over items, not SID tokens.
 
 Cross entropy over all items at every step, as recent comparisons have it, with the windows, item dropout and
 number of epochs of the supervised policy. An item is a distinct semantic ID, so a hit is counted alike.

@@ -209,7 +209,10 @@ class Study:
 
     def table(self) -> dict[str, Cell]:
         """Row name -> scores of every test request."""
-        return {row_name(*row): self.cell(row_name(*row), functools.partial(self.row, *row)) for row in ROWS}
+        found = {row_name(*row): self.cell(row_name(*row), functools.partial(self.row, *row)) for row in ROWS}
+        if self.run.dataset.reward is None:  # it learns clicks, as the supervised policy does
+            found["SASRec"] = self.cell("SASRec", lambda: sasrec(self.run, self.rows["test"]))
+        return found
 
     def row(self, policy: str, decoding: str) -> Cell:
         """One cell of the table."""
