@@ -10,11 +10,14 @@ from torch.nn import functional
 from vstar_ops import Trie
 from vstar_ops.decoding import VEDConfig, beam_search, topk_sampling, ved
 from vstar_ops.reference.ved_search import ved_search
-from vstar_ops.train import scoring
+from vstar_ops.train import reinforce, scoring
+from vstar_ops.train.config import Config, Variant
+from vstar_ops.train.data import Split
 from vstar_ops.train.decode import Decoder
 from vstar_ops.train.model import SIDTransformer
+from vstar_ops.train.supervised import fit_prior
 from vstar_ops.train.synthetic import synthetic
-from vstar_ops.train.trainer import optimizer_of
+from vstar_ops.train.trainer import Run, optimizer_of
 from vstar_ops.train.value import (
     DenseReturn,
     ItemEmbeddings,
@@ -134,6 +137,36 @@ def test_td_target() -> None:
     assert padded == 1
 
 
+@pytest.mark.parametrize("skip_forced", [True, False])
+def test_a_prefix_that_stands_for_its_leaf_is_worth_what_it_is(tmp_path, monkeypatch, skip_forced) -> None:
+    """Its target is the leaf's return, on every level; of other prefixes it is that of Eq. 9."""
+    data = synthetic(items=60, users=40, requests=10, codes=(8, 4))
+    trie, seen = Trie.from_sequences(data.sequences), []
+    ved = VEDConfig.training(skip_forced=skip_forced)
+    run = Run(Config.synthetic().replace(ved=ved), data, trie, tmp_path, 0)
+    sft = SIDTransformer(data.vocab, data.max_tokens, dim=16, layers=1, heads=2)
+    variant = Variant("ved", "joint")
+    gradient = reinforce.PolicyGradient(run, variant, reinforce.new_policy(run, variant, sft), sft)
+    monkeypatch.setattr(
+        reinforce, "squared_error", lambda _, target, mask: seen.append(target) or target.sum()
+    )
+    requests, tokens = data.train[:4], trie.sequences(torch.arange(trie.level_offset[-2], trie.num_nodes))
+    tokens, mask = tokens.long().expand(4, -1, -1), torch.ones(4, len(tokens), dtype=torch.bool)
+    scores = scoring.candidate_scores(
+        gradient.model, requests.context, trie, tokens, values=True, child_values=True, leaves=False
+    )
+    node = torch.stack([trie.lookup(tokens[..., :depth]) for depth in (1, 2, 3)], 2).long()
+    gradient.value_loss(scores, requests, tokens, mask, node)
+    returns = gradient.returns_of(requests, tokens, mask)
+    value = torch.cat([scores.value[..., :-1], returns[..., -1:]], 2).detach()
+    complete = trie.only_leaf[node] >= 0
+    assert complete[..., 1].any() and not complete[..., :2].all()
+    want = td_target(value, returns, run.config.gamma)
+    if skip_forced:
+        want = torch.where(complete, returns[..., -1:], want)
+    assert len(seen) == 2 and all(torch.equal(target, want) for target in seen)
+
+
 @pytest.mark.parametrize("evaluate_leaves", [True, False])
 @pytest.mark.parametrize("child_values", [True, False])
 def test_ved_of_the_model_is_the_sequential_search(model, trie, evaluate_leaves, child_values) -> None:
@@ -221,6 +254,27 @@ def test_the_item_prior_is_what_it_says(trie: Trie) -> None:
     assert torch.equal(prior.nodes(prefixes), torch.stack(want, 1))
     dead = prior.weighted(weight, near, torch.arange(4), node)
     assert dead.tolist() == [found[0, node[0]].item(), 0.0, 0.0, found[3, node[3]].item()]
+
+
+def test_the_weights_of_the_prior_are_the_most_likely_ones(model: SIDTransformer, trie: Trie) -> None:
+    """By the log-probabilities of the packed pass, whereas the fit asks prefixes one after the other."""
+    torch.manual_seed(1)
+    history = CATALOGUE[torch.randint(7, (40, 2))]
+    history[::3, 1] = -1
+    split = Split(history, CATALOGUE[torch.randint(7, (40,))], torch.arange(40))
+    fitted = fit_prior(model, trie, split)
+
+    def likelihood(weight: torch.Tensor) -> float:
+        model.prior = torch.nn.Parameter(weight.clone())
+        with torch.no_grad():
+            logp = scoring.candidate_scores(model, split.context, trie, split.target[:, None]).logp
+        return (logp.sum() - weight.square().sum() / 2).item()
+
+    best = likelihood(fitted)
+    assert fitted.abs().min() > 1e-3
+    for level in range(3):
+        for change in (-0.05, 0.05):
+            assert likelihood(fitted + change * torch.eye(3)[level]) < best
 
 
 def test_value_beams_are_the_best_by_value(model, trie) -> None:
