@@ -116,6 +116,7 @@ def test_tree_search_with_a_value_head(name, full_head, tmp_path):
         nn.init.normal_(parameter)
     searches = {
         "default": VEDConfig(),
+        "forced": VEDConfig(skip_forced=False),
         "paper": VEDConfig.paper(),
         "no head": VEDConfig(value_weight=0, child_values=False, num_value_beams=0),
     }
@@ -126,8 +127,14 @@ def test_tree_search_with_a_value_head(name, full_head, tmp_path):
         tokens = lm.token_ids(found.node)
         scores, valid = lm.score(inputs, tokens, values=True), found.node >= 0
         torch.testing.assert_close(scores.logp.sum(2), found.logp, rtol=1e-4, atol=1e-5)
-        if config == searches["default"]:  # leaves by w_p log pi + w_v (V of the parent + child value)
-            want = found.logp + config.value_weight * scores.value_from_parent[..., -1]
+        if config.child_values:  # leaves by w_p log pi + w_v (V + child value of the parent that lists them)
+            listed = torch.full_like(found.node[..., None], 2, dtype=torch.int64)
+            if config.skip_forced:
+                prefixes = [lm.trie.lookup(found.sequence[..., :depth]) for depth in (1, 2, 3)]
+                leaf = lm.trie.only_leaf[torch.stack(prefixes, 2).clamp(min=0).long()] >= 0
+                listed = leaf.int().argmax(2, keepdim=True)
+            value = scores.value_from_parent.gather(2, listed)[..., 0]
+            want = found.logp + config.value_weight * value
             torch.testing.assert_close(found.score[valid], want[valid], rtol=1e-4, atol=1e-4)
         elif config == searches["paper"]:
             evaluated = found.score[:, 0]
