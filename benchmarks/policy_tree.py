@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vstar_ops import Trie, derive_seeds, group_advantage, sibling_advantage
+from vstar_ops.ops import _forms
 from vstar_ops.train.decode import Decoder
 from vstar_ops.train.model import SIDTransformer
 
@@ -198,7 +199,10 @@ class Form:
         return presets[0] if presets else f"{self.weighting}, {self.baseline}, {self.scale}"
 
 
-PRESETS = {"paper": Form("node", "sibling", "siblings"), "centered": Form("candidate", "parent", "group")}
+PRESETS = {
+    name: Form(_forms.FORMS[name].weighting, *(_forms.FORMS[name].options[x] for x in ("baseline", "scale")))
+    for name in ("paper", "centered")
+}
 BASELINES, SCALES = ("sibling", "parent", "leave_one_out"), ("siblings", "group", "none")
 FORMS = tuple(Form(*choice) for choice in product(("node", "candidate"), BASELINES, SCALES))
 SIBLING, PARENT = (Form("candidate", baseline, "none") for baseline in ("sibling", "parent"))

@@ -235,8 +235,13 @@ class ItemNearness(nn.Module):
         """The prior of the children of ``node[N]`` in the columns of their tokens, ``[N, columns]``."""
         child, token = self.below(node)
         prior = self.weighted(weight, near, request[:, None], child)
-        result = prior.new_zeros(len(node), columns + 1)  # one more for what is not there
-        return result.scatter(1, torch.where(child >= 0, token, columns), prior)[:, :columns]
+        return _in_columns(prior, token, columns)
+
+
+def _in_columns(x: Tensor, token: Tensor, columns: int) -> Tensor:
+    """``x[N, C]`` in the columns of its tokens ``[N, C]``, -1 for none; ``[N, columns]``, 0 elsewhere."""
+    result = x.new_zeros(len(x), columns + 1)  # one more for what is not there
+    return result.scatter(1, torch.where(token >= 0, token, columns), x)[:, :columns]
 
 
 def _levels(trie: Trie) -> list[tuple[int, int]]:
@@ -315,8 +320,7 @@ class ValueHead(nn.Module):
         value = self.child(features, at.hash, token.clamp(min=0))
         value = value + self.nearness.weighted(self.prior, near, at.request[:, None], child)
         value = value - self.nearness.weighted(self.prior, near, at.request, at.node)[:, None]
-        result = value.new_zeros(len(x), columns + 1)  # one more for what is not there
-        return result.scatter(1, torch.where(child >= 0, token, columns), value)[:, :columns]
+        return _in_columns(value, token, columns)
 
     def _features(self, x: Tensor) -> Tensor:
         return F.gelu(self.hidden(self.norm(x)))
