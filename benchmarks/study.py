@@ -5,6 +5,7 @@ Parts, each over several seeds:
 rows: policies trained in every way, each decoded in several ways on the test split; gains are paired by seed
     and request, and the questions that the paper raises are answered with intervals.
 tokens: quality against the forward tokens that a search really spends.
+tuning: one setting of training changed at a time, on the valid split, see :mod:`benchmarks.tuning`.
 levels: how well log-probability, item prior and V rank the prefixes of each level.
 gradients: which estimate of the policy gradient points along the exact one (synthetic catalogue alone), see
     :mod:`benchmarks.gradients`.
@@ -44,7 +45,7 @@ from vstar_ops.train.supervised import supervised
 from vstar_ops.train.synthetic import synthetic
 from vstar_ops.train.trainer import Run
 
-from . import study_report
+from . import study_report, tuning
 from .rank_correlation import correlations
 from .sasrec import sasrec
 
@@ -52,7 +53,7 @@ Cell = dict[str, Tensor]  # score -> a number per test request
 Decode = Callable[[SIDTransformer, Tensor, Trie, Tensor], Any]
 
 CANDIDATES = 16
-PARTS = ("rows", "tokens", "levels", "gradients")
+PARTS = ("rows", "tokens", "levels", "gradients", "tuning")
 NO_VALUE: dict[str, Any] = {"value_weight": 0.0, "child_values": False, "num_value_beams": 0}
 POLICY_ALONE = {"num_value_beams": 0, "beam_width": CANDIDATES, "num_policy_candidates": CANDIDATES}
 
@@ -155,12 +156,16 @@ class Study:
 
     def policy(self, name: str) -> SIDTransformer:
         """A policy, from its weights if it is trained already."""
-        wanted, folder = POLICIES[name], self.run.folder / _slug(name)
-        run = dataclasses.replace(self.run, config=wanted.config(self.run.config), folder=folder)
-        if wanted.variant is None:
-            return self.with_prior(wanted.prior)
+        if POLICIES[name].variant is None:
+            return self.with_prior(POLICIES[name].prior)
+        return self.train(POLICIES[name], name)
+
+    def train(self, wanted: Policy, name: str) -> SIDTransformer:
+        """A policy by reinforcement, in the folder of its ``name``."""
+        folder = self.run.folder / _slug(name)
         folder.mkdir(parents=True, exist_ok=True)
-        variant, weights = Variant.parse(wanted.variant), folder / "weights.pt"
+        run = dataclasses.replace(self.run, config=wanted.config(self.run.config), folder=folder)
+        variant, weights = Variant.parse(wanted.variant or ""), folder / "weights.pt"
         if weights.exists():
             model = new_policy(run, variant, self.supervised)
             model.load_state_dict(checkpoint.load(weights))
@@ -169,6 +174,11 @@ class Study:
         checkpoint.save_text(folder / "figures.json", json.dumps(figures))
         checkpoint.save(weights, model.state_dict())
         return model.eval()
+
+    def looks(self, wanted: Policy, name: str) -> list[tuple[float, float]]:
+        """The steps at which a trained policy was looked at, and what the valid split said."""
+        text = (self.run.folder / _slug(name) / f"{wanted.variant}.jsonl").read_text()
+        return tuning.read_looks(text, "NDCG@10" if self.run.dataset.reward is None else "true_reward@10")
 
     def with_prior(self, prior: str) -> SIDTransformer:
         """The supervised policy with another item prior."""
@@ -320,7 +330,12 @@ def run(
     for one in runs:
         one.folder.mkdir(parents=True, exist_ok=True)
         study = Study(one, rows)
-        measures = {"rows": study.table, "tokens": study.tokens, "levels": study.levels}
+        measures: dict[str, Callable[[], Any]] = {
+            "rows": study.table,
+            "tokens": study.tokens,
+            "levels": study.levels,
+            "tuning": functools.partial(tuning.tune, study),
+        }
         for part, measure in measures.items():
             if part in parts:
                 found.setdefault(part, []).append(measure())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vstar_ops.train import checkpoint, report
 
+from . import tuning
 from .crossed import Interval, interval
 
 COLUMNS = ("true_reward@10", "NDCG@10", "HR@10", "best_reward", "diversity", "forward_tokens")
@@ -81,6 +82,8 @@ def write(
             for score, levels in found["levels"][0].items()
         }
         text += ["Spearman's correlation with the reward, by level:", _levels(numbers["levels"])]
+    if "tuning" in found:
+        text += ["One setting changed at a time, valid split:", tuning.table(found["tuning"])]
     if "gradients" in found:
         from . import gradients_report
 

@@ -293,6 +293,7 @@ def test_rewards_by_hand() -> None:
     d = [1.0, 1 / 1.5849625, 0.5]
     expected = torch.tensor([[-d[0] / sum(d), 1.0, -d[2] / sum(d), 0.0], [0.0] * 4])
     torch.testing.assert_close(rewards.ranking(candidates, target), expected)
+    assert rewards.prefix(candidates, target).tolist() == [[0.5, 1, 0, 0], [0, 0, 0, 0]]
 
 
 def test_ranks_accuracy_diversity_by_hand() -> None:

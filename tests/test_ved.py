@@ -333,10 +333,10 @@ def test_same_decisions_as_the_sequential_search(block, backend):
         compare(1000 * block + case)
 
 
-def test_beams_that_stand_for_a_leaf_are_ranked_by_value_too(backend):
-    """A beam that is not run keeps its place in both orders, level after level."""
+def test_beams_pass_over_what_stands_for_a_leaf(backend):
+    """In the order of probability and in that of value, level after level."""
     beams = {"beam_width": 6, "num_value_beams": 3, "value_weight": 1.0, "budget": 40}
-    for case in (3, 173):  # the beams are of the second level; of the first, over two more levels
+    for case in (3, 173):
         compare(case, **beams, child_values=True, evaluate_leaves=False, normalize="legal", skip_forced=True)
 
 
@@ -465,7 +465,8 @@ def test_a_fixed_number_of_rounds(backend):
         none = ved(model, context, trie, config=config, num_rounds=0)
         beams = 1 + 3 * 8 if config.evaluate_leaves else 1 + 2 * 12
         assert (none.forward_tokens == beams).all() or config.skip_forced
-        assert (none.forward_tokens <= beams).all() and (none.forward_tokens < free.forward_tokens).all()
+        assert (none.forward_tokens <= beams).all() and (none.forward_tokens <= free.forward_tokens).all()
+        assert (none.forward_tokens < free.forward_tokens).any()
 
 
 VALUES = {(): 0.0, (0,): 0.0, (1,): 1.0, (0, 2): 0.1, (0, 3): 0.7}
@@ -526,8 +527,8 @@ BEST_FIRST = {"value_weight": 0.0, "child_values": False, "num_value_beams": 0}
 def test_skip_forced_by_hand(backend):
     """[1, 3, 6] and [0, 3, 4] are certain from (1,) and (0, 3) on; the policy is uniform.
 
-    Of the two beams (0,) and (1,) only the first is run. (1,) stays the better one at the next level, beside
-    (0, 2). So 3 tokens find the whole catalogue, where all 5 of the budget miss [0, 3, 4] otherwise.
+    Only (0,) and (0, 2) are beams. So 3 tokens find the whole catalogue, where all 5 of the budget miss
+    [0, 3, 4] otherwise.
     """
     trie = Trie.from_sequences([[0, 2, 4], [0, 2, 5], [0, 3, 4], [1, 3, 6]])
     config = VEDConfig(**BEST_FIRST, budget=5, beam_width=2)

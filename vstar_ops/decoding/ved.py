@@ -175,47 +175,49 @@ class _Search:
         listed = self.expand(logits, node, max(1, self.trie.max_children), logp, **ranking)
         if validating() and not leaves:
             check_finite_logits(listed.num_valid, self.trie.num_children(node[:, 0]))
-        leaf = self.leaf_of(listed.node)
-        return _dense(listed._replace(node=leaf if leaves else listed.node.masked_fill(leaf >= 0, -1)), width)
+        if not leaves:
+            return self.without_leaves(listed, width)
+        return _dense(listed._replace(node=self.leaf_of(listed.node)), width)
+
+    def without_leaves(self, found: ExpandTopK, width: int) -> ExpandTopK:
+        """The first ``width`` prefixes that do not stand for a leaf."""
+        return _dense(found._replace(node=found.node.masked_fill(self.leaf_of(found.node) >= 0, -1)), width)
 
     def plant(self, logits: Tensor, budget: int) -> None:
-        """The initial beam search; its nodes are evaluated, but for those that stand for a leaf."""
+        """The initial beam search, all nodes of which are evaluated."""
         trees, batch, device = self.trees, len(logits), logits.device
         root = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         rows = SelectedRows(root - 1, root, torch.zeros(batch, 1, device=device))
-        node, logp, position = root, rows.logp, root
-        row = torch.arange(batch, device=device)[:, None]  # of the logits
-        values = self.evaluate(rows, logits, row[:, 0])
+        slot = torch.arange(batch, device=device)
+        position = root
+        values = self.evaluate(rows, logits, slot)
         width, spent = min(self.config.beam_width, max(1, (budget - 1) // max(self.levels, 1))), 1
         for _ in range(self.levels):
             width = min(width, budget - spent)
             if width < 1:
                 break
-            beams = self.best_extensions(logits, row, node, width, logp, values)
-            node, logp, above = beams.node, beams.logp, beams.parent.clamp(min=0).long()
-            run = (node >= 0) & (self.leaf_of(node) < 0)
-            rows = SelectedRows(
-                position.gather(1, above).masked_fill(~run, -1), node.masked_fill(~run, -1), logp
-            )
-            position = trees.size[:, None] + run.cumsum(1, dtype=torch.int32) - 1
+            beams = self.best_extensions(logits, rows, width, values)
+            above = position.gather(1, beams.parent.clamp(min=0).long())
+            rows = SelectedRows(above.masked_fill(beams.node < 0, -1), beams.node, beams.logp)
+            # Beams come first in their list, so that a place in it says where they go in the tree.
+            position = trees.size[:, None] + torch.arange(width, dtype=torch.int32, device=device)
             logits, slot = self.forward(rows)
-            known, values = values, self.evaluate(rows, logits, slot)
-            if values and self.skip_forced:  # a beam that is not run is ranked as it was
-                at = row.gather(1, above)
-                added = known["child_value"][at.clamp(min=0), beams.token.clamp(min=0).long()]
-                value = known["value"].gather(1, above) + added.masked_fill(at < 0, 0)
-                values["value"] = torch.where(run, values["value"], value)
-            row = torch.arange(batch * width, device=device).view(batch, width).masked_fill(~run, -1)
+            values = self.evaluate(rows, logits, slot)
             spent += width
 
     def best_extensions(
-        self, logits: Tensor, row: Tensor, node: Tensor, width: int, logp: Tensor, values: dict[str, Tensor]
+        self, logits: Tensor, rows: SelectedRows, width: int, values: dict[str, Tensor]
     ) -> ExpandTopK:
-        """The next beams; their parents are positions among ``node[B, W]``, whose logits are in ``row``."""
+        """The next beams, whose parents are positions among the last ones, ``rows``."""
+        logits = logits.view(*rows.node.shape, logits.shape[-1])
         num_value_beams = min(self.config.num_value_beams, width)
 
         def best(count: int, **ranking: Any) -> ExpandTopK:
-            return self.expand(logits, node, count, logp, row=row, **ranking)
+            if not self.skip_forced:
+                return self.expand(logits, rows.node, count, rows.logp, **ranking)
+            # What stands for a leaf is a candidate already, and takes no place.
+            found = self.expand(logits, rows.node, self.config.LISTED_PER_BEAM * count, rows.logp, **ranking)
+            return self.without_leaves(found, count)
 
         if not num_value_beams:
             return best(width)
@@ -282,7 +284,8 @@ class _Search:
         ved_insert(trees, rows, NodeEvaluation(**shaped), **priority)
         if child_value is None or not config.num_value_beams:
             return {}
-        return {"value": shaped["value"] / self.weights["value_weight"], "child_value": child_value[:, 0]}
+        value = shaped["value"] / self.weights["value_weight"]
+        return {"value": value, "child_value": child_value.view(*shape, child_value.shape[-1])}
 
     def leaves_below(
         self, node: Tensor, logp: Tensor, logits: Tensor, value: Tensor, child_value: Tensor | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ..ops._checks import check_finite, check_int, check_positive
 
@@ -43,8 +43,8 @@ class VEDConfig:
         max_leaves_per_prefix: number of leaves listed below one evaluated prefix that may be candidates
             before those of other prefixes are used up; None is no limit. A parent's value says the same of
             all its leaves, so without a limit the candidates crowd below few prefixes. Only for training.
-        traversals_per_round: traversals between two forwards of the model. More than 1 trades exactness for
-            fewer and larger forwards.
+        traversals_per_round: traversals between two forwards of the model. More than 1, of which those after
+            the first do not know yet what the others find, saves forwards; 1 is the paper.
         max_idle: number of traversals in a row that may expand nothing before the search of a request ends.
             It bounds the time of a search that never finds a node to expand, which ``exploration`` 0 may be.
         expand_root: False leaves the root out of the expansion: of the evaluated prefixes only the initial
@@ -52,9 +52,10 @@ class VEDConfig:
         normalize, temperature: of the policy, as in :func:`vstar_ops.expand_topk`.
         skip_forced: True: a prefix from which only one leaf can be reached is never evaluated and costs no
             token. It stands for that leaf, whose log-probability is the prefix's, and is ranked like a leaf
-            below its parent; in the initial beam search it keeps its place, and what it does not spend is
-            left to the traversals. A prefix with a single child that branches further down costs its token,
-            since longer prefixes attend to it. Without effect, as in :func:`beam_search`, under
+            below its parent. The initial beam search passes over such prefixes: its beams are the others
+            among the first ``LISTED_PER_BEAM`` extensions per beam. A prefix with a single child that
+            branches further down costs its token, since longer prefixes attend to it. Without effect, as in
+            :func:`beam_search`, under
             ``"vocab"`` and for models that do not promise ``finite_logits``
             (:class:`~vstar_ops.decoding.PrefixModel`), and with ``evaluate_leaves``, where the model must
             run all tokens of a leaf. False is the paper.
@@ -74,12 +75,14 @@ class VEDConfig:
     num_value_beams: int = 6
     num_policy_candidates: int = 0
     max_leaves_per_prefix: int | None = None
-    traversals_per_round: int = 1
+    traversals_per_round: int = 4
     max_idle: int = 1000
     expand_root: bool = True
     normalize: str = "legal"
     temperature: float = 1.0
     skip_forced: bool = True
+
+    LISTED_PER_BEAM: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         for name in ("budget", "max_leaves_per_prefix"):
@@ -107,7 +110,7 @@ class VEDConfig:
         """The search of the paper, with some fields changed."""
         fields: dict[str, Any] = {"beam_width": 8, "value_weight": 1.0, "logp_weight": 0.0}
         fields |= {"evaluate_leaves": True, "child_values": False, "num_value_beams": 0}
-        fields["skip_forced"] = False
+        fields |= {"traversals_per_round": 1, "skip_forced": False}
         return cls(**{**fields, **changes})
 
     @classmethod

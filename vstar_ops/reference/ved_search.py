@@ -88,32 +88,30 @@ class _Search:
         """Step 1, the initial beam search."""
         config = self.config
         logits, self.state = self.model.prefill(context)
-        # A beam is a node, or stands for a leaf and keeps what it is ranked by.
-        frontier: list[Node | Leaf] = [self.evaluate(0, None, 0.0, logits[0], 0)]
+        frontier = [self.evaluate(0, None, 0.0, logits[0], 0)]
         width = min(config.beam_width, max(1, (self.budget - 1) // max(self.levels, 1)))
         reserved = 1
         for _ in range(self.levels):
             width = min(width, self.budget - reserved)
             reserved += width
-            extensions: list[tuple[int, Node | None, Leaf]] = []
-            for i, beam in enumerate(frontier):
-                if isinstance(beam, Leaf):
-                    extensions.append((i, None, beam))
-                else:
-                    extensions += [(i, beam, self.extension(beam, child)) for child in beam.child_logp]
+            extensions = [
+                (i, beam, self.extension(beam, child))
+                for i, beam in enumerate(frontier)
+                for child in beam.child_logp
+            ]
             extensions.sort(key=lambda e: (-e[2].logp, e[0], e[2].node))
-            by_logp = max(width - config.num_value_beams, 0)
-            others = extensions[by_logp:]
+            best = self.beams(extensions, width - config.num_value_beams)
             if config.num_value_beams:
-                others.sort(key=lambda e: (-e[2].score, e[0], e[2].node))
-            best = (extensions[:by_logp] + others)[: max(width, 0)]
-            frontier = [self.moved(parent, extension) for _, parent, extension in best]
+                extensions.sort(key=lambda e: (-e[2].score, e[0], e[2].node))
+                best += [e for e in self.beams(extensions, width) if e not in best]
+            frontier = [self.extend(parent, extension.node) for _, parent, extension in best[: max(width, 0)]]
 
-    def moved(self, parent: Node | None, extension: Leaf) -> Node | Leaf:
-        """The next beam: a leaf stays what it is, and is not evaluated."""
-        if parent is None or (self.skip_forced and self.leaf_of(extension.node) is not None):
-            return extension
-        return self.extend(parent, extension.node)
+    def beams(self, extensions: list[tuple[int, Node, Leaf]], count: int) -> list[tuple[int, Node, Leaf]]:
+        """The first ``count``, without those that stand for a leaf."""
+        if not self.skip_forced:
+            return extensions[: max(count, 0)]
+        listed = extensions[: max(count, 0) * self.config.LISTED_PER_BEAM]
+        return [e for e in listed if self.leaf_of(e[2].node) is None][: max(count, 0)]
 
     def leaf_of(self, node: int) -> int | None:
         """The leaf that a prefix stands for: itself, or with ``skip_forced`` the only one below it."""

@@ -182,7 +182,7 @@ def _prepare(given: dict[str, Any], world: parallel.World) -> tuple[Path, Config
     if config.item_embeddings:
         load_embeddings(config.item_embeddings, len(dataset.sequences))  # fail now, not after a stage
     if config.reward == "true" and dataset.reward is None:
-        raise ValueError("--reward true needs the synthetic catalogue; on real data choose rule or ranking")
+        raise ValueError("--reward true needs the synthetic catalogue; on real data choose one by the click")
     folder.mkdir(parents=True, exist_ok=True)
     return folder, config, dataset
 

@@ -14,7 +14,7 @@ from ..ops._forms import FORMS
 # Names in options and files, and what tables call them.
 DECODERS = {"beam": "beam candidates", "topk": "top-k samples", "ved": "VED"}
 OBJECTIVES = {"grpo": "GRPO", "sibling": "sibling advantages only", "joint": "Sibling-GRPO"}
-REWARDS = ("true", "rule", "ranking")
+REWARDS = ("true", "rule", "ranking", "prefix")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ class Config:
     rl_lr: float = option(1e-4, "learning rate of reinforcement")
     sibling_weight: float = option(1.0, "weight of the sibling term in joint")
     sibling_form: str = option("centered", "of the sibling term; paper: Eqs. 17-19", choices=tuple(FORMS))
+    sibling_decay: float = option(
+        1.0, "what a level of the sibling term weighs, times that of the level above"
+    )
     kl_weight: float = option(1e-3, "weight of the KL divergence from the supervised model")
     ved: VEDConfig = VEDConfig.training()  # noqa: RUF009 (it is immutable)
     value_lr: float = option(1e-3, "learning rate of the value head")

@@ -114,6 +114,7 @@ class PolicyGradient:
             sibling_weight=per_request * self.sibling_weight,
             kl_weight=per_candidate * c.kl_weight,
             form=c.sibling_form,
+            depth_weights=[c.sibling_decay**level for level in range(tokens.shape[2])],
         )
         value_loss = self.value_loss(scores, requests, tokens, mask, laid_out.child.view(tokens.shape))
         loss = policy.loss + per_candidate * value_loss  # of this shard, and already weighted

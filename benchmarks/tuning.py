@@ -1,0 +1,86 @@
+"""Part ``tuning`` of the study: one setting changed at a time, by the scores of the valid split.
+
+What is chosen is chosen here: the rows of the test split have the settings that are best on the valid splits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vstar_ops.train import report
+
+if TYPE_CHECKING:
+    from .study import Study
+
+BY_CLICK = {"reward: the click": {"reward": "rule"}, "reward: its prefixes": {"reward": "prefix"}}
+ALL = {"3 x learning rate": {"rl_lr": 3.0}, "32 candidates": {"candidates": 32}}
+SIBLING = {
+    "0.3 x sibling term": {"sibling_weight": 0.3},
+    "3 x sibling term": {"sibling_weight": 3.0},
+    "first tokens weigh more": {"sibling_decay": 0.5},
+    "last tokens weigh more": {"sibling_decay": 2.0},
+}
+VALUE = {
+    "0.3 x V in the search": {"value_weight": 0.3},
+    "3 x V in the search": {"value_weight": 3.0},
+    "3 x V's learning rate": {"value_lr": 3.0},
+    "forced tokens paid": {"skip_forced": False},
+    "no value beams": {"num_value_beams": 0},
+}
+# Policy -> change -> fields of the config or of its search; numbers of _FACTORS multiply what stands there.
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "GRPO": {"": {}} | BY_CLICK | ALL,
+    "Sibling-GRPO": {"": {}} | BY_CLICK | ALL | SIBLING,
+    "V-STAR": {"": {}} | BY_CLICK | ALL | VALUE,
+}
+_FACTORS = {"rl_lr", "value_lr", "value_weight", "sibling_weight"}
+
+
+def tune(study: Study) -> dict[str, Tensor]:
+    """Setting -> the score of the valid split at each look, before the first step first."""
+    from .study import POLICIES, Policy
+
+    found = {}
+    for name, settings in SETTINGS.items():
+        base = POLICIES[name]
+        for change, fields in settings.items():
+            if "reward" in fields and study.run.dataset.reward is not None:
+                continue  # the true reward is what is asked for
+            before = base.config(study.run.config)
+            ved = {x: _changed(before.ved, x, to) for x, to in fields.items() if hasattr(before.ved, x)}
+            other = {x: _changed(before, x, to) for x, to in fields.items() if not hasattr(before.ved, x)}
+            policy = Policy(base.variant, base.changes | other, base.ved | ved)
+            setting = f"{name}, {change}" if change else name
+
+            def measure(policy: Policy = policy, setting: str = setting) -> dict[str, Tensor]:
+                study.train(policy, f"tuning {setting}")
+                return {"valid": torch.tensor(study.looks(policy, f"tuning {setting}"))}
+
+            found[setting] = study.cell(f"tuning {setting}", measure)["valid"]
+    return found
+
+
+def _changed(config: Any, name: str, to: Any) -> Any:
+    return getattr(config, name) * to if name in _FACTORS else to
+
+
+def table(seeds: Sequence[Mapping[str, Tensor]]) -> str:
+    """The best look and the last one, the means over the seeds."""
+    rows = [["setting", "best look", "last look", "steps of the looks"]]
+    for setting in seeds[0]:
+        looks = torch.stack([x[setting][:, 1] for x in seeds])
+        steps = ", ".join(str(int(step)) for step in seeds[0][setting][:, 0])
+        best = [f"{looks.max(1).values.mean():.4f}", f"{looks[:, -1].mean():.4f}"]
+        rows.append([setting, *best, steps])
+    return report.markdown(rows)
+
+
+def read_looks(text: str, metric: str) -> list[tuple[float, float]]:
+    """The steps and the scores of the looks in a file of metrics."""
+    records = [json.loads(line) for line in text.splitlines()]
+    return [(x["step"], x["valid"][metric]) for x in records if "valid" in x]
