@@ -5,6 +5,7 @@ What is chosen is chosen here: the rows of the test split have the settings that
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from torch import Tensor
 from vstar_ops.train import report
 
 if TYPE_CHECKING:
-    from .study import Study
+    from vstar_ops.train.config import Config
+
+    from .study import Policy, Study
 
 BY_CLICK = {"reward: the click": {"reward": "rule"}, "reward: its prefixes": {"reward": "prefix"}}
 ALL = {"3 x learning rate": {"rl_lr": 3.0}, "32 candidates": {"candidates": 32}}
@@ -43,18 +46,14 @@ _FACTORS = {"rl_lr", "value_lr", "value_weight", "sibling_weight"}
 
 def tune(study: Study) -> dict[str, Tensor]:
     """Setting -> the score of the valid split at each look, before the first step first."""
-    from .study import POLICIES, Policy
+    from .study import POLICIES
 
     found = {}
     for name, settings in SETTINGS.items():
-        base = POLICIES[name]
         for change, fields in settings.items():
             if "reward" in fields and study.run.dataset.reward is not None:
                 continue  # the true reward is what is asked for
-            before = base.config(study.run.config)
-            ved = {x: _changed(before.ved, x, to) for x, to in fields.items() if hasattr(before.ved, x)}
-            other = {x: _changed(before, x, to) for x, to in fields.items() if not hasattr(before.ved, x)}
-            policy = Policy(base.variant, base.changes | other, base.ved | ved)
+            policy = changed(POLICIES[name], fields, study.run.config)
             setting = f"{name}, {change}" if change else name
 
             def measure(policy: Policy = policy, setting: str = setting) -> dict[str, Tensor]:
@@ -65,8 +64,14 @@ def tune(study: Study) -> dict[str, Tensor]:
     return found
 
 
-def _changed(config: Any, name: str, to: Any) -> Any:
-    return getattr(config, name) * to if name in _FACTORS else to
+def changed(policy: Policy, fields: Mapping[str, Any], config: Config) -> Policy:
+    """The policy with some fields changed, in a study of ``config``."""
+    before = policy.config(config)
+    at = {name: before.ved if hasattr(before.ved, name) else before for name in fields}
+    new = {name: getattr(at[name], name) * to if name in _FACTORS else to for name, to in fields.items()}
+    ved = {name: value for name, value in new.items() if at[name] is before.ved}
+    other = {name: value for name, value in new.items() if at[name] is before}
+    return dataclasses.replace(policy, changes=policy.changes | other, ved=policy.ved | ved)
 
 
 def table(seeds: Sequence[Mapping[str, Tensor]]) -> str:

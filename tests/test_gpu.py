@@ -6,6 +6,7 @@ That results are right is what the tests of the ops ask, on every backend (``bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,3 +233,17 @@ def test_compiles_whole(gpu: str) -> None:
 def test_select_leaves_a_spent_tree_alone(gpu: str) -> None:
     trees = SearchTrees.empty(3, 8, 2, children=4, leaves=4, budget=1, device="cuda")
     assert (ved_select(trees).node == -1).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loop(dtype: str, tmp_path: Path) -> None:
+    """All stages, resumed on the CPU; the scores are those of the CPU, roughly."""
+    from test_device import VARIANTS, config, train
+
+    settings = config(dtype=dtype, rl_steps=20, variants=VARIANTS)
+    want = train(tmp_path / "cpu", settings)
+    got = train(tmp_path / "cuda", settings, torch.device("cuda", 0))
+    for row, scores in want.items():
+        assert got[row]["true_reward@10"] == pytest.approx(scores["true_reward@10"], abs=0.05)
+    (tmp_path / "cuda" / "seed-0" / "results.json").unlink()
+    assert train(tmp_path / "cuda", settings).keys() == want.keys()

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import study_report
+from benchmarks import study_report, tuning
 from benchmarks.crossed import interval
 from benchmarks.rank_correlation import spearman
-from benchmarks.study import ROWS, main, row_name
+from benchmarks.study import POLICIES, ROWS, main, row_name
+from vstar_ops.train.config import Config
 from vstar_ops.train.report import student_t
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +79,11 @@ def test_a_page_has_one_place_for_a_study(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_parts_and_resume(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_parts_and_resume(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"GRPO": {"": {}, "32 candidates": {"candidates": 32}}, "V-STAR": {"3 x V": {"value_weight": 3.0}}}
+    monkeypatch.setattr(tuning, "SETTINGS", few)
     out, page = tmp_path / "study", tmp_path / "page.md"
     page.write_text("<!-- study Toy -->\n<!-- end -->\n")
     options = [
@@ -98,11 +103,19 @@ def test_all_parts_and_resume(toy: Path, tmp_path: Path, capsys: pytest.CaptureF
     text = capsys.readouterr().out
     assert all(row_name(*row) in text for row in ROWS)
     assert all(question in text for question, _, _ in study_report.QUESTIONS)
+    assert all(f"{setting} " in text for setting in ("GRPO, 32 candidates", "V-STAR, 3 x V"))
     assert text[text.index("Toy, seeds 0, 1.") : text.index("\nin ")].strip() in page.read_text()
     assert (out / "study.svg").stat().st_size > 1000
     result = json.loads((out / "study.json").read_text())
     assert set(result["rows"]["SASRec"]) == {"NDCG@10", "HR@10"}
-    assert result["seeds"] == [0, 1] and set(result) == {"seeds", "rows", "gains", "tokens", "levels"}
+    assert result["seeds"] == [0, 1] and set(result) == {
+        "seeds",
+        "rows",
+        "gains",
+        "tokens",
+        "levels",
+        "tuning",
+    }
     assert set(result["tokens"]["VED"]) == {"0.5x", "1x", "2x", "4x"}
     assert set(result["levels"]["V"]) == {"1", "2", "3"}
 
@@ -118,6 +131,19 @@ def test_all_parts_and_resume(toy: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main(options) == 0
     assert [cell.stat().st_mtime_ns for cell in cells[1:]] == times
     assert json.loads((out / "study.json").read_text()) == result
+
+
+def test_tuning_changes_what_it_says() -> None:
+    """A factor multiplies what the policy has, another value replaces it, of the config or of its search."""
+    base = POLICIES["V-STAR"].config(Config())
+    for fields, name, want in (
+        ({"rl_lr": 3.0}, "rl_lr", 3 * base.rl_lr),
+        ({"candidates": 32}, "candidates", 32),
+        ({"value_weight": 0.5}, "ved.value_weight", base.ved.value_weight / 2),
+        ({"skip_forced": False}, "ved.skip_forced", False),
+    ):
+        got = tuning.changed(POLICIES["V-STAR"], fields, Config()).config(Config()).settings()
+        assert got == base.settings() | {name: want}
 
 
 @pytest.mark.parametrize(

@@ -464,9 +464,13 @@ def _lexicographic_order(rows: np.ndarray) -> np.ndarray:
     return np.argsort(keys[0], kind="stable") if len(keys) == 1 else np.lexsort(keys[::-1])
 
 
-def ragged(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions ``[..., C]`` of the ranges ``begin[...] .. end[...] - 1``, and which of them exist."""
-    width = int((end - begin).max()) if begin.numel() else 0
+def ragged(begin: Tensor, end: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Positions ``[..., C]`` of the ranges ``begin[...] .. end[...] - 1``, and which of them exist.
+
+    ``C`` is ``width``, or the longest of the ranges, which the host waits for.
+    """
+    if width is None:
+        width = int((end - begin).max()) if begin.numel() else 0
     position = begin.unsqueeze(-1) + torch.arange(width, device=begin.device)
     return position, position < end.unsqueeze(-1)
 

@@ -19,7 +19,7 @@ class NewRows:
     """``n`` prefixes to evaluate, laid out as ``[B, width]`` columns behind those in use.
 
     Attributes:
-        live: bool ``[N]``, which of the rows asked for these are.
+        row: int64 ``[n]``, which of the ``N`` rows asked for these are.
         request, rank, position: int64 ``[n]``: the request of a row, its column among the new ones, and the
             number of tokens before its own.
         seen: bool ``[n, S + width]``, the columns that a row sees.
@@ -28,7 +28,7 @@ class NewRows:
         width: the most new rows of a request; others have padding behind theirs.
     """
 
-    live: Tensor
+    row: Tensor
     request: Tensor
     rank: Tensor
     position: Tensor
@@ -66,13 +66,14 @@ class Slots:
 
     def add(self, parent: Tensor) -> NewRows | None:
         """Make a slot for a child of every slot of ``parent[N]``; None if all rows are unused (-1)."""
-        live = parent >= 0
+        row = (parent >= 0).nonzero()[:, 0]  # the host waits for their number, and below for the width
         slot = torch.full_like(parent, -1, dtype=torch.int64)
-        above = parent[live].long()
+        above = parent[row].long()
         if len(above) == 0:
             return None
         request, position = self.request[above], self.position[above] + 1
-        counts = torch.bincount(request, minlength=self.batch)
+        counts = torch.zeros(self.batch, dtype=torch.int64, device=row.device)
+        counts.scatter_add_(0, request, torch.ones_like(request))
         order = torch.argsort(request, stable=True)
         start = counts.cumsum(0) - counts
         rank = torch.empty_like(order)
@@ -82,8 +83,8 @@ class Slots:
         seen = torch.cat([self.visible[above], own], 1)
 
         first = len(self.request)
-        slot[live] = torch.arange(first, first + len(above), device=slot.device)
+        slot[row] = torch.arange(first, first + len(above), device=slot.device)
         self.visible = torch.cat([F.pad(self.visible, (0, width)), seen])
         self.request = torch.cat([self.request, request])
         self.position = torch.cat([self.position, position])
-        return NewRows(live, request, rank, position, seen, slot, self.batch, width)
+        return NewRows(row, request, rank, position, seen, slot, self.batch, width)

@@ -35,7 +35,9 @@ def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -
 
     Empty in processes other than the main one.
     """
-    trie = Trie.from_sequences(dataset.sequences)
+    trie = Trie.from_sequences(dataset.sequences).to(world.device)
+    if dataset.reward is not None:
+        dataset = dataclasses.replace(dataset, reward=dataset.reward.to(world.device))
     if world.is_main:
         print(
             f"{dataset.name}: {len(dataset.sequences)} items, {trie.num_sequences} distinct semantic IDs; "
@@ -70,7 +72,8 @@ def run_seed(run: Run) -> dict[str, Scores]:
     tested = Decoder(c.test_decoder, c.candidates, c.ved.for_evaluation())
 
     def scores(model: SIDTransformer, split: str, decoder: Decoder, rows: int | None = None) -> Scores:
-        return evaluate(model, run.dataset, run.trie, decoder.for_model(model), split, rows)
+        with run.autocast():
+            return evaluate(model, run.dataset, run.trie, decoder.for_model(model), split, rows)
 
     on_valid = functools.partial(scores, split="valid", decoder=tested, rows=c.valid_rows)
     sft, figures = supervised(run, on_valid)
@@ -106,6 +109,11 @@ def parser() -> argparse.ArgumentParser:
     real, made = Config(), Config.synthetic()
     p.add_argument("--out", type=Path, help="the run's folder (default: runs/<data>-<time>)")
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue the killed run in this folder")
+    p.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, or auto: cuda where there is a GPU; a resumed run may move (default: auto)",
+    )
     for name, known in (("decoder", DECODERS), ("objective", OBJECTIVES)):
         some_of = functools.partial(_some_of, known)
         p.add_argument(f"--{name}", type=some_of, help=f"of the variants: some of {','.join(known)}")
@@ -138,9 +146,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the options, run, print the table."""
-    with parallel.world() as world:
-        p = parser()
-        given = vars(p.parse_args(argv))
+    p = parser()
+    given = vars(p.parse_args(argv))
+    try:
+        device = parallel.choose_device(given.pop("device"))
+    except ValueError as error:
+        p.error(str(error))
+    with parallel.world(device) as world:
         try:
             folder, config, dataset = _prepare(given, world)
         except (OSError, TypeError, ValueError) as error:

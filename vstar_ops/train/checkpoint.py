@@ -8,16 +8,20 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .._files import replacing
 
 
 class Mismatch(ValueError):
     """A checkpoint is damaged, or belongs to other data or settings than those it was to be used with."""
+
+
+T = TypeVar("T")
 
 
 def require(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -77,6 +81,11 @@ def whole(saved: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[st
             rows = saved.get(name + _ROWS)
             result[name] = x if rows is None else initial[name].index_copy(0, rows, x)
     return result
+
+
+def on_cpu(state: T) -> T:
+    """``state`` with all its tensors on the CPU, so that it can be continued on any device."""
+    return tree_map_only(Tensor, Tensor.cpu, state)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from ..ops._forms import FORMS
 # Names in options and files, and what tables call them.
 DECODERS = {"beam": "beam candidates", "topk": "top-k samples", "ved": "VED"}
 OBJECTIVES = {"grpo": "GRPO", "sibling": "sibling advantages only", "joint": "Sibling-GRPO"}
+DTYPES = ("float32", "bfloat16")
 REWARDS = ("true", "rule", "ranking", "prefix")
 
 
@@ -78,6 +79,7 @@ class Config:
     category: str = option("Industrial_and_Scientific", "which of its catalogues")
     variants: tuple[Variant, ...] = tuple(map(Variant.parse, ("beam+grpo", "beam+joint", "ved+joint")))
     seeds: tuple[int, ...] = option((0,), "one or several, as 0,1,2; several give intervals (default: 0)")
+    dtype: str = option("float32", "of the models' layers; weights and losses are float32", choices=DTYPES)
     threads: int | None = option(None, "CPU threads; one is repeatable bit for bit (default: torch's choice)")
     candidates: int = option(16, "candidates per request, and beam width")
     pack: bool = option(True, "run each prompt once per candidate, the conventional way, for comparison")
@@ -119,6 +121,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
         check_choice("sibling_form", self.sibling_form, tuple(FORMS))
         for name in (field.name for field in dataclasses.fields(self) if field.type == "float"):
             value = check_finite(name, getattr(self, name))

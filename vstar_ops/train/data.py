@@ -10,18 +10,28 @@ import io
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 SPLITS = ("train", "valid", "test")
 
-TrueReward = Callable[[Tensor, Tensor], Tensor]  # (user[B], candidates[B, G, L]) -> reward[B, G]
+
+class TrueReward(Protocol):
+    """The reward of candidates where it is known."""
+
+    def __call__(self, user: Tensor, candidates: Tensor) -> Tensor:
+        """``[B, G]`` of ``candidates[B, G, L]`` for ``user[B]``, all on one device."""
+        ...
+
+    def to(self, device: torch.device) -> TrueReward:
+        """The reward of candidates that are on a device."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,22 @@ class Split:
             return self
         return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:rows]]
 
+    def on(self, device: torch.device) -> Split:
+        """A batch on a device, its histories cut to the longest that occurs."""
+        tensors = self._cut_history, self.target, self.user
+        return Split(*(on_device(x, device) for x in tensors))
+
     @property
     def context(self) -> Tensor:
-        """int64 ``[R, H' * L]``: the prompts as tokens, cut to the longest history that occurs."""
-        longest = int(self.items.max()) if len(self) else 0
-        return self.history[:, :longest].flatten(1)
+        """int64 ``[R, H' * L]``: the prompts as tokens, cut to the longest history that occurs.
+
+        On a GPU, where this would make the host wait, as :meth:`on` has cut them.
+        """
+        return (self._cut_history if self.history.device.type == "cpu" else self.history).flatten(1)
+
+    @property
+    def _cut_history(self) -> Tensor:
+        return self.history[:, : int(self.items.max()) if len(self) else 0]
 
     @property
     def items(self) -> Tensor:
@@ -121,6 +142,13 @@ class Dataset:
     def max_tokens(self) -> int:
         """The longest sequence a model meets: a full history and the item that follows."""
         return (self.train.history.shape[1] + 1) * self.sequences.shape[1]
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on a device; to a GPU by way of pinned memory, so that the host does not wait."""
+    if device.type == "cpu" or x.device == device:
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def user_sequences(split: Split) -> list[Tensor]:

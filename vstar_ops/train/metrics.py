@@ -97,11 +97,11 @@ def per_request(
         raise ValueError(f"{data.name}: the {name} split is empty, so there is nothing to evaluate on")
     model.eval()
     parts: dict[str, list[Tensor]] = {}
-    seeds = derive_seeds(0, len(split), split.target.device)
+    seeds = derive_seeds(0, len(split), trie.device)
     order = split.items.argsort(stable=True)  # equal lengths together: little padding
     for batch in tqdm(order.split(BATCH_SIZE), desc=name, leave=False, disable=None):
-        part = split[batch]
-        found = decoder(model, part.context, trie, seeds[batch])
+        part = split[batch].on(trie.device)
+        found = decoder(model, part.context, trie, seeds[batch.to(trie.device)])
         tokens = found.sequence.long()
         reward = true_reward(part.user, tokens) if true_reward else rule(tokens, part.target)
         for score, values in {
@@ -111,7 +111,7 @@ def per_request(
             "forward_tokens": found.forward_tokens,
             "true_reward@10": reward[:, :10].sum(1) / found.num_valid.clamp(1, 10),
         }.items():
-            parts.setdefault(score, []).append(values)
+            parts.setdefault(score, []).append(values.cpu())
     model.train(training)
     _return_memory()
     if not true_reward:

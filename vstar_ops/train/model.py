@@ -222,11 +222,11 @@ class SIDTransformer(nn.Module):
 
     def extend(self, state: PrefixCache, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate the prefixes ``parent`` + ``token``, all ``[N]``; see :class:`PrefixModel`."""
-        logits = state.keys[0].new_zeros(len(parent), self.vocab)
         rows = state.slots.add(parent)
         if rows is None:
-            return logits, torch.full_like(parent, -1, dtype=torch.int64)
-        parent, token = parent[rows.live].long(), token[rows.live].long()
+            none = state.keys[0].new_zeros(len(parent), self.vocab)
+            return none, torch.full_like(parent, -1, dtype=torch.int64)
+        parent, token = parent[rows.row].long(), token[rows.row].long()
         # Attention runs on [B, widest request] rows, so the prompt's keys are shared by the rows of a request
         # instead of being copied for each.
         mask = rows.mask()
@@ -245,8 +245,8 @@ class SIDTransformer(nn.Module):
         state.at = Prefixes(*(torch.cat(pair) for pair in zip(state.at, at)))
         if state.valued is not None and valued is not None:
             state.valued = torch.cat([state.valued, valued])
-        logits = logits.index_put((rows.live.nonzero()[:, 0],), self._logits(x, at, state.near))
-        return logits, rows.slot
+        logits = self._logits(x, at, state.near)
+        return logits.new_zeros(len(rows.slot), self.vocab).index_put((rows.row,), logits), rows.slot
 
     def _causal(
         self, tokens: Tensor

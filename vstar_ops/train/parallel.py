@@ -4,7 +4,7 @@ All processes keep the same weights and draw the same batches from the same rand
 shard of the batch through :class:`torch.nn.parallel.DistributedDataParallel`. A mean over the rows or
 candidates of a shard is weighted by their number in that shard. So the gradient, and with it the run, is that
 of one process up to rounding; only dropout draws different noise in each process. The main process, the first
-one, evaluates and writes the files.
+one, evaluates and writes the files. On CUDA each process has the GPU of its local rank.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ T = TypeVar("T")
 
 
 class World:
-    """The processes of a run; one, unless ``torchrun`` has started more."""
+    """The processes of a run, one unless ``torchrun`` has started more, and the device of this one."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
+        self.device = torch.device("cpu") if device is None else device
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +49,10 @@ class World:
         """``call(method, *arguments)``, which calls a method of the model; backward averages the gradients of
         all processes."""
         calls = _Calls(model)
-        return calls if self.size == 1 else DistributedDataParallel(calls)
+        if self.size == 1:
+            return calls
+        # The buffers are a function of the data, equal everywhere.
+        return DistributedDataParallel(calls, broadcast_buffers=False)
 
     @contextmanager
     def rank_rng(self) -> Iterator[None]:
@@ -57,7 +61,7 @@ class World:
         The shared generator advances by the same amount, whatever is drawn inside and by how many processes.
         """
         seed = int(torch.randint(2**62, ()))
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # a GPU's generator is seeded anew, so that no state is kept
             torch.manual_seed(seed + self.rank)
             yield
 
@@ -93,7 +97,7 @@ class Shard:
 
     def averages(self, means: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
         """Means over all shards, by name, out of this shard's ``means`` and their weights."""
-        found = {name: mean.item() for name, mean in means.items()}
+        found = dict(zip(means, torch.stack(list(means.values())).cpu().tolist()))  # the host waits once
         if self.world.size == 1:
             return found
         values = torch.tensor([weights[name] and weights[name] * x for name, x in found.items()])
@@ -112,14 +116,41 @@ class _Calls(nn.Module):
         return getattr(self.model, method)(*arguments, **options)
 
 
-@contextmanager
-def world() -> Iterator[World]:
-    """The processes that ``torchrun`` has started, joined over gloo; one process without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World()
-        return
-    distributed.init_process_group("gloo")
+def choose_device(name: str) -> torch.device:
+    """The device of this process by the option ``--device``.
+
+    Raises:
+        ValueError: there is no such device, or several processes were told to share one GPU.
+    """
     try:
-        yield World(distributed.get_rank(), distributed.get_world_size())
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else None
+        device = device or torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cpu":
+        return device
+    rank, count = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if device.index is not None and rank is not None:
+        raise ValueError(f"--device must be cuda under torchrun, which numbers the GPUs itself, got {name!r}")
+    index = device.index if device.index is not None else int(rank or 0)
+    if index >= count:
+        raise ValueError(f"--device {name}: GPU {index} is not there, torch sees {count}")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def world(device: torch.device | None = None) -> Iterator[World]:
+    """The processes that ``torchrun`` has started, joined over gloo, and nccl on CUDA; one without it."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World(device=device)
+        return
+    on_cuda = device is not None and device.type == "cuda"
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    try:
+        yield World(distributed.get_rank(), distributed.get_world_size(), device)
     finally:
         distributed.destroy_process_group()

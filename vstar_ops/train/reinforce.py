@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import sibling_grpo_loss
 from .config import Variant
-from .data import Split
+from .data import Split, on_device
 from .decode import Decoded, Decoder
 from .model import SIDTransformer
 from .rewards import make_reward, reward_name
@@ -55,7 +55,7 @@ def new_policy(run: Run, variant: Variant, sft: SIDTransformer) -> SIDTransforme
     model = copy.deepcopy(sft)
     if variant.decoder == "ved" and c.ved.value_weight != 0:
         model.add_value_head(child_values=c.ved.child_values)
-    return model
+    return model.to(run.device)
 
 
 class PolicyGradient:
@@ -81,13 +81,14 @@ class PolicyGradient:
         # The true reward says something of every candidate; others are too sparse to learn V from.
         self.returns_of: DenseReturn | RewardReturn = RewardReturn(self.reward_of)
         if self.values and name != "true":
-            self.returns_of = DenseReturn(item_embeddings(c.item_embeddings, run.dataset, run.trie))
+            items = item_embeddings(c.item_embeddings, run.dataset, run.host_trie)
+            self.returns_of = DenseReturn(items.to(run.device))
 
     def __call__(self, rows: Tensor, progress: float) -> dict[str, float]:
         """One step on the requests ``rows[B]`` of the train split; see :func:`fit`."""
         c, shard = self.config, self.run.world.shard(rows)
         self.model.eval()
-        requests = self.run.dataset.train[shard.rows]
+        requests = self.run.dataset.train[shard.rows].on(self.run.device)
         found = self.search(rows, requests, progress)
         tokens, mask = found.sequence.long(), found.node >= 0
         reward = self.reward_of(requests, tokens)
@@ -126,7 +127,8 @@ class PolicyGradient:
             "groups_with_signal": spread.float().mean(),
             "forward_tokens": found.forward_tokens.float().mean(),
         }
-        by_candidate = {"reward": reward[mask].mean(), "kl": policy.kl, "value_loss": value_loss}
+        mean = (reward * mask).sum() / mask.sum()
+        by_candidate = {"reward": mean, "kl": policy.kl, "value_loss": value_loss}
         weights = dict.fromkeys(by_request, per_request) | dict.fromkeys(by_candidate, per_candidate)
         means = {"loss": loss.detach()} | by_request | by_candidate
         return shard.averages(means, {"loss": 1.0} | weights)
@@ -139,7 +141,7 @@ class PolicyGradient:
         if own := c.ved.num_policy_candidates:
             own = round(own + (c.candidates - own) * progress)
             decoder = dataclasses.replace(decoder, ved=c.ved.replace(num_policy_candidates=own))
-        return decoder(self.model, requests.context, self.run.trie, seed)
+        return decoder(self.model, requests.context, self.run.trie, on_device(seed, self.run.device))
 
     def value_loss(
         self, scores: CandidateScores, requests: Split, tokens: Tensor, mask: Tensor, node: Tensor
@@ -150,7 +152,7 @@ class PolicyGradient:
         nodes of the candidates' prefixes.
         """
         if scores.value is None:
-            return torch.zeros(())
+            return tokens.new_zeros((), dtype=torch.float32)
         returns, value = self.returns_of(requests, tokens, mask), scores.value
         if not self.config.ved.evaluate_leaves:  # the worth of a leaf is known, and nobody asks V for it
             value = torch.cat([value[..., :-1], returns[..., -1:]], 2)

@@ -20,24 +20,22 @@ from ..trie import Trie
 from .model import PackedScores
 
 
-def legal_logp(logits: Tensor, trie: Trie, node: Tensor, child: Tensor) -> tuple[Tensor, Tensor]:
+def legal_logp(logits: Tensor, token: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities over legal children.
 
     Args:
         logits: ``[N, V]``.
-        node: ints ``[N]``, the prefix of each row.
-        child: ints ``[N]``, the node reached from it.
+        token: int64 ``[N, C]``, the tokens of the legal children, -1 where there are no more.
+        place: int64 ``[N]``, which of them was taken.
 
     Returns:
-        ``[N]`` log-probability of ``child``, and ``[N]`` mean log-probability of all legal children
+        ``[N]`` log-probability of the taken child, and ``[N]`` mean log-probability of all legal children
         (what label smoothing needs).
     """
-    token = trie.children(node).token.long()  # [N, widest]
     legal = token >= 0
     chosen = logits.gather(1, token.clamp(min=0)).masked_fill(~legal, -torch.inf).log_softmax(1)
-    edge = child.long() - 1 - trie.offset[node.long()]
     mean = chosen.masked_fill(~legal, 0).sum(1) / legal.sum(1)
-    return chosen.gather(1, edge[:, None])[:, 0], mean
+    return chosen.gather(1, place[:, None])[:, 0], mean
 
 
 class CandidateScores(NamedTuple):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..trie import Trie
-from .data import Split, UserWindows
+from . import checkpoint
+from .data import Split, UserWindows, on_device
 from .model import SIDTransformer
 from .scoring import legal_logp
-from .trainer import Batches, Evaluate, Run, Schedule, fit, optimizer_of
+from .trainer import Batches, Evaluate, Run, Schedule, digest, fit, optimizer_of
 from .value import Prefixes, item_embeddings
 
 
@@ -22,9 +23,10 @@ def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, dict[str, 
     Early stopping looks at NDCG@10. With ``config.item_prior`` the policy then gets an item prior, see
     :func:`fit_prior`.
     """
-    c, trie, windows = run.config, run.trie, UserWindows(run.dataset.train)
+    c, trie, windows = run.config, run.host_trie, UserWindows(run.dataset.train)
     torch.manual_seed(run.seed)
     model = SIDTransformer(run.dataset.vocab, run.dataset.max_tokens, dropout=c.dropout)
+    model.to(run.device)
     call = run.world.wrap(model)
 
     def step(rows: Tensor, _: float) -> dict[str, float]:
@@ -32,14 +34,20 @@ def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, dict[str, 
         shard = run.world.shard(windows.items(rows, c.item_dropout))
         items = shard.rows  # [B, n, L]
         nodes = [trie.lookup(items[..., :depth]) for depth in range(items.shape[2] + 1)]
-        node, child = (torch.stack(n, 2).flatten(1) for n in (nodes[:-1], nodes[1:]))
-        branch = (items >= 0).flatten(1) & (trie.num_children(node) > 1)
+        node, child = (torch.stack(n, 2).flatten() for n in (nodes[:-1], nodes[1:]))
+        # What is learned from is found on the CPU, so that a GPU is never waited for.
+        branch = ((items >= 0).flatten() & (trie.num_children(node) > 1)).nonzero()[:, 0]
+        node, child = node[branch].long(), child[branch].long()
+        token, place = trie.children(node).token.long(), child - 1 - trie.offset[node]
+        prompt, row, token, place = (
+            on_device(x, run.device) for x in (items.flatten(1)[:, :-1], branch, token, place)
+        )
         with run.world.rank_rng():
-            logits = call("forward", items.flatten(1)[:, :-1])
-        logp, smooth = legal_logp(logits[branch], trie, node[branch], child[branch])
+            logits = call("forward", prompt)
+        logp, smooth = legal_logp(logits.flatten(0, 1)[row], token, place)
         loss = -((1 - c.label_smoothing) * logp + c.label_smoothing * smooth).sum()
-        loss = loss / branch.sum().clamp(min=1)
-        (weight,) = shard.weights(branch.sum())
+        loss = loss / max(1, len(branch))
+        (weight,) = shard.weights(len(branch))
         (weight * loss).backward()
         return shard.averages({"loss": loss.detach()}, {"loss": weight})
 
@@ -60,10 +68,26 @@ def supervised(run: Run, evaluate: Evaluate) -> tuple[SIDTransformer, dict[str, 
         metric="NDCG@10",
     )
     if c.item_prior and c.validate:
+        of = digest(model.state_dict())
         model.add_item_prior(item_embeddings(c.item_embeddings, run.dataset, trie))
-        weight = fit_prior(model, trie, run.dataset.valid) if run.world.is_main else torch.zeros(0)
-        model.prior = nn.Parameter(run.world.broadcast(weight))
+        model.to(run.device)
+        weight = known_prior(run, model, of) if run.world.is_main else torch.zeros(0)
+        model.prior = nn.Parameter(run.world.broadcast(weight).to(run.device))
     return model, figures
+
+
+def known_prior(run: Run, model: SIDTransformer, of: str) -> Tensor:
+    """:func:`fit_prior`, out of a file if it is done, since on another device it differs in the last bits.
+
+    ``of`` is the digest of the weights that it is for.
+    """
+    path = run.folder / "prior.pt"
+    saved = checkpoint.load(path) if path.exists() else {}
+    if saved.get("of") != of:
+        with run.autocast():
+            saved = {"of": of, "weight": fit_prior(model, run.trie, run.dataset.valid)}
+        checkpoint.save(path, saved)
+    return saved["weight"]
 
 
 @torch.no_grad()
@@ -79,9 +103,9 @@ def fit_prior(model: SIDTransformer, trie: Trie, split: Split) -> Tensor:
     nn.init.ones_(model.prior)
     model.eval()
     for batch in torch.arange(len(split)).split(256):
-        part = split[batch]
+        part = split[batch].on(trie.device)
         logits, state = model.prefill(part.context)
-        slot = torch.arange(len(part))
+        slot = torch.arange(len(part), device=trie.device)
         for level, token in enumerate(part.target.unbind(1)):
             at, near = Prefixes(*(x[slot] for x in state.at)), state.near
             assert near is not None
@@ -91,7 +115,7 @@ def fit_prior(model: SIDTransformer, trie: Trie, split: Split) -> Tensor:
             rows.append((base.masked_fill(child < 0, -torch.inf), added, legal == token[:, None], level))
             if level < trie.length - 1:
                 logits, slot = model.extend(state, slot, token)
-    weight = torch.zeros(trie.length, requires_grad=True)
+    weight = torch.zeros(trie.length, device=trie.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=50, line_search_fn="strong_wolfe")
 
     @torch.enable_grad()
@@ -103,4 +127,4 @@ def fit_prior(model: SIDTransformer, trie: Trie, split: Split) -> Tensor:
         return total
 
     optimizer.step(loss)  # convex
-    return weight.detach()
+    return weight.detach().cpu()

@@ -34,6 +34,11 @@ class LatentReward:
     vector: Tensor  # float32 [leaves, D]
     quality: Tensor  # float32 [leaves]
 
+    def to(self, device: torch.device) -> LatentReward:
+        """The reward of candidates that are on a device."""
+        users, vector, quality = (x.to(device) for x in (self.users, self.vector, self.quality))
+        return LatentReward(users, self.trie.to(device), vector, quality)
+
     def __call__(self, user: Tensor, candidates: Tensor) -> Tensor:
         """float32 ``[B, G]`` of ``candidates[B, G, L]`` for ``user[B]``; 0 where not in the catalogue."""
         leaf = self.trie.lookup(candidates).long() - self.trie.level_offset[-2]

@@ -12,6 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ Evaluate = Callable[[SIDTransformer], dict[str, float]]
 class Run:
     """What the stages of one seed share.
 
+    The trie, models and what is computed are on the device of ``world``, the data set stays on the CPU, but
+    for its true reward.
+
     Raises:
         ValueError: a split is empty that the config asks for.
     """
@@ -50,6 +54,22 @@ class Run:
         for name in SPLITS:
             if not len(getattr(self.dataset, name)) and (name != "valid" or self.config.validate):
                 raise ValueError(f"{self.dataset.name}: the {name} split is empty")
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are."""
+        return self.world.device
+
+    @functools.cached_property
+    def host_trie(self) -> Trie:
+        """The trie on the CPU."""
+        return self.trie.to("cpu")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which models run, by ``config.dtype``."""
+        if self.config.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.config.dtype))
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -176,7 +196,8 @@ def fit(
         def validate() -> None:
             scores: dict[str, float] = {}
             if run.config.validate:
-                scores = run.world.broadcast(evaluate(model) if run.world.is_main else {})
+                with run.autocast():
+                    scores = run.world.broadcast(evaluate(model) if run.world.is_main else {})
                 state.rate(metric, scores[metric])
             else:
                 state.keep()
@@ -197,7 +218,8 @@ def fit(
             for group, lr in zip(optimizer.param_groups, peak):
                 group["lr"] = lr * schedule.scale(now.step)
             optimizer.zero_grad()
-            figures = step(next(batches), now.step / schedule.steps)
+            with run.autocast():
+                figures = step(next(batches), now.step / schedule.steps)
             broken = _update(model, optimizer, figures)
             now.step += 1
             now.seconds += time.perf_counter() - started
@@ -263,7 +285,7 @@ class _State:
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.progress, self.initial = Progress(), _weights(model)
         self.best_weights = self.initial
-        self.fingerprint = run.fingerprint | {"initial weights": _digest(self.initial)}
+        self.fingerprint = run.fingerprint | {"initial weights": digest(self.initial)}
         self.path = run.folder / f"{stage}.pt"
         self.resumed = run.world.broadcast(self.path.exists())
         if self.resumed:
@@ -305,14 +327,14 @@ class _State:
     def save(self) -> None:
         """Write the checkpoint, in the main process. It ends with the stage's last step, which needs no more
         than the weights."""
-        now, weights = self.progress, self.model.state_dict()
+        now = self.progress
         if not math.isfinite(nn.utils.get_total_norm(self.model.parameters()).item()):
             raise FloatingPointError(
                 f"{self.name}, step {now.step}: the weights are not finite. {self.path} is intact"
             )
         if not self.file:
             return
-        now.metrics = self.file.position()
+        now.metrics, weights = self.file.position(), checkpoint.on_cpu(self.model.state_dict())
         moved = checkpoint.moved_rows(weights, self.initial)
         best = moved  # stored once
         if now.best_step != now.step:
@@ -320,7 +342,7 @@ class _State:
         state: dict[str, Any] = {"fingerprint": self.fingerprint, "progress": dataclasses.asdict(now)}
         state |= {"model": moved, "best_weights": best}
         if not now.done:
-            optimizer = self.optimizer.state_dict()
+            optimizer = checkpoint.on_cpu(self.optimizer.state_dict())
             for i, moments in optimizer["state"].items():
                 optimizer["state"][i] = checkpoint.moved_rows(moments, _zeros(moments))
             state |= {"optimizer": optimizer, "batches": self.batches.state_dict()}
@@ -338,7 +360,7 @@ class _State:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = saved["optimizer"]["state"]
         for i, found in moments.items():
-            moments[i] = checkpoint.whole(found, dict.fromkeys(found, torch.zeros_like(parameters[i])))
+            moments[i] = checkpoint.whole(found, dict.fromkeys(found, torch.zeros(parameters[i].shape)))
         self.optimizer.load_state_dict(saved["optimizer"])
         self.batches.load_state_dict(saved["batches"])
         torch.set_rng_state(saved["rng"])
@@ -351,15 +373,16 @@ class _State:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.clone() for name, weight in model.state_dict().items()}
+    return {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
 
 
 def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(x) for name, x in tensors.items()}
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors, wherever they are."""
     found = hashlib.sha256()
     for x in tensors.values():
-        found.update(x.numpy().tobytes())
+        found.update(x.cpu().numpy().tobytes())
     return found.hexdigest()

@@ -2,6 +2,7 @@ r"""The value model: its head, what it is trained on, and where item embeddings 
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,12 @@ class ItemEmbeddings:
         leaf = trie.lookup(sequences).long() - trie.level_offset[-2]
         total = torch.zeros(trie.num_sequences, vectors.shape[1]).index_add_(0, leaf, vectors.float())
         self.vectors = total / torch.bincount(leaf, minlength=len(total)).clamp(min=1)[:, None]
+
+    def to(self, device: torch.device) -> ItemEmbeddings:
+        """The same on a device."""
+        moved = copy.copy(self)
+        moved.trie, moved.vectors = self.trie.to(device), self.vectors.to(device)
+        return moved
 
     def __call__(self, sequences: Tensor) -> Tensor:
         """float32 ``[..., E]`` of ``sequences[..., L]``; 0 where not in the catalogue."""
@@ -119,7 +126,7 @@ class RewardReturn:
 
     def __call__(self, split: Split, candidates: Tensor, mask: Tensor) -> Tensor:
         """float32 ``[B, G, L]`` of ``candidates[B, G, L]``."""
-        returns = torch.zeros(candidates.shape)
+        returns = torch.zeros(candidates.shape, device=candidates.device)
         returns[..., -1] = torch.where(mask, self.reward(split, candidates), 0)
         return returns
 
@@ -174,7 +181,7 @@ class ItemNearness(nn.Module):
             level[first:last] = depth
         direction = F.normalize(direction, dim=1)
         direction[1:] -= direction[leaf:].mean(0)
-        self.length, self.vocab = trie.length, int(trie.token.max()) + 1
+        self.length, self.vocab, self.widest = trie.length, int(trie.token.max()) + 1, trie.max_children
         edge = parent[1:] * self.vocab + trie.token.long()  # ascending, as the trie's edges are
         for name, tensor in (
             ("direction", direction),  # [T, E]
@@ -226,7 +233,8 @@ class ItemNearness(nn.Module):
         parent = node.clamp(min=0)
         begin = self.offset[parent]
         end = torch.where(node >= 0, self.offset[parent + 1], begin)
-        edge, there = ragged(begin, end)
+        # On a GPU all that there is room for, so that the host does not wait for the widest.
+        edge, there = ragged(begin, end, self.widest if node.device.type != "cpu" else None)
         return torch.where(there, edge + 1, -1), pick(self.token, edge, there)
 
     def of_children(

@@ -147,7 +147,7 @@ class CausalPrefixModel:
         if rows is None:
             unused = torch.full_like(parent, -1, dtype=torch.int64)
             return state.slots.visible.new_zeros(len(parent), self._width, dtype=self._inner.dtype), unused
-        token = token[rows.live].long()
+        token = token[rows.row].long()
         if self.columns is not None:
             token = self.columns[token]
         ids, position = rows.laid_out(token), rows.laid_out(rows.position)
@@ -165,7 +165,7 @@ class CausalPrefixModel:
             certain = torch.full_like(logits, -torch.inf).scatter_(1, token[:, None], 0)
             logits = torch.where(ended[:, None], certain, logits)
         if len(token) < len(parent):
-            logits = logits.new_zeros(len(parent), logits.shape[1]).index_put((rows.live,), logits)
+            logits = logits.new_zeros(len(parent), logits.shape[1]).index_put((rows.row,), logits)
         return logits, rows.slot
 
     def value(self, state: PrefixState, slot: Tensor) -> Tensor:
