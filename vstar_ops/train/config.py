@@ -90,7 +90,7 @@ class Config:
     rl_steps: int = option(300, "steps of reinforcement")
     rl_batch_size: int = option(64, "requests per step")
     rl_lr: float = option(1e-4, "learning rate of reinforcement")
-    sibling_weight: float = option(1.0, "weight of the sibling term in joint")
+    sibling_weight: float = option(0.3, "weight of the sibling term in joint")
     sibling_form: str = option("centered", "of the sibling term; paper: Eqs. 17-19", choices=tuple(FORMS))
     sibling_decay: float = option(
         1.0, "what a level of the sibling term weighs, times that of the level above"
