@@ -1,6 +1,7 @@
 """Part ``tuning`` of the study: one setting changed at a time, by the scores of the valid split.
 
-The other parts, and the defaults of the training loop, have what was chosen by it: 0.3 times the sibling term.
+The other parts, and the defaults of the training loop, have what was chosen by it: a sibling term that
+weighs 0.3.
 """
 
 from __future__ import annotations
