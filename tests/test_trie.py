@@ -16,6 +16,7 @@ from oracles import DictTrie
 from safetensors.torch import save_file
 
 from vstar_ops import Trie
+from vstar_ops.decoding import beam_search
 
 SMALL = [[0, 3], [0, 4], [2, 3], [0, 3]]
 
@@ -390,6 +391,78 @@ def test_a_flipped_bit_is_told_or_changes_nothing(tmp_path, bit):
         refused += loaded is None
         assert loaded is None or same(loaded, trie), at
     assert refused > 0.5 * len(whole)
+
+
+@given(
+    st.integers(0, 2**32),
+    st.integers(0, 30),
+    st.integers(0, 12),
+    st.integers(1, 4),
+    st.sampled_from([2, 9, 2**31 - 1]),
+)
+def test_a_catalogue_that_grows_and_shrinks(seed, old, new, length, high):
+    """As a catalogue that was built at once; items of one sequence keep their order."""
+    rows = random_rows(seed, old + new, length, high)
+    ids = np.random.default_rng(seed).permutation(np.arange(-7, 100))[: old + new] - 2**60
+    trie = Trie.from_sequences(rows[:old], ids[:old])
+    grown = trie.with_items(rows[old:], ids[old:])
+    assert same(grown, Trie.from_sequences(rows, ids))
+    assert same(grown.without_items(ids[old:]), trie)
+    assert same(grown.without_items(torch.from_numpy(ids[:old])), Trie.from_sequences(rows[old:], ids[old:]))
+    assert same(grown.without_items(ids), Trie.from_sequences(rows[:0], ids[:0]))
+
+
+def test_ids_of_new_items():
+    trie = Trie.from_sequences(SMALL)
+    assert same(trie.with_items([[2, 3], [1, 1]]), Trie.from_sequences([*SMALL, [2, 3], [1, 1]]))
+    named = Trie.from_sequences([[1]], [40]).with_items([[0], [1]])
+    assert named.items(0).tolist() == [41, 40, 42]
+    assert same(Trie.from_sequences(np.zeros((0, 2), np.int64)).with_items(SMALL), trie)
+    twice = Trie.from_sequences([[1], [2], [3]], [7, 8, 7])
+    assert twice.without_items([7]).items(0).tolist() == [8]
+
+
+def test_a_search_keeps_the_trie_that_it_was_given():
+    """A catalogue is replaced while a search on it is under way."""
+    trie, now = Trie.from_sequences(SMALL), {}
+
+    class Replacing:
+        finite_logits = True
+
+        def prefill(self, context):
+            return torch.zeros(len(context), 9), None
+
+        def extend(self, state, parent, token):
+            now["trie"] = trie.without_items([1]).with_items([[0, 8]])
+            return torch.zeros(len(parent), 9), torch.arange(len(parent))
+
+    for skip_forced in (True, False):
+        found = beam_search(Replacing(), torch.zeros(1), trie, 9, skip_forced=skip_forced)
+        assert found.sequence[0, :3].tolist() == [[2, 3], [0, 3], [0, 4]]
+    found = beam_search(Replacing(), torch.zeros(1), now["trie"], 9)
+    assert found.sequence[0, :3].tolist() == [[2, 3], [0, 3], [0, 8]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t.with_items([[1, 2, 3]]), ValueError, r"\[M, L\] with L = 2, got \[1, 3\]"),
+        (lambda t: t.with_items([[1, -2]]), ValueError, "must hold tokens >= 0, got -2"),
+        (lambda t: t.with_items([[1, 2]], [1, 2]), ValueError, r"\[N\] = \[1\], got \[2\]"),
+        (lambda t: t.with_items([[1, 2]], [-1]), ValueError, "must not hold -1"),
+        (lambda t: t.with_items([[1.0, 2]]), TypeError, "sequences must be integers"),
+        (lambda t: t.without_items([3, 77]), ValueError, "must be ids of the trie's items, got 77"),
+        (lambda t: t.without_items([0.5]), TypeError, "item_ids must be integers"),
+        (
+            lambda t: Trie.from_sequences([[1]], [2**63 - 1]).with_items([[2]]),
+            ValueError,
+            "item_ids must be given where the largest id is 9223372036854775807",
+        ),
+    ],
+)
+def test_changes_that_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        change(Trie.from_sequences(SMALL))
 
 
 def test_files_of_the_format_without_a_checksum(tmp_path):

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import _trie_building as building
 from ._files import replacing
 
 _FORMAT, _WITHOUT_CHECKSUM = "vstar_ops.trie.v2", "vstar_ops.trie.v1"
-_INT32_MAX = 2**31 - 1
 
 
 class Children(NamedTuple):
@@ -137,58 +137,69 @@ class Trie:
             ValueError: wrong shape, a negative or too large token, more than 2^31 - 2 prefixes, an item id
                 that is -1 or does not fit in int64.
         """
-        rows = _integers("sequences", sequences)
-        if rows.ndim != 2 or rows.shape[1] == 0:
-            raise ValueError(f"sequences must have the shape [N, L] with L >= 1, got {list(rows.shape)}")
+        rows = building.catalogue(sequences)
         num, length = rows.shape
-        if num and (low := int(rows.min())) < 0:
-            raise ValueError(f"sequences must hold tokens >= 0, got {low}")
-        if num and (high := int(rows.max())) > _INT32_MAX - 1:
-            raise ValueError(f"sequences must hold tokens < 2^31 - 1, got {high}")
-        if num * length >= _INT32_MAX:
-            raise ValueError(f"sequences must hold fewer than 2^31 - 1 tokens in all, got {num} x {length}")
-        if rows.dtype == np.uint64:  # the only integers that do not mix with int64
-            rows = rows.astype(np.int64)
-        given = None if item_ids is None else _integers("item_ids", item_ids)
-        if given is not None and given.shape != (num,):
-            raise ValueError(f"item_ids must have the shape [N] = [{num}], got {list(given.shape)}")
-        if given is not None and num:
-            if (largest := int(given.max())) >= 2**63:
-                raise ValueError(f"item_ids must fit in int64, got {largest}")
-            if bool((given == -1).any()):
-                raise ValueError("item_ids must not hold -1, which stands for no item")
+        building.check_size(num, length)
+        order = building.lexicographic_order(rows)
+        ids = order if item_ids is None else building.ids(item_ids, num)[order]
+        return cls._of(building.build([rows[order, depth] for depth in range(length)], ids))
 
-        order = _lexicographic_order(rows)
-        starts = np.zeros(1, np.int32)  # in sorted order, the first row of each node of the level above
-        fresh = np.zeros(num, bool)  # whether a row begins a new prefix of the depth at hand
-        fresh[:1] = True
-        tokens: list[np.ndarray] = []
-        offsets: list[np.ndarray] = []
-        level_offset = [0, 1]
-        for depth in range(length):
-            column = rows[order, depth]
-            fresh[1:] |= column[1:] != column[:-1]
-            children = np.flatnonzero(fresh).astype(np.int32)
-            tokens.append(column[children].astype(np.int32))
-            first_edge = level_offset[-1] - 1
-            if num:
-                offsets.append((np.searchsorted(children, starts) + first_edge).astype(np.int32))
-            else:
-                offsets.append(np.full(level_offset[-1] - level_offset[-2], first_edge, np.int32))
-            level_offset.append(level_offset[-1] + len(children))
-            starts = children
-        edges = level_offset[-1] - 1
-        offsets.append(np.full(level_offset[-1] - level_offset[-2] + 1, edges, np.int32))
-        offset = np.concatenate(offsets)
-        return cls(
-            torch.from_numpy(offset),
-            torch.from_numpy(np.concatenate(tokens)),
-            torch.from_numpy(np.append(starts if num else starts[:0], num).astype(np.int32)),
-            torch.from_numpy(order if given is None else given[order].astype(np.int64)),
-            tuple(level_offset),
-            max_children=int(np.diff(offset).max()),
-            max_token=high if num else -1,
-        )
+    def with_items(self, sequences: Any, item_ids: Any = None) -> Trie:
+        """A trie that has more items, by a merge: a catalogue that grows is not sorted again.
+
+        This trie stays as it is, and so does a search that runs on it; the next call takes the new one. Nodes
+        are numbered anew.
+
+        Args:
+            sequences: ints ``[M, L]``, one row per item, as for :meth:`from_sequences`.
+            item_ids: ints ``[M]``, by default the numbers after the largest id.
+
+        Returns:
+            What :meth:`from_sequences` makes of all items, those of this trie first; on its device.
+
+        Raises:
+            TypeError, ValueError: as :meth:`from_sequences`, or rows of another length.
+        """
+        rows, arrays = building.catalogue(sequences), self._arrays()
+        if rows.shape[1] != self.length:
+            raise ValueError(
+                f"sequences must have the shape [M, L] with L = {self.length}, got {list(rows.shape)}"
+            )
+        building.check_size(self.num_items + len(rows), self.length)
+        if item_ids is None:
+            largest = max(int(arrays.item_ids.max()), -1) if self.num_items else -1
+            if largest > 2**63 - 1 - len(rows):
+                raise ValueError(f"item_ids must be given where the largest id is {largest}, got None")
+            ids = largest + 1 + np.arange(len(rows))
+        else:
+            ids = building.ids(item_ids, len(rows))
+        return self._of(building.merged(arrays, rows, ids)).to(self.device)
+
+    def without_items(self, item_ids: Any) -> Trie:
+        """A trie that has fewer items, as :meth:`with_items` makes one that has more.
+
+        Args:
+            item_ids: ints ``[M]``; all items of these ids are left out.
+
+        Returns:
+            What :meth:`from_sequences` makes of the other items; on the device of this trie.
+
+        Raises:
+            TypeError: they are not integers.
+            ValueError: this trie has no item of some id.
+        """
+        gone = building.integers("item_ids", item_ids).reshape(-1)
+        return self._of(building.without(self._arrays(), gone)).to(self.device)
+
+    @classmethod
+    def _of(cls, arrays: building.Arrays) -> Trie:
+        offset, token, item_offset, item_ids = map(torch.from_numpy, arrays[:4])
+        widest, largest = int(np.diff(arrays.offset).max()), int(arrays.token.max(initial=-1))
+        return cls(offset, token, item_offset, item_ids, arrays.level_offset, widest, largest)
+
+    def _arrays(self) -> building.Arrays:
+        offset, token, item_offset, item_ids = (getattr(self, name).cpu().numpy() for name in _ARRAYS)
+        return building.Arrays(offset, token, item_offset, item_ids, self.level_offset)
 
     def to(self, device: torch.device | str | int) -> Trie:
         """The same trie with its arrays on ``device``."""
@@ -344,7 +355,7 @@ class Trie:
         return begin, torch.where(live, self.offset[index + 1].to(torch.int64), begin)
 
     def _indices(self, name: str, value: Any) -> Tensor:
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(_integers(name, value))
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(building.integers(name, value))
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, got {tensor.dtype}")
         return tensor.to(self.device, torch.int64)
@@ -423,45 +434,6 @@ def _checksum(meta: str, arrays: dict[str, Tensor]) -> str:
         digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}".encode())
         digest.update(arrays[name].numpy().tobytes())
     return digest.hexdigest()
-
-
-def _integers(name: str, value: Any) -> np.ndarray:
-    """``value`` as a NumPy integer array, without a copy where it is one already."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} must be rectangular: {error}") from error
-    if array.size == 0 and not isinstance(value, np.ndarray):
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        exact = np.asarray(value, object)  # integers of more than 64 bits are floats or objects in NumPy
-        wide = [x for x in exact.flat if type(x) is int and not -(2**63) <= x < 2**63]
-        if wide:
-            raise ValueError(f"{name} must fit in int64, got {wide[0]}")
-        raise TypeError(f"{name} must be integers, got {array.dtype}")
-    return array
-
-
-def _lexicographic_order(rows: np.ndarray) -> np.ndarray:
-    """A stable permutation that sorts the rows, by as few 63-bit keys as their ranges allow."""
-    num, length = rows.shape
-    if num == 0:
-        return np.zeros(0, np.int64)
-    keys: list[np.ndarray] = []
-    bits_left = 0
-    for depth in range(length):
-        column = rows[:, depth]
-        low = int(column.min())
-        bits = (int(column.max()) - low).bit_length()
-        if not keys or bits > bits_left:
-            keys.append(np.zeros(num, np.int64))
-            bits_left = 63
-        keys[-1] <<= bits
-        keys[-1] |= column.astype(np.int64) - low if low else column
-        bits_left -= bits
-    return np.argsort(keys[0], kind="stable") if len(keys) == 1 else np.lexsort(keys[::-1])
 
 
 def ragged(begin: Tensor, end: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
