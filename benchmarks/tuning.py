@@ -1,7 +1,7 @@
 """Part ``tuning`` of the study: one setting changed at a time, by the scores of the valid split.
 
 The other parts, and the defaults of the training loop, have what was chosen by it: a sibling term that
-weighs 0.3.
+weighs 0.3, and on clicks a V that weighs 1 in the search.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 BY_CLICK = {"reward: the click": {"reward": "rule"}, "reward: its prefixes": {"reward": "prefix"}}
 ALL = {"3 x learning rate": {"rl_lr": 3.0}, "32 candidates": {"candidates": 32}}
-BEFORE = {"sibling_weight": 1.0}  # what all settings start from
+# What all settings start from; V's weight is that on clicks.
+BEFORE = {"sibling_weight": 1.0}
+V_ON_CLICKS = 3.0
 SIBLING = {
     "sibling term 0.3": {"sibling_weight": 0.3},
     "sibling term 3": {"sibling_weight": 3.0},
@@ -50,12 +52,16 @@ def tune(study: Study) -> dict[str, Tensor]:
     """Setting -> the score of the valid split at each look, before the first step first."""
     from .study import POLICIES
 
+    on_clicks = study.run.dataset.reward is None
     found = {}
     for name, settings in SETTINGS.items():
+        base = POLICIES[name]
+        ved = base.ved | ({"value_weight": V_ON_CLICKS} if on_clicks else {})
+        base = dataclasses.replace(base, changes=base.changes | BEFORE, ved=ved)
         for change, fields in settings.items():
-            if "reward" in fields and study.run.dataset.reward is not None:
+            if "reward" in fields and not on_clicks:
                 continue  # the true reward is what is asked for
-            policy = changed(POLICIES[name], BEFORE | fields, study.run.config)
+            policy = changed(base, fields, study.run.config)
             setting = f"{name}, {change}" if change else name
 
             def measure(policy: Policy = policy, setting: str = setting) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ class VEDConfig:
         entropy_weight: :math:`\lambda`, weight of the entropy in the priority G.
         exploration: :math:`\beta` of the upper confidence bound U, at least 0.
         value_weight: :math:`w_v`, weight of the value. With 0, and without ``child_values``, this is a
-            best-first search by probability, and the model needs no values. 3 was chosen on logged clicks, 30
-            on the synthetic catalogue, where V learns the true reward itself.
+            best-first search by probability, and the model needs no values. 1 was chosen on logged clicks, 30
+            on the synthetic catalogue, where V learns the true reward itself (``docs/evidence.md``).
         logp_weight: :math:`w_p`, weight of the log-probability in G and in the ranking of leaves; 0 is the
             paper.
         evaluate_leaves: True: leaves are evaluated, cost a token each, and are ranked by their own value.
@@ -68,7 +68,7 @@ class VEDConfig:
     beam_width: int = 12
     entropy_weight: float = 0.1
     exploration: float = 1.0
-    value_weight: float = 3.0
+    value_weight: float = 1.0
     logp_weight: float = 1.0
     evaluate_leaves: bool = False
     child_values: bool = True
@@ -108,7 +108,7 @@ class VEDConfig:
     @classmethod
     def paper(cls, **changes: Any) -> VEDConfig:
         """The search of the paper, with some fields changed."""
-        fields: dict[str, Any] = {"beam_width": 8, "value_weight": 1.0, "logp_weight": 0.0}
+        fields: dict[str, Any] = {"beam_width": 8, "logp_weight": 0.0}
         fields |= {"evaluate_leaves": True, "child_values": False, "num_value_beams": 0}
         fields |= {"traversals_per_round": 1, "skip_forced": False}
         return cls(**{**fields, **changes})
