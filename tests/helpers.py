@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import vstar_ops
+
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """``value`` with ``function`` applied to its tensors: a tensor, a dataclass or a tuple of them."""
@@ -30,6 +32,25 @@ def tensors(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, value)
     return found
+
+
+def check_every_float16() -> None:
+    """Each of the 65,536 is read as the float32 that it stands for, and a gradient is the nearest one."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    trie = vstar_ops.Trie.from_sequences(torch.arange(1024)[:, None])
+    logits, root = every.view(1, 64, 1024), torch.zeros(1, 64, dtype=torch.int32)
+    assert_same(
+        vstar_ops.expand_topk(logits, trie, root, 100), vstar_ops.expand_topk(logits.float(), trie, root, 100)
+    )
+    finite = every[every.isfinite()].view(-1, 1, 1024)[..., :1001]  # some past the last whole vector
+    target = torch.arange(len(finite))[:, None, None]
+    halves, floats = (
+        finite.to(dtype, copy=True).requires_grad_() for dtype in (torch.float16, torch.float32)
+    )
+    for x in (halves, floats):
+        vstar_ops.token_logp(x, target).logp.sum().backward()
+    assert halves.grad is not None and floats.grad is not None
+    assert_same(halves.grad, floats.grad.half())
 
 
 def assert_same(got: Any, want: Any) -> None:

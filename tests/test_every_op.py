@@ -16,7 +16,7 @@ import op_calls
 import pytest
 import torch
 from cases import CASES, LARGE, Call
-from helpers import assert_same, map_tensors, op_arguments, tensors
+from helpers import assert_same, check_every_float16, map_tensors, op_arguments, tensors
 
 import vstar_ops
 from vstar_ops.ops import OPS
@@ -146,7 +146,7 @@ def test_inputs_are_not_changed(backend, op, label):
 NARROWER = """
 import vstar_ops
 from cases import LARGE
-from helpers import assert_close, tensors
+from helpers import assert_close, check_every_float16, tensors
 
 assert {loops!r} in vstar_ops.backends()["cpu"].detail
 for op, found in LARGE.items():
@@ -157,7 +157,12 @@ for op, found in LARGE.items():
         # A ratio next to its bound is clipped or not, which the loss counts.
         loose = halves or op == "sibling_grpo_loss"
         assert_close(make()(), want, tolerance=1e-2 if loose else 1e-4)
+check_every_float16()
 """
+
+
+def test_every_float16(cpu):
+    check_every_float16()
 
 
 @pytest.mark.slow
