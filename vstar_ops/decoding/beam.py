@@ -77,7 +77,8 @@ def beam_search(
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
     root = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    beams = _Beams(model, state, trie, root, root, torch.arange(batch, device=device)[:, None], root)
+    empty = torch.empty(batch, 1, 0, dtype=torch.int32, device=device)
+    beams = _Beams(model, state, trie, root, empty, torch.arange(batch, device=device)[:, None], root)
     frontier, row = logits[:, None], None
     logp = torch.zeros(batch, 1, device=device)
     forward_tokens = torch.ones(batch, dtype=torch.int64, device=device)
@@ -100,7 +101,7 @@ def beam_search(
             check_finite_logits(out.num_valid, legal)
         beams.move(out)
         logp = out.logp
-    return BeamResult(trie.sequences(out.node), out.node, logp, out.num_valid, forward_tokens.int())
+    return BeamResult(beams.sequence, out.node, logp, out.num_valid, forward_tokens.int())
 
 
 @dataclass
@@ -111,20 +112,22 @@ class _Beams:
     state: Any
     trie: Trie
     node: Tensor
-    token: Tensor  # the last one
+    sequence: Tensor  # int32 [B, W, length], -1 of dead beams
     slot: Tensor  # of the longest evaluated prefix
     evaluated: Tensor  # its length
 
     def move(self, out: ExpandTopK) -> None:
         """To the winners."""
         parent = out.parent.clamp(min=0).long()
-        self.node, self.token = out.node.long(), out.token.long()
+        above = self.sequence.gather(1, parent[:, :, None].expand(-1, -1, self.sequence.shape[2]))
+        self.sequence = torch.cat([above.masked_fill(out.node[:, :, None] < 0, -1), out.token[:, :, None]], 2)
+        self.node = out.node.long()
         self.slot, self.evaluated = self.slot.gather(1, parent), self.evaluated.gather(1, parent)
 
     def run_all(self) -> tuple[Tensor, None, Tensor]:
         """Logits ``[B, W, V]`` of all prefixes, and the tokens spent ``[B]``. Its shapes are constant."""
         live = self.node >= 0
-        parent, token = self.slot.masked_fill(~live, -1), self.token.clamp(min=0)
+        parent, token = self.slot.masked_fill(~live, -1), self.sequence[..., -1].clamp(min=0).long()
         logits, slot = self.model.extend(self.state, parent.flatten(), token.flatten())
         self.slot = slot.view_as(self.node)
         return logits.unflatten(0, self.node.shape), None, live.sum(1)
@@ -136,7 +139,6 @@ class _Beams:
         prefixes have no row.
         """
         branching = self.trie.num_children(self.node) > 1
-        sequence = self.trie.sequences(self.node).long()
         logits, row = like[:0], torch.full_like(self.node, -1)
         spent = torch.zeros_like(self.node[:, 0])
         for length in range(depth):
@@ -144,7 +146,8 @@ class _Beams:
             picked = rows.nonzero(as_tuple=True)
             if len(picked[0]) == 0:
                 continue
-            logits, slot = self.model.extend(self.state, self.slot[picked], sequence[..., length][picked])
+            token = self.sequence[..., length][picked].long()
+            logits, slot = self.model.extend(self.state, self.slot[picked], token)
             self.slot[picked], self.evaluated[picked] = slot, length + 1
             spent += rows.sum(1)
             if length == depth - 1:
