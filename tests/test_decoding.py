@@ -198,3 +198,63 @@ def test_no_tensor_is_larger_than_the_logits_of_the_rows_run(cpu, decoder, skips
     rows = batch if skips else batch * 8
     assert out.num_valid.tolist() == [8] * batch
     assert largest.bytes <= 4 * columns * rows
+
+
+class Constant:
+    """A model whose own ops are outside of any mode: what is counted is the decoder's."""
+
+    finite_logits = True
+
+    def __init__(self, columns: int, batch: int) -> None:
+        random = torch.Generator().manual_seed(0)
+        self.logits, self.batch = torch.randn(10 * batch, columns, generator=random), batch
+
+    def prefill(self, context: Any) -> tuple[Tensor, Any]:
+        with torch.utils._python_dispatch._disable_current_modes():
+            return self.logits[: self.batch], [self.batch]
+
+    def extend(self, state: Any, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.utils._python_dispatch._disable_current_modes():
+            first = state[0]
+            state[0] += len(parent)
+            slot = torch.arange(first, state[0])
+            return self.logits[slot % len(self.logits)], slot
+
+    def value(self, state: Any, slot: Tensor) -> Tensor:
+        with torch.utils._python_dispatch._disable_current_modes():
+            return self.logits[slot % len(self.logits), 0]
+
+    def child_value(self, state: Any, slot: Tensor) -> Tensor:
+        with torch.utils._python_dispatch._disable_current_modes():
+            return self.logits[slot % len(self.logits)]
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be a launch on a GPU: all ops but views."""
+
+    number = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not (op.is_view or op is torch.ops.aten._unsafe_view.default)
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("decoder", "most"),
+    [
+        (lambda *a: beam_search(*a, skip_forced=False), 52),
+        (beam_search, 100),
+        (topk_sampling, 740),  # its noise is torch's
+        (lambda *a: ved(*a, VEDConfig(skip_forced=False)), 310),
+        (ved, 620),
+    ],
+    ids=["beam, all prefixes", "beam", "topk", "ved, all prefixes", "ved"],
+)
+def test_the_ops_of_a_whole_decode(cpu, decoder, most):
+    """Three levels, 16 candidates. On a GPU each op is a launch, on a CPU a small model waits for them."""
+    random = torch.Generator().manual_seed(1)
+    trie = Trie.from_sequences(torch.randint(64, (5000, 3), generator=random))
+    decoder(Constant(64, 8), None, trie, 16)  # what is computed once per trie
+    with Launches() as launches:
+        decoder(Constant(64, 8), None, trie, 16)
+    assert 0.8 * most < launches.number <= most

@@ -109,10 +109,16 @@ class Trie:
         """Where the arrays live."""
         return self.offset.device
 
-    @cached_property
+    @property
     def only_leaf(self) -> Tensor:
         """The leaf that each node leads to without a choice, else -1; see the class."""
-        leaf = torch.arange(self.num_nodes, dtype=torch.int32, device=self.device)
+        return self._only_leaf[:-1]
+
+    @cached_property
+    def _only_leaf(self) -> Tensor:
+        """:attr:`only_leaf`, and -1 behind it, which the dead node -1 finds as the last one."""
+        leaf = torch.arange(self.num_nodes + 1, dtype=torch.int32, device=self.device)
+        leaf[-1] = -1
         for first, end in zip(self.level_offset[-3::-1], self.level_offset[-2::-1]):  # bottom-up
             begin, last = self.offset[first:end].long(), self.offset[first + 1 : end + 1].long()
             child = (begin + 1).clamp(max=self.num_nodes - 1)

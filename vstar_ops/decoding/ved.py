@@ -164,7 +164,7 @@ class _Search:
         """The leaf that a prefix stands for, so that it is not evaluated; -1 for others."""
         if not self.skip_forced:
             return torch.full_like(node, -1)
-        return pick(self.trie.only_leaf, node.long(), node >= 0)
+        return self.trie._only_leaf[node.long()]
 
     def children(
         self, logits: Tensor, node: Tensor, width: int, logp: Tensor, *, leaves: bool, **ranking: Any
@@ -322,8 +322,8 @@ class _Search:
         return best
 
 
-# What the unused places of a list hold.
-_UNUSED = {"node": -1, "parent": -1, "token": -1, "logp": -torch.inf, "score": -torch.inf}
+# What a search reads of a list, and what its unused places hold.
+_UNUSED = {"node": -1, "parent": -1, "logp": -torch.inf, "score": -torch.inf}
 
 
 def _first_then(first: Any, others: Any) -> Any:
