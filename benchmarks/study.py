@@ -5,7 +5,8 @@ Parts, each over several seeds:
 rows: policies trained in every way, each decoded in several ways on the test split; gains are paired by seed
     and request, and the questions that the paper raises are answered with intervals.
 tokens: quality against the forward tokens that a search really spends.
-tuning: one setting of training changed at a time, on the valid split, see :mod:`benchmarks.tuning`.
+tuning: one setting of training changed at a time, with the first seed on the valid split, see
+    :mod:`benchmarks.tuning`.
 levels: how well log-probability, item prior and V rank the prefixes of each level.
 gradients: which estimate of the policy gradient points along the exact one (synthetic catalogue alone), see
     :mod:`benchmarks.gradients`.
@@ -337,7 +338,7 @@ def run(
             "tuning": functools.partial(tuning.tune, study),
         }
         for part, measure in measures.items():
-            if part in parts:
+            if part in parts and (part != "tuning" or one is runs[0]):
                 found.setdefault(part, []).append(measure())
     if "gradients" in parts and dataset.reward is not None:
         from . import gradients

@@ -83,8 +83,9 @@ def write(
         }
         text += ["Spearman's correlation with the reward, by level:", _levels(numbers["levels"])]
     if "tuning" in found:
-        numbers["tuning"] = [{name: x.tolist() for name, x in seed.items()} for seed in found["tuning"]]
-        text += ["One setting changed at a time, valid split:", tuning.table(found["tuning"])]
+        (looks,) = found["tuning"]
+        numbers["tuning"] = {name: x.tolist() for name, x in looks.items()}
+        text += [f"One setting changed at a time, seed {seeds[0]}, valid split:", tuning.table(looks)]
     if "gradients" in found:
         from . import gradients_report
 

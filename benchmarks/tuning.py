@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,14 +82,12 @@ def changed(policy: Policy, fields: Mapping[str, Any], config: Config) -> Policy
     return dataclasses.replace(policy, changes=policy.changes | other, ved=policy.ved | ved)
 
 
-def table(seeds: Sequence[Mapping[str, Tensor]]) -> str:
-    """The best look and the last one, the means over the seeds."""
-    rows = [["setting", "best look", "last look", "steps of the looks"]]
-    for setting in seeds[0]:
-        looks = torch.stack([x[setting][:, 1] for x in seeds])
-        steps = ", ".join(str(int(step)) for step in seeds[0][setting][:, 0])
-        best = [f"{looks.max(1).values.mean():.4f}", f"{looks[:, -1].mean():.4f}"]
-        rows.append([setting, *best, steps])
+def table(looks: Mapping[str, Tensor]) -> str:
+    """The best look, and every look, of each setting."""
+    steps = next(iter(looks.values()))[:, 0]
+    rows = [["setting", "best look", *(f"step {int(step)}" for step in steps)]]
+    for setting, found in looks.items():
+        rows.append([setting, *(f"{score:.4f}" for score in (found[:, 1].max(), *found[:, 1]))])
     return report.markdown(rows)
 
 
