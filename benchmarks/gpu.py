@@ -150,22 +150,25 @@ def main(argv: list[str] | None = None) -> int:
     clock = Clock(args.device, slice_s=0)
     bandwidth = copy_bandwidth(clock, args.device, 2**24 if args.small else 2**31)
     overhead = {name: on(name, call_overhead)(args.device) for name in available}
-    rows: list[dict[str, Any]] = []
+    header, rows = _header(args.device, bandwidth, overhead), list[dict[str, Any]]()
     for make in cases("small" if args.small else "cuda", industrial_like().to(args.device)):
         case = make()
         if args.only in case.name:
             print(case.name, "…", file=sys.stderr, flush=True)
             rows += measure(clock, available, case, bandwidth, args.rounds)
-    header = _header(args.device, bandwidth, overhead)
-    text = table(header, rows)
-    slug = "-".join(f"{header['device']} {header['date']}".lower().split())
-    args.out.mkdir(parents=True, exist_ok=True)
-    as_json = json.dumps({"machine": header, "rows": rows}, indent=1)
-    for suffix, content in ((".json", as_json), (".md", text)):
-        with replacing(args.out / f"{slug}{suffix}") as path:
-            path.write_text(content)
-    print(text)
+            write(args.out, header, rows)  # after every case: a GPU may be lent for a while only
+    print(table(header, rows))
     return any("error" in row for row in rows)
+
+
+def write(folder: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """``<device>-<date>.json`` and ``.md``."""
+    slug = "-".join(f"{header['device']} {header['date']}".lower().split())
+    folder.mkdir(parents=True, exist_ok=True)
+    as_json = json.dumps({"machine": header, "rows": rows}, indent=1)
+    for suffix, content in ((".json", as_json), (".md", table(header, rows))):
+        with replacing(folder / f"{slug}{suffix}") as path:
+            path.write_text(content)
 
 
 if __name__ == "__main__":
