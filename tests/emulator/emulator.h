@@ -9,9 +9,13 @@
 // Errors, thrown by the launch as std::runtime_error: a barrier, shuffle or vote that a thread named in it never
 // reaches; one called by a lane outside of its own mask; a shuffle from a lane that takes no part.
 //
+// A build with ThreadSanitizer reports data races between CUDA threads; see races.h.
+//
 // Counted per launch: block barriers, warp operations (shuffles, votes, warp barriers), atomics, and the 32-byte
 // sectors that the warps read through __ldg. The n-th __ldg of a thread is taken to be the same instruction as
 // the n-th of the other lanes, which is exact for warps that do not diverge.
+//
+// A thread that has to wait writes down for what and leaves; all else is the scheduler's, on its own stack.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +34,8 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
+#include "races.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -62,18 +68,17 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-constexpr size_t kStack = size_t(1) << 17;
-
 enum class State { kReady, kBarrier, kWarp, kDone };
 enum class Op { kNone, kShuffle, kVote, kSyncWarp, kSyncThreads };
 
 struct Fiber {
-  std::unique_ptr<char[]> stack{new char[kStack]};
+  Stack stack;
   void* pointer = nullptr;  // of its stack, where it does not run
 #if !defined(__x86_64__)
   ucontext_t context;
 #endif
   void* fake_stack = nullptr;
+  void* known_as = nullptr;  // to ThreadSanitizer
   State state = State::kDone;
   Op op = Op::kNone;
   unsigned mask = 0, source = 0;
@@ -90,10 +95,7 @@ inline Counts counts;
 inline bool counting = false;  // sectors; they take time
 inline uint64_t seed = 0;
 
-class Block;
-inline Block* running = nullptr;
 inline char* shared = nullptr;
-inline size_t shared_size = 0;
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers and the stack pointer, and goes on where another fiber did so; see main.cpp.
@@ -103,7 +105,9 @@ extern "C" void vstar_emulator_switch(void** save, void* load);
 class Block {
  public:
   template <class Run>
-  void run(unsigned threads, const Run& body, uint64_t& random) {
+  void run(unsigned threads, const Run& body, uint64_t& random, Races& races) {
+    races_ = &races;
+    scheduler_ = races.scheduler();
     call_ = [](const void* data) { (*static_cast<const Run*>(data))(); };
     data_ = &body;
     threads_ = threads;
@@ -113,11 +117,11 @@ class Block {
       start(*fibers_[t], t);
       ready_.push_back(t);
     }
+    races.start(threads);
     arrived_.assign((threads + 31) / 32, 0);
     read_.clear();
     at_barrier_ = done_ = 0;
     error_.clear();
-    running = this;
     while (done_ < threads && error_.empty()) {
       if (ready_.empty()) {
         error_ = deadlock();
@@ -128,10 +132,9 @@ class Block {
       current_ = ready_[pick];
       ready_[pick] = ready_.back();
       ready_.pop_back();
-      threadIdx.x = current_;
-      enter(*fibers_[current_]);
+      enter(fibers_[current_].get());
+      settle(*fibers_[current_]);
     }
-    running = nullptr;
     for (const auto& entry : read_) counts.sectors += int64_t(entry.second.size());
     if (!error_.empty()) {
       fibers_.clear();  // they stand in the middle of their work
@@ -139,39 +142,29 @@ class Block {
     }
   }
 
-  // Of the thread that runs:
-  unsigned barrier(bool vote) {
-    Fiber& me = *fibers_[current_];
-    me.state = State::kBarrier;
-    me.op = Op::kSyncThreads;
-    votes_ += vote;
-    if (++at_barrier_ == threads_) {
-      ++counts.barriers;
-      for (unsigned t = 0; t < threads_; ++t) release(t, votes_);
-      at_barrier_ = votes_ = 0;
-    }
+  // Of the thread that runs; returns how many of all vote.
+  VSTAR_UNSEEN unsigned barrier(bool vote) {
+    me_->state = State::kBarrier;
+    me_->op = Op::kSyncThreads;
+    me_->votes = vote;
     leave();
-    return me.votes;
+    return me_->votes;
   }
 
   // Every lane of the mask brings a value; returns the source's, and the votes of all.
-  Fiber& warp(Op op, unsigned mask, uint64_t value, unsigned source, unsigned vote) {
-    const unsigned warp = current_ / 32, lane = current_ % 32;
-    Fiber& me = *fibers_[current_];
-    if (!(mask >> lane & 1)) fail("a warp operation is called by lane " + std::to_string(lane) + " outside of its own mask");
-    if (op == Op::kShuffle && !(mask >> source & 1)) {
-      fail("lane " + std::to_string(lane) + " shuffles from lane " + std::to_string(source) + ", which takes no part");
-    }
-    me.state = State::kWarp;
-    me.op = op;
-    me.mask = mask;
-    me.value = value;
-    me.source = source;
-    me.votes = vote;
-    arrived_[warp] |= 1u << lane;
-    if ((arrived_[warp] & mask) == mask) complete(warp, op, mask);
+  struct Met {
+    uint64_t value;
+    unsigned votes;
+  };
+  VSTAR_UNSEEN Met warp(Op op, unsigned mask, uint64_t value, unsigned source, unsigned vote) {
+    me_->state = State::kWarp;
+    me_->op = op;
+    me_->mask = mask;
+    me_->value = value;
+    me_->source = source;
+    me_->votes = vote;
     leave();
-    return me;
+    return {me_->value, me_->votes};
   }
 
   void read(const void* pointer, size_t size) {
@@ -182,29 +175,15 @@ class Block {
     counts.bytes += int64_t(size);
   }
 
-  [[noreturn]] void fail(const std::string& message) {
-    error_ = message + where();
-    leave();
-    abort();  // a block that failed is never entered again
-  }
-
-  static void entry() {
-    Block& block = *running;
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, &block.main_bottom_, &block.main_size_);
-#endif
-    block.call_(block.data_);
-    block.fibers_[block.current_]->state = State::kDone;
-    ++block.done_;
-    block.leave();
-    abort();
-  }
+  static void entry();
 
  private:
   void start(Fiber& fiber, unsigned number) {
     fiber.state = State::kReady;
     fiber.reads = 0;
     fiber.fake_stack = nullptr;
+    fiber.known_as = races_->fiber(number);
+    fiber.stack.renew();
 #if defined(__x86_64__)
     // Staggered: equal addresses modulo a power of two would compete for the same lines of the caches.
     uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStack - number * 448 % 8192) & ~uintptr_t(15);
@@ -222,15 +201,18 @@ class Block {
 #endif
   }
 
-  void enter(Fiber& fiber) {
+  VSTAR_UNSEEN void enter(Fiber* fiber) {
+    me_ = fiber;
+    threadIdx.x = current_;
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
-    __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStack);
+    __sanitizer_start_switch_fiber(&fake, fiber->stack.get(), kStack);
 #endif
+    work_for(fiber->known_as);
 #if defined(__x86_64__)
-    vstar_emulator_switch(&main_pointer_, fiber.pointer);
+    vstar_emulator_switch(&main_pointer_, fiber->pointer);
 #else
-    swapcontext(&main_context_, &fiber.context);
+    swapcontext(&main_context_, &fiber->context);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
@@ -238,11 +220,12 @@ class Block {
   }
 
   // Back to the scheduler, which returns here once the fiber is ready again.
-  void leave() {
-    Fiber& me = *fibers_[current_];
+  VSTAR_UNSEEN void leave() {
+    Fiber& me = *me_;
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(me.state == State::kDone ? nullptr : &me.fake_stack, main_bottom_, main_size_);
 #endif
+    work_for(scheduler_);
 #if defined(__x86_64__)
     vstar_emulator_switch(&me.pointer, main_pointer_);
 #else
@@ -253,33 +236,65 @@ class Block {
 #endif
   }
 
-  void release(unsigned t, unsigned votes) {
-    Fiber& fiber = *fibers_[t];
-    fiber.state = State::kReady;
-    fiber.votes = votes;
-    ready_.push_back(t);
+  // A fiber has left. If all that it waits for have come, they are ready.
+  void settle(Fiber& me) {
+    if (me.state == State::kDone) {
+      ++done_;
+    } else if (me.state == State::kWarp) {
+      meet_warp(me);
+    } else {
+      votes_ += me.votes;
+      if (++at_barrier_ < threads_) return;
+      ++counts.barriers;
+      met_.resize(threads_);
+      for (unsigned t = 0; t < threads_; ++t) {
+        met_[t] = t;
+        fibers_[t]->votes = votes_;
+      }
+      at_barrier_ = votes_ = 0;
+      release();
+    }
   }
 
-  void complete(unsigned warp, Op op, unsigned mask) {
-    const unsigned first = warp * 32;
+  void meet_warp(const Fiber& me) {
+    const unsigned warp = current_ / 32, lane = current_ % 32, mask = me.mask;
+    const bool takes_part = mask >> lane & 1;
+    if (!takes_part) return fail("a warp operation is called by lane " + std::to_string(lane) + " outside of its own mask");
+    if (me.op == Op::kShuffle && !(mask >> me.source & 1)) {
+      return fail("lane " + std::to_string(lane) + " shuffles from lane " + std::to_string(me.source) + ", which takes no part");
+    }
+    arrived_[warp] |= 1u << lane;
+    if ((arrived_[warp] & mask) != mask) return;
     unsigned votes = 0;
     uint64_t values[32] = {};
-    for (unsigned lane = 0; lane < 32; ++lane) {
-      if (!(mask >> lane & 1)) continue;
-      const Fiber& fiber = *fibers_[first + lane];
-      if (fiber.op != op || fiber.mask != mask) return;  // another operation: the wait is in vain
-      values[lane] = fiber.value;
-      votes |= (fiber.votes & 1) << lane;
+    met_.clear();
+    for (unsigned l = 0; l < 32; ++l) {
+      if (!(mask >> l & 1)) continue;
+      met_.push_back(warp * 32 + l);
+      const Fiber& fiber = *fibers_[met_.back()];
+      if (fiber.op != me.op || fiber.mask != mask) return;  // another operation: the wait is in vain
+      values[l] = fiber.value;
+      votes |= (fiber.votes & 1) << l;
     }
     ++counts.warp_operations;
     arrived_[warp] &= ~mask;
-    for (unsigned lane = 0; lane < 32; ++lane) {
-      if (!(mask >> lane & 1)) continue;
-      Fiber& fiber = *fibers_[first + lane];
-      fiber.value = values[fiber.source];
-      release(first + lane, votes);
+    for (const unsigned t : met_) {
+      fibers_[t]->value = values[fibers_[t]->source];
+      fibers_[t]->votes = votes;
+    }
+    release();
+  }
+
+  // Those who have met.
+  void release() {
+    races_->meet(met_);
+    for (const unsigned t : met_) {
+      fibers_[t]->state = State::kReady;
+      ready_.push_back(t);
     }
   }
+
+  void fail(const std::string& message) { error_ = message + where(); }
 
   std::string where() const {
     return " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(current_) + ")";
@@ -303,13 +318,15 @@ class Block {
   }
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::vector<unsigned> ready_, arrived_;
+  std::vector<unsigned> ready_, arrived_, met_;
   std::map<std::pair<unsigned, unsigned>, std::set<uintptr_t>> read_;
   std::string error_;
   void (*call_)(const void*) = nullptr;
   const void* data_ = nullptr;
   unsigned threads_ = 0, current_ = 0, at_barrier_ = 0, votes_ = 0, done_ = 0;
-  void* main_pointer_ = nullptr;
+  Fiber* me_ = nullptr;  // that runs
+  Races* races_ = nullptr;
+  void *main_pointer_ = nullptr, *scheduler_ = nullptr;
 #if !defined(__x86_64__)
   ucontext_t main_context_;
 #endif
@@ -321,23 +338,45 @@ class Block {
 
 inline Block block;
 
+// Where a fiber begins.
+VSTAR_UNSEEN void Block::entry() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &block.main_bottom_, &block.main_size_);
+#endif
+  block.call_(block.data_);
+  block.me_->state = State::kDone;
+  block.leave();
+  abort();
+}
+
+// What the threads of a block read of it.
+VSTAR_UNSEEN void place_block(unsigned x, unsigned y, char* memory) {
+  blockIdx.x = x;
+  blockIdx.y = y;
+  shared = memory;
+}
+
+// Relaxed, as CUDA's are: they order nothing else.
+VSTAR_UNSEEN void count_atomic() { ++counts.atomics; }
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes, const Arguments&... arguments) {
   if (threads == 0 || threads > 1024) throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535) throw std::runtime_error("an impossible grid");
   if (shared_bytes > 227 * 1024) throw std::runtime_error(std::to_string(shared_bytes) + " bytes of shared memory");
   uint64_t random = ++seed * 0x9E3779B97F4A7C15u | 1;
-  std::unique_ptr<char[]> memory(new char[shared_bytes]);
-  shared = memory.get();
-  shared_size = shared_bytes;
   gridDim = grid;
   blockDim = {threads};
   ++counts.launches;
-  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-      memset(shared, 0xCB, shared_bytes);
+  const auto body = [&] { kernel(arguments...); };
+  Races races;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      char* const memory = races.begin_block(threads, shared_bytes);
+      memset(memory, 0xCB, shared_bytes);
+      place_block(x, y, memory);
       ++counts.blocks;
-      block.run(threads, [&] { kernel(arguments...); }, random);
+      block.run(threads, body, random, races);
     }
   }
 }
@@ -359,15 +398,15 @@ T unpack(uint64_t bits) {
 
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source) {
-  return unpack<T>(running->warp(Op::kShuffle, mask, pack(value), source, 0).value);
+  return unpack<T>(block.warp(Op::kShuffle, mask, pack(value), source, 0).value);
 }
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::running->barrier(false); }
-inline int __syncthreads_count(int vote) { return int(emulator::running->barrier(vote != 0)); }
-inline int __syncthreads_or(int vote) { return emulator::running->barrier(vote != 0) > 0; }
-inline void __syncwarp(unsigned mask = ~0u) { emulator::running->warp(emulator::Op::kSyncWarp, mask, 0, 0, 0); }
+inline void __syncthreads() { emulator::block.barrier(false); }
+inline int __syncthreads_count(int vote) { return int(emulator::block.barrier(vote != 0)); }
+inline int __syncthreads_or(int vote) { return emulator::block.barrier(vote != 0) > 0; }
+inline void __syncwarp(unsigned mask = ~0u) { emulator::block.warp(emulator::Op::kSyncWarp, mask, 0, 0, 0); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
@@ -388,7 +427,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned lanes) {
   return emulator::shuffle(mask, value, lane + lanes < 32 ? lane + lanes : lane);
 }
 inline unsigned __ballot_sync(unsigned mask, int vote) {
-  return emulator::running->warp(emulator::Op::kVote, mask, 0, threadIdx.x % 32, vote != 0).votes;
+  return emulator::block.warp(emulator::Op::kVote, mask, 0, threadIdx.x % 32, vote != 0).votes;
 }
 inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
 inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == mask; }
@@ -399,14 +438,12 @@ inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 
 template <class T>
 T atomicAdd(T* address, T value) {
-  ++emulator::counts.atomics;
-  const T old = *address;
-  *address = old + value;
-  return old;
+  emulator::count_atomic();
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 template <class T>
 T __ldg(const T* pointer) {
-  if (emulator::counting) emulator::running->read(pointer, sizeof(T));
+  if (emulator::counting) emulator::block.read(pointer, sizeof(T));
   return *pointer;
 }
