@@ -73,9 +73,19 @@ def prefixes(
     return logits, trie, node
 
 
-def expansion(batch: int, k: int = 9, *, options: bool = False, root: bool = False, **sizes: int) -> Call:
-    """``expand_topk``, with every option or none."""
+def expansion(
+    batch: int,
+    k: int = 9,
+    *,
+    options: bool = False,
+    root: bool = False,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **sizes: int,
+) -> Call:
+    """``expand_topk``, with every option or none, and all logits equal if ``tied``."""
     logits, trie, node = prefixes(batch, **sizes)
+    logits = (logits * (not tied)).to(dtype)
     arguments: dict[str, Any] = {"logits": logits, "trie": trie, "node": node * (not root), "k": k}
     if options:
         random = seeded(1)
@@ -289,6 +299,8 @@ def ranking(batch: int, rounds: int = 4, **options: Any) -> Call:
 # ---------------------------------------------------------------- by name
 
 BFLOAT16 = {"dtype": torch.bfloat16}
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALVES]
 CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     "expand_topk": {"plain": expansion, "options": partial(expansion, options=True)},
     "group_advantage": {
@@ -329,6 +341,54 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     },
     "ved_insert": {"plain": insertion, "options": partial(insertion, entropy_weight=0.5, logp_weight=0.3)},
     "ved_candidates": {"plain": ranking, "options": partial(ranking, logp_weight=0.5)},
+}
+
+# The further ways in which the CUDA C++ kernels are launched: sizes and dtypes that decide on a kernel, a loop, or where
+# scratch lies.
+PATHS: dict[str, list[Callable[[int], Call]]] = {
+    "expand_topk": [
+        partial(expansion, k=150, options=True, columns=30, items=200),
+        partial(expansion, k=700, tied=True, columns=40, items=200, width=8),
+        *(partial(expansion, options=True, dtype=dtype) for dtype in HALVES),
+        partial(expansion, columns=1300, root=True, items=4000),
+        *(partial(expansion, options=True, columns=1300, root=True, items=4000, dtype=dtype) for dtype in HALVES),
+        partial(expansion, k=2500, tied=True, columns=1300, root=True, items=4000),
+        partial(expansion, columns=1000, root=True, items=6000, width=95),
+    ],
+    "group_advantage": [partial(rewarded, group=1100, masked=True)],
+    "sibling_advantage": [
+        partial(siblings, group=40),
+        partial(siblings, group=160),
+        partial(siblings, group=300, masked=True, baseline="parent"),
+        partial(siblings, group=140, by_token=True),
+        partial(siblings, group=1100, tokens=12),
+    ],
+    "prefix_returns": [
+        partial(embedded, group=40),
+        partial(embedded, group=140, by_token=True),
+        partial(embedded, group=2000, tokens=12, masked=True),
+    ],
+    "prefix_tree": [
+        partial(tree, group=40, masked=True),
+        partial(tree, group=300, by_token=True),
+        partial(tree, group=2000, tokens=12),
+    ],
+    "token_logp": [
+        partial(scored, columns=2100, targets=300, dtype=torch.bfloat16),
+        *(partial(scored, columns=columns, legal=True, dtype=dtype) for columns in (30, 2100) for dtype in DTYPES),
+        *(partial(scored, columns=30, dtype=dtype) for dtype in DTYPES),
+    ],
+    "token_logp_backward": [
+        partial(differentiated, columns=2100, targets=300, dtype=torch.bfloat16),
+        *(partial(differentiated, columns=2100, legal=True, dtype=dtype) for dtype in DTYPES),
+    ],
+    "sibling_grpo_loss": [
+        partial(loss, group=40, options=True),
+        partial(loss, group=40, sequences=True),
+    ],
+    "ved_select": [partial(selection, rounds=8, traversals=3)],
+    "ved_insert": [partial(insertion, rounds=8)],
+    "ved_candidates": [partial(ranking, rounds=8)],
 }
 
 # Enough work for several threads: many requests, or a single one that is divided.

@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import recipe
 import torch
 
@@ -70,16 +72,40 @@ def compiled(name: str, sources: list[Path], *, sanitizers: str = SANITIZERS, pr
     return target
 
 
-def _run(*command: str) -> None:
+def _run(*command: str) -> str:
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    return done.stdout
+
+
+def emulated(sanitizers: str = SANITIZERS) -> Path:
+    """What registers ``vstar_ops_cuda`` on CPU tensors."""
+    sources = [FOLDER / "main.cpp", *sorted(ROOT.glob("csrc/**/*.cu"))]
+    return compiled("emulated", sources, sanitizers=sanitizers)
+
+
+def run_under(sanitizers: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program, or Python with kernels, built with sanitizers; skips the test where that cannot be."""
+    # libstdc++ too: what throws exceptions must be there when AddressSanitizer looks for it.
+    names = ["libtsan.so" if sanitizers == "thread" else "libasan.so", "libstdc++.so"]
+    paths = [_run(COMPILER, f"-print-file-name={name}").strip() for name in names]
+    if not os.path.isabs(paths[0]):
+        pytest.skip(f"the compiler has no {names[0]}")
+    environment = {"VSTAR_OPS_SANITIZE": sanitizers, "LD_PRELOAD": " ".join(paths), **environment}
+    # ThreadSanitizer wants certain addresses for itself.
+    fixed = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"]).returncode == 0 else []
+    done = subprocess.run(
+        [*fixed, *command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    if "FATAL: ThreadSanitizer: unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer cannot run: addresses are random here, and setarch -R is not allowed")
+    return done
 
 
 @cache
 def load() -> ctypes.CDLL:
-    """Compile and load what registers ``vstar_ops_cuda`` on CPU tensors."""
-    sources = [FOLDER / "main.cpp", *sorted(ROOT.glob("csrc/**/*.cu"))]
-    library = compiled("emulated", sources)
+    """Compile and load the emulated kernels."""
+    library = emulated()
     torch.ops.load_library(library)
     return ctypes.CDLL(str(library))
 
@@ -98,3 +124,13 @@ def counts() -> Counts:
     values = (ctypes.c_int64 * len(Counts._fields))()
     load().emulator_counts(values)
     return Counts(*values)
+
+
+def kernels() -> tuple[set[str], set[str]]:
+    """All kernels by name, with their template arguments, and those that were launched so far."""
+    symbols = _run("nm", "-DC", "--defined-only", str(emulated()))
+    names = [line.split(maxsplit=2)[2] for line in symbols.splitlines()]
+    function = load().emulator_kernels
+    function.restype = ctypes.c_char_p
+    launched = set(function().decode().splitlines())
+    return {x for x in names if re.fullmatch(r"(void )?vstar::\w+_kernel(<.*>)?\([^()]*\)", x)}, launched

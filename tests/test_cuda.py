@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from functools import partial
 
 import cases
 import cuda_emulator
@@ -115,24 +112,10 @@ def test_groups_beyond_shared_memory():
 # ---------------------------------------------------------------- what no seed may change
 
 
-SIZES = {
-    "expand_topk": [
-        partial(cases.expansion, k=150, options=True, columns=30, items=200),
-        partial(cases.expansion, columns=1300, root=True, items=4000),
-    ],
-    "sibling_advantage": [partial(cases.siblings, group=40), partial(cases.siblings, group=160)],
-    "prefix_returns": [partial(cases.embedded, group=40)],
-    "prefix_tree": [partial(cases.tree, group=40, masked=True)],
-    "token_logp": [partial(cases.scored, columns=2100, targets=40, dtype=torch.bfloat16)],
-    "token_logp_backward": [partial(cases.differentiated, columns=2100, targets=40, dtype=torch.bfloat16)],
-    "sibling_grpo_loss": [partial(cases.loss, group=40, options=True)],
-}
-
-
 @pytest.mark.parametrize("name", OPS)
 def test_the_order_of_threads_does_not_show(name):
     cuda_emulator.load()
-    for make in (*cases.CASES[name].values(), *SIZES.get(name, [])):
+    for make in (*cases.CASES[name].values(), *cases.PATHS[name]):
         arguments, results = op_arguments(name, make(3)), []
         for seed in range(5):
             cuda_emulator.seed(seed << 32)
@@ -250,33 +233,8 @@ def test_a_round_of_the_search_is_two_launches():
 @pytest.mark.skipif(bool(cuda_emulator.SANITIZERS), reason="this is the inner run")
 def test_under_sanitizers():
     """The tests of the ops on kernels built with AddressSanitizer and UBSan, in a process of their own."""
-
-    def found(library: str) -> str:
-        command = [cuda_emulator.COMPILER, f"-print-file-name={library}"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    if not os.path.isabs(found("libasan.so")):
-        pytest.skip("the compiler has no AddressSanitizer")
-    environment = {
-        **os.environ,
-        # What throws exceptions must be there when AddressSanitizer looks for it.
-        "LD_PRELOAD": f"{found('libasan.so')} {found('libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "VSTAR_OPS_SANITIZE": "address,undefined",
-    }
     files = [*sorted({f"tests/test_{op.module}.py" for op in OPS.values()}), "tests/test_every_op.py"]
     # Without capture: what a sanitizer prints when it ends the process would be lost.
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-qxs",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "emulated",
-    ]
-    done = subprocess.run(
-        [*command, *files], cwd=cuda_emulator.ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", "-k", "emulated", *files]
+    done = cuda_emulator.run_under("address,undefined", *command, ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

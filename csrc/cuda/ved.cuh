@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(32 * kTreesPerBlock, 8) ved_insert_kernel(VedI
     if (lane() == 0) a.set_up(b, to, row, level);
     __syncwarp();  // the next row may lie below this one
   }
+  __syncwarp();  // all lanes have read the size, if no row was taken
   if (lane() == 0) a.size[b] = size;
 }
 

@@ -94,6 +94,7 @@ struct Counts {
 inline Counts counts;
 inline bool counting = false;  // sectors; they take time
 inline uint64_t seed = 0;
+inline std::set<const void*> kernels;  // that were launched
 
 inline char* shared = nullptr;
 
@@ -368,6 +369,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t s
   gridDim = grid;
   blockDim = {threads};
   ++counts.launches;
+  kernels.insert(reinterpret_cast<const void*>(kernel));
   const auto body = [&] { kernel(arguments...); };
   Races races;
   for (unsigned y = 0; y < grid.y; ++y) {

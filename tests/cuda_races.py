@@ -1,0 +1,30 @@
+"""Runs every CUDA C++ kernel under ThreadSanitizer, which ends the process at the first race; see test_races.py.
+
+Blocks know nothing of each other there, so every case has several requests.
+"""
+
+from __future__ import annotations
+
+import cases
+import cuda_emulator
+import torch
+from helpers import map_tensors, op_arguments
+
+SEEDS = 2
+
+library = cuda_emulator.load()
+for name, found in cases.CASES.items():
+    for make in (*found.values(), *cases.PATHS[name]):
+        arguments = op_arguments(name, make(5))
+        for seed in range(SEEDS):
+            cuda_emulator.seed(seed << 32)
+            copies = map_tensors(torch.Tensor.clone, arguments)
+            getattr(torch.ops.vstar_ops_cuda, name).default(*copies)
+    print(name, flush=True)
+every, launched = cuda_emulator.kernels()
+assert every, "no kernels were found"
+assert every <= launched, f"never launched: {sorted(every - launched)}"
+print(f"no race in {len(every)} kernels", flush=True)
+
+library.emulator_race()
+print("a race was not reported")
