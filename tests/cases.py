@@ -301,6 +301,7 @@ def ranking(batch: int, rounds: int = 4, **options: Any) -> Call:
 BFLOAT16 = {"dtype": torch.bfloat16}
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
+LONG: dict[str, Any] = {"columns": 1300, "root": True, "items": 4000}
 CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     "expand_topk": {"plain": expansion, "options": partial(expansion, options=True)},
     "group_advantage": {
@@ -343,16 +344,16 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     "ved_candidates": {"plain": ranking, "options": partial(ranking, logp_weight=0.5)},
 }
 
-# The further ways in which the CUDA C++ kernels are launched: sizes and dtypes that decide on a kernel, a loop, or where
-# scratch lies.
+# Further ways in which CUDA C++ kernels are launched: sizes and dtypes that decide on a kernel, a loop, or
+# where scratch lies.
 PATHS: dict[str, list[Callable[[int], Call]]] = {
     "expand_topk": [
         partial(expansion, k=150, options=True, columns=30, items=200),
         partial(expansion, k=700, tied=True, columns=40, items=200, width=8),
         *(partial(expansion, options=True, dtype=dtype) for dtype in HALVES),
-        partial(expansion, columns=1300, root=True, items=4000),
-        *(partial(expansion, options=True, columns=1300, root=True, items=4000, dtype=dtype) for dtype in HALVES),
-        partial(expansion, k=2500, tied=True, columns=1300, root=True, items=4000),
+        partial(expansion, **LONG),
+        *(partial(expansion, options=True, **LONG, dtype=dtype) for dtype in HALVES),
+        partial(expansion, k=2500, tied=True, **LONG),
         partial(expansion, columns=1000, root=True, items=6000, width=95),
     ],
     "group_advantage": [partial(rewarded, group=1100, masked=True)],
@@ -375,8 +376,9 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
     ],
     "token_logp": [
         partial(scored, columns=2100, targets=300, dtype=torch.bfloat16),
-        *(partial(scored, columns=columns, legal=True, dtype=dtype) for columns in (30, 2100) for dtype in DTYPES),
-        *(partial(scored, columns=30, dtype=dtype) for dtype in DTYPES),
+        *(partial(scored, dtype=dtype) for dtype in DTYPES),
+        *(partial(scored, legal=True, dtype=dtype) for dtype in DTYPES),
+        *(partial(scored, columns=2100, legal=True, dtype=dtype) for dtype in DTYPES),
     ],
     "token_logp_backward": [
         partial(differentiated, columns=2100, targets=300, dtype=torch.bfloat16),

@@ -51,7 +51,7 @@ def compiled(name: str, sources: list[Path], *, sanitizers: str = SANITIZERS, pr
     ]  # fmt: skip
     if sanitizers:
         command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-    link = [] if program else ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    link = ["-ldl"] if program else ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     headers = [*FOLDER.glob("*.h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]
     state = hashlib.sha256(" ".join([*command, *link, torch.__version__]).encode())
     for path in sorted([*sources, *headers]):
@@ -84,14 +84,17 @@ def emulated(sanitizers: str = SANITIZERS) -> Path:
     return compiled("emulated", sources, sanitizers=sanitizers)
 
 
-def run_under(sanitizers: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program, or Python with kernels, built with sanitizers; skips the test where that cannot be."""
+def runtime(sanitizers: str) -> str:
+    """What a process must preload that runs code built with sanitizers; empty if the compiler lacks them."""
     # libstdc++ too: what throws exceptions must be there when AddressSanitizer looks for it.
     names = ["libtsan.so" if sanitizers == "thread" else "libasan.so", "libstdc++.so"]
-    paths = [_run(COMPILER, f"-print-file-name={name}").strip() for name in names]
-    if not os.path.isabs(paths[0]):
-        pytest.skip(f"the compiler has no {names[0]}")
-    environment = {"VSTAR_OPS_SANITIZE": sanitizers, "LD_PRELOAD": " ".join(paths), **environment}
+    paths = [_run(str(COMPILER), f"-print-file-name={name}").strip() for name in names]
+    return " ".join(paths) if os.path.isabs(paths[0]) else ""
+
+
+def run_under(sanitizers: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program, or Python with kernels, built with sanitizers; skips the test where that cannot be."""
+    environment = {"VSTAR_OPS_SANITIZE": sanitizers, "LD_PRELOAD": runtime(sanitizers), **environment}
     # ThreadSanitizer wants certain addresses for itself.
     fixed = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"]).returncode == 0 else []
     done = subprocess.run(
@@ -128,7 +131,7 @@ def counts() -> Counts:
 
 def kernels() -> tuple[set[str], set[str]]:
     """All kernels by name, with their template arguments, and those that were launched so far."""
-    symbols = _run("nm", "-DC", "--defined-only", str(emulated()))
+    symbols = _run("nm", "-DC", "--defined-only", load()._name)
     names = [line.split(maxsplit=2)[2] for line in symbols.splitlines()]
     function = load().emulator_kernels
     function.restype = ctypes.c_char_p

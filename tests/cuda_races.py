@@ -1,6 +1,6 @@
-"""Runs every CUDA C++ kernel under ThreadSanitizer, which ends the process at the first race; see test_races.py.
+"""Runs every CUDA C++ kernel under ThreadSanitizer, which ends the process at the first race.
 
-Blocks know nothing of each other there, so every case has several requests.
+Part of test_races.py. Every case has several requests, because blocks may race too.
 """
 
 from __future__ import annotations

@@ -13,9 +13,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def detector():
+    if not cuda_emulator.runtime("thread"):
+        pytest.skip("the compiler has no ThreadSanitizer")
+
+
 @pytest.fixture(scope="module")
-def reports():
-    """By fault of ``racy.cpp``: launches, those with a report where the fault is there, and where it is not."""
+def reports(detector):
+    """By fault of ``racy.cpp``: launches; how many are reported with the fault; how many without it."""
     sources = [cuda_emulator.FOLDER / "main.cpp", cuda_emulator.FOLDER / "racy.cpp"]
     program = cuda_emulator.compiled("racy", sources, sanitizers="thread", program=True)
     # Every report of every launch, in numbers: to look names up takes long.
@@ -50,7 +56,7 @@ def test_a_race_is_reported_in_every_launch(reports, fault):
 
 
 def test_no_kernel_has_a_race():
-    """Every kernel, on the cases of all ops; the process ends with a race on purpose, which must be reported."""
+    """Every kernel, on the cases of all ops. Last comes a race on purpose, which must be reported."""
     cuda_emulator.emulated("thread")  # the compiler is slow where ThreadSanitizer is preloaded
     options = "halt_on_error=1 exitcode=66 ignore_noninstrumented_modules=1"
     done = cuda_emulator.run_under(
