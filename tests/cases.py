@@ -362,17 +362,17 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
         partial(siblings, group=160),
         partial(siblings, group=300, masked=True, baseline="parent"),
         partial(siblings, group=140, by_token=True),
-        partial(siblings, group=1100, tokens=12),
+        partial(siblings, group=1100),
     ],
     "prefix_returns": [
         partial(embedded, group=40),
         partial(embedded, group=140, by_token=True),
-        partial(embedded, group=2000, tokens=12, masked=True),
+        partial(embedded, group=2200, tokens=5, masked=True),
     ],
     "prefix_tree": [
         partial(tree, group=40, masked=True),
         partial(tree, group=300, by_token=True),
-        partial(tree, group=2000, tokens=12),
+        partial(tree, group=2200),
     ],
     "token_logp": [
         partial(scored, columns=2100, targets=300, dtype=torch.bfloat16),
