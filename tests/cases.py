@@ -349,7 +349,7 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
 PATHS: dict[str, list[Callable[[int], Call]]] = {
     "expand_topk": [
         partial(expansion, k=150, options=True, columns=30, items=200),
-        partial(expansion, k=700, tied=True, columns=40, items=200, width=8),
+        partial(expansion, k=100, tied=True, columns=40, root=True, width=30),
         *(partial(expansion, options=True, dtype=dtype) for dtype in HALVES),
         partial(expansion, **LONG),
         *(partial(expansion, options=True, **LONG, dtype=dtype) for dtype in HALVES),
