@@ -67,6 +67,7 @@ gpu:
 	$(PYTHON) -m vstar_ops.collect_env
 	@tests=$$($(PYTHON) -c '$(LIST_TESTS)') || exit 1; failed=0; \
 	$(PYTHON) -m pytest -q -k "triton or cuda" tests/test_gpu.py $$tests || failed=1; \
+	$(PYTHON) -m vstar_ops.verify || failed=1; \
 	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	        $(PYTHON) -m pytest -q -k "cuda and (hand or small)" $$tests || failed=1; \

@@ -1,37 +1,15 @@
-"""What the tests of several ops share: walks over arguments, results compared, the arguments of an op."""
+"""What the tests of several ops share: results compared, the arguments of an op."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vstar_ops
-
-
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """``value`` with ``function`` applied to its tensors: a tensor, a dataclass or a tuple of them."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if is_dataclass(value):
-        return replace(
-            value, **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)}
-        )
-    if isinstance(value, tuple):
-        parts = [map_tensors(function, x) for x in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """The tensors in a result or an argument, in order."""
-    found: list[Tensor] = []
-    map_tensors(found.append, value)
-    return found
+from vstar_ops.verify.calls import map_tensors, tensors
 
 
 def check_every_float16() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Call
 from helpers import assert_same
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -20,6 +19,8 @@ import vstar_ops
 from vstar_ops import Trie
 from vstar_ops.ops import OPS
 from vstar_ops.ops.ved import ved_insert, ved_select
+from vstar_ops.verify.calls import Call
+from vstar_ops.verify.cases import CASES
 
 WITHOUT_NUMBERS = {"prefix_tree", "prefix_returns", "token_logp_backward"}
 FIXED = {"ddof", "length"}  # which no schedule changes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import cases
 import cuda_emulator
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from helpers import assert_close, assert_same, map_tensors, op_arguments
 import vstar_ops
 from vstar_ops import SearchTrees, Trie
 from vstar_ops.ops import OPS
+from vstar_ops.verify import cases
 
 pytestmark = pytest.mark.skipif(not cuda_emulator.COMPILER, reason="no C++ compiler")
 REFERENCE = {name: op.overloads["reference"] for name, op in OPS.items()}

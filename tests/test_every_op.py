@@ -15,12 +15,13 @@ from typing import Any
 import op_calls
 import pytest
 import torch
-from cases import CASES, LARGE, Call
 from helpers import assert_same, check_every_float16, map_tensors, op_arguments, tensors
 
 import vstar_ops
 from vstar_ops.ops import OPS
 from vstar_ops.ops.ved import ved_insert, ved_select
+from vstar_ops.verify.calls import Call
+from vstar_ops.verify.cases import CASES, LARGE
 
 NAMES = [pytest.param(op, label, id=f"{op}-{label}") for op, found in CASES.items() for label in found]
 DIFFERENTIABLE = {"token_logp": ["logp", "entropy"], "sibling_grpo_loss": ["loss"]}
@@ -145,8 +146,8 @@ def test_inputs_are_not_changed(backend, op, label):
 
 NARROWER = """
 import vstar_ops
-from cases import LARGE
 from helpers import assert_close, check_every_float16, tensors
+from vstar_ops.verify.cases import LARGE
 
 assert {loops!r} in vstar_ops.backends()["cpu"].detail
 for op, found in LARGE.items():

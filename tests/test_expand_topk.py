@@ -9,16 +9,16 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from cases import prefixes
 from helpers import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vstar_ops
 from vstar_ops import Trie, expand_topk
+from vstar_ops.verify import oracles
+from vstar_ops.verify.cases import prefixes
 
 INF = float("inf")
 NAN = float("nan")
@@ -555,6 +555,13 @@ def test_gumbel_belongs_to_node_and_token(backend):
     turned = expand_topk(logits.flip(1), trie, node.flip(1), 300, gumbel_seed=seeds)
     assert torch.equal(plain.score, turned.score)
     assert torch.equal(plain.node, turned.node)
+
+
+def test_nodes_of_any_strides(backend):
+    logits, trie, node = prefixes(batch=3, width=4)
+    strided = node.t().contiguous().t()
+    assert not strided.is_contiguous()
+    assert_same(expand_topk(logits, trie, strided, 9), expand_topk(logits, trie, node, 9))
 
 
 def test_gumbel_of_an_int(backend):

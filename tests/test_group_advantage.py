@@ -6,7 +6,6 @@ The table below teaches the op; read it first.
 from __future__ import annotations
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 import vstar_ops
 from vstar_ops import group_advantage
+from vstar_ops.verify import oracles
 
 # ---------------------------------------------------------------- by hand
 

@@ -123,6 +123,8 @@ def test_native_wheel_runs(native: Path, tmp_path: Path) -> None:
     site = native.parent / "site"
     code = "import vstar_ops; print(vstar_ops.__file__); assert vstar_ops.backends()['cpu'].available"
     assert str(site) in run("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    printed = run("-m", "vstar_ops.verify", "--seconds", 1, "--json", cwd=tmp_path, PYTHONPATH=str(site))
+    assert {row["backend"] for row in json.loads(printed)["rows"]} >= {"cpu", "reference"}
 
 
 @pytest.mark.slow

@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from cases import random_mask, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vstar_ops
 from vstar_ops import prefix_returns, sibling_advantage
+from vstar_ops.verify import oracles
+from vstar_ops.verify.cases import random_mask, random_tokens
 
 # ---------------------------------------------------------------- by hand
 

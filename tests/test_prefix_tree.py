@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import oracles
 import pytest
 import torch
-from cases import random_mask, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vstar_ops import prefix_tree, sibling_advantage
+from vstar_ops.verify import oracles
+from vstar_ops.verify.cases import random_mask, random_tokens
 
 # ---------------------------------------------------------------- by hand
 

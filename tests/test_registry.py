@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES
 from helpers import op_arguments, tensors
 from torch.func import grad, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +16,7 @@ import vstar_ops
 from vstar_ops import SearchTrees, Trie, _triton
 from vstar_ops._backends import BackendStatus, active_backend
 from vstar_ops.ops import OPS, _registry
+from vstar_ops.verify.cases import CASES
 
 CPU = torch.device("cpu")
 # Those that run on the CPU tensors of these tests.

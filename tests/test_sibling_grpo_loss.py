@@ -13,7 +13,6 @@ import loss_reference
 import numpy as np
 import pytest
 import torch
-from cases import policies
 from conftest import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +30,8 @@ from vstar_ops import (
     token_logp,
 )
 from vstar_ops.ops._forms import FORMS
+from vstar_ops.verify.cases import policies
+from vstar_ops.verify.loss import whole_loss
 
 FIELDS = vstar_ops.SiblingGRPOLoss._fields
 
@@ -266,7 +267,7 @@ def test_oracle(
     of_form, weighting = FORMS[options.pop("form")]
     options["weighting"] = options["weighting"] or weighting
     x = case["logp"].nan_to_num().double().requires_grad_()
-    want = loss_reference.whole_loss(
+    want = whole_loss(
         x,
         sibling_advantage(case["tokens"], case["rewards"], mask, **of_form),
         group_advantage(case["rewards"], candidates),

@@ -9,7 +9,6 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import vstar_ops
 from vstar_ops import Trie, token_logp
+from vstar_ops.verify import oracles
 
 OP = vstar_ops.ops.OPS["token_logp"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

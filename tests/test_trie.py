@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import DictTrie
 from safetensors.torch import save_file
 
 from vstar_ops import Trie
 from vstar_ops.decoding import beam_search
+from vstar_ops.verify.oracles import DictTrie
 
 SMALL = [[0, 3], [0, 4], [2, 3], [0, 3]]
 

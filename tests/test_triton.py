@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, embedded, expansion, scored
 
 import vstar_ops
 from vstar_ops import _triton
 from vstar_ops.ops._registry import Op
+from vstar_ops.verify.cases import CASES, embedded, expansion, scored
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETING = vstar_ops._backends.interpreting()

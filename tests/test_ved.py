@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import random_evaluation
 
 import vstar_ops
 from vstar_ops import (
@@ -27,6 +26,7 @@ from vstar_ops import (
 )
 from vstar_ops.decoding import VEDConfig, ved
 from vstar_ops.reference.ved_search import ved_search
+from vstar_ops.verify.cases import random_evaluation
 
 INTERPRETING = vstar_ops._backends.interpreting()  # a search then takes seconds, not milliseconds
 

@@ -82,7 +82,7 @@ def expand_topk(
 
     score, logp = score.to(result), logp.to(result)
     wins = legal & (scaled > _NEG_INF) & (logp > _NEG_INF) & (score > _NEG_INF)  # NaN compares false
-    score = torch.where(wins, score, _NEG_INF).view(batch, width * slots)
+    score = torch.where(wins, score, _NEG_INF).reshape(batch, width * slots)
     count = wins.sum((1, 2))
     score, order = score.sort(dim=-1, descending=True, stable=True)
     score, order = score[:, :k].contiguous(), order[:, :k]

@@ -9,36 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from helpers import map_tensors
 from torch import Tensor
 
 import vstar_ops
-from vstar_ops import SearchTrees, Trie
-from vstar_ops.ops.ved import NodeEvaluation, SelectedRows, ved_candidates, ved_insert, ved_select
+from vstar_ops import NodeEvaluation, SearchTrees, SelectedRows, Trie, ved_candidates, ved_insert, ved_select
+
+from .calls import Call, insert, select, token_logp_gradient
 
 HUGE = [-(2**62), -(2**62) + 1, -(2**31) - 1, -1, 0, 2**31, 2**32, 2**62 - 1, 2**62]
-
-
-class Call(NamedTuple):
-    """A function and its arguments."""
-
-    function: Callable[..., Any]
-    arguments: dict[str, Any]
-
-    def __call__(self) -> Any:
-        return self.function(**self.arguments)
-
-    def map(self, function: Callable[[Tensor], Any]) -> Call:
-        """The same call with other tensors."""
-        return Call(self.function, {k: map_tensors(function, x) for k, x in self.arguments.items()})
-
-    def request(self, index: int) -> Call:
-        """The call of one request alone."""
-        return self.map(lambda x: x[index : index + 1])
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -52,7 +34,7 @@ def random_tokens(
     rng, shape = np.random.default_rng(seed), (batch, group, length)
     if tokens == "huge":
         return torch.from_numpy(rng.choice(np.array(HUGE), shape)).reshape(shape)
-    return torch.from_numpy(rng.integers(0, tokens, shape)).to(dtype)
+    return torch.from_numpy(rng.integers(0, int(tokens), shape)).to(dtype)
 
 
 def random_mask(seed: int, *shape: int) -> Tensor:
@@ -137,7 +119,7 @@ def embedded(
     """``prefix_returns``."""
     sids = random_tokens(5, batch, group + 1, 3, tokens)
     item = torch.randn(batch, group + 1, width, generator=seeded(6))
-    arguments = {"tokens": sids[:, 1:], "embedding": item[:, 1:]}
+    arguments: dict[str, Any] = {"tokens": sids[:, 1:], "embedding": item[:, 1:]}
     arguments |= {"target": sids[:, 0], "target_embedding": item[:, 0]}
     arguments["mask"] = random_mask(7, batch, group) if masked else None
     if by_token:
@@ -204,17 +186,6 @@ def scored(
     return Call(vstar_ops.token_logp, arguments | {"temperature": 0.7})
 
 
-def token_logp_gradient(
-    logits: Tensor, grad_logp: Tensor | None, grad_entropy: Tensor | None, **options: Any
-) -> Tensor:
-    """The gradient of the logits of ``token_logp``."""
-    z = logits.detach().requires_grad_()
-    out = vstar_ops.token_logp(z, **options)
-    pairs = [(x, g) for x, g in zip(out, (grad_logp, grad_entropy)) if g is not None]
-    (gradient,) = torch.autograd.grad([x for x, _ in pairs], z, [g for _, g in pairs])
-    return gradient
-
-
 def differentiated(batch: int, *, of: str = "both", **sizes: Any) -> Call:
     """``token_logp_backward``."""
     arguments = scored(batch, **sizes).arguments
@@ -237,10 +208,10 @@ def random_evaluation(
     batch, count = rows.node.shape
     children, leaves = trees.child_node.shape[2], trees.leaf_node.shape[2]
 
-    def floats(*shape):
+    def floats(*shape: int) -> Tensor:
         return torch.from_numpy(rng.standard_normal((batch, count, *shape))).float()
 
-    def ints(high):
+    def ints(high: int) -> Tensor:
         return torch.from_numpy(rng.integers(0, high + 1, (batch, count))).int()
 
     value = floats().round()
@@ -270,19 +241,6 @@ def grown(batch: int, rounds: int) -> tuple[SearchTrees, SelectedRows, NodeEvalu
     return trees, rows, evaluation
 
 
-def select(trees: SearchTrees, **options: Any) -> tuple[Any, ...]:
-    """``ved_select`` on a copy: its rows, and the trees after it."""
-    trees = map_tensors(lambda x: x.detach().clone(), trees)
-    return ved_select(trees, **options), trees
-
-
-def insert(trees: SearchTrees, rows: SelectedRows, evaluation: NodeEvaluation, **options: Any) -> SearchTrees:
-    """``ved_insert`` on a copy: the trees after it."""
-    trees = map_tensors(lambda x: x.detach().clone(), trees)
-    ved_insert(trees, rows, evaluation, **options)
-    return trees
-
-
 def selection(batch: int, rounds: int = 4, **options: Any) -> Call:
     return Call(select, {"trees": grown(batch, rounds)[0], **options})
 
@@ -298,7 +256,7 @@ def ranking(batch: int, rounds: int = 4, **options: Any) -> Call:
 
 # ---------------------------------------------------------------- by name
 
-BFLOAT16 = {"dtype": torch.bfloat16}
+BFLOAT16: dict[str, Any] = {"dtype": torch.bfloat16}
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 LONG: dict[str, Any] = {"columns": 1300, "root": True, "items": 4000}

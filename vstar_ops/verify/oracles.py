@@ -110,7 +110,7 @@ def log_softmax(z: Sequence[float], domain: Sequence[float], tau: float) -> list
 
 def expand_topk(
     logits: np.ndarray,
-    trie: DictTrie,
+    trie: Any,
     node: np.ndarray,
     *,
     cum_logp: np.ndarray | None = None,
@@ -123,8 +123,12 @@ def expand_topk(
     temperature: float = 1.0,
     normalize: str = "legal",
     gumbel_seeds: Sequence[int] | None = None,
+    rounded: Callable[[float], float] = float32,
 ) -> tuple[list[list[Candidate]], np.ndarray]:
-    """All winners of each request in order, without a limit, and the entropies."""
+    """All winners of each request in order, without a limit, and the entropies.
+
+    ``trie.children[n]`` lists the children of a node, ``(token, node)``; scores are compared ``rounded``.
+    """
     batch, width, _columns = logits.shape
     entropy = np.zeros((batch, width))
     winners: list[list[Candidate]] = []
@@ -153,13 +157,13 @@ def expand_topk(
                 if gumbel_seeds is not None:
                     terms.append(gumbel(int(gumbel_seeds[b]), n, v))
                 score = sum(terms)
-                if logit == NEG_INF or not float32(logp) > NEG_INF or not float32(score) > NEG_INF:
+                if logit == NEG_INF or not rounded(logp) > NEG_INF or not rounded(score) > NEG_INF:
                     continue
                 scale = sum((abs(t) for t in terms if math.isfinite(t)), 1.0)
                 scale += abs(logp_weight) * (abs(prior) + abs(p)) if math.isfinite(prior) else 0.0
                 twin = (logit, 0.0 if child_value is None else float(child_value[b, w, v]))
                 found.append(Candidate(score, logp, w, v, child, scale, twin))
-        found.sort(key=lambda c: (-float32(c.score), c.parent, c.token))
+        found.sort(key=lambda c: (-rounded(c.score), c.parent, c.token))
         winners.append(found)
     return winners, entropy
 
@@ -171,7 +175,7 @@ def _mean(values: Sequence[float | Fraction]) -> Fraction | float:
     """Exact; NaN if one of the values is NaN or infinite."""
     if not all(map(math.isfinite, values)):
         return math.nan
-    return sum(map(Fraction, values), Fraction(0)) / len(values)
+    return sum((Fraction(x) for x in values), Fraction(0)) / len(values)
 
 
 def _std(values: Sequence[float | Fraction], ddof: int) -> float:
@@ -296,67 +300,6 @@ def prefix_returns(
     return returns, similarity
 
 
-def token_logp(
-    z: Sequence[float],
-    domain: Sequence[int],
-    targets: Sequence[int],
-    grad_logp: Sequence[float],
-    grad_entropy: float,
-    tau: float,
-) -> tuple[list[float], float, dict[int, float]]:
-    """One row of logits: log-probabilities of the targets, entropy, and the gradient by column.
-
-    The gradient comes from the Jacobian of the softmax, d log p_u / d z_v = ([u = v] - p_v) / tau.
-    """
-    table = {v: clean(float(z[v])) for v in domain}
-    logp = dict(zip(table, log_softmax(list(table.values()), list(table.values()), tau)))
-    alive = [v for v in logp if logp[v] > NEG_INF]
-    p = {v: math.exp(logp[v]) for v in alive}
-    entropy = -math.fsum(p[v] * logp[v] for v in alive)
-    chosen = [0.0 if y < 0 else logp.get(y, NEG_INF) for y in targets]
-    # d loss / d log p_u: the targets' own, and of H = -sum p log p, which is -p_u (log p_u + 1).
-    pull = {u: -grad_entropy * p[u] * (logp[u] + 1) for u in alive}
-    for y, g in zip(targets, grad_logp):
-        if y in pull and float32(logp[y]) > NEG_INF:
-            pull[y] += g
-    total = math.fsum(pull.values())
-    return chosen, entropy, {v: (pull[v] - p[v] * total) / tau for v in alive}
-
-
-# ---------------------------------------------------------------- beam search
-
-
-class Beam(NamedTuple):
-    """Sequences best first, their log-probabilities, and the prefixes alive at each depth."""
-
-    sequences: list[tuple[int, ...]]
-    logp: list[float]
-    alive: list[list[tuple[int, ...]]]
-
-
-def beam_search(
-    table: Callable[[tuple[int, ...]], Any],
-    trie: DictTrie,
-    width: int | None,
-    normalize: str = "legal",
-    temperature: float = 1.0,
-) -> Beam:
-    """Level by level, keeping ``width`` prefixes; every prefix (an exhaustive search) for ``None``."""
-    beams: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-    alive = []
-    for _ in range(trie.length):
-        grown = []
-        for cum, prefix in beams:
-            children = trie.children[trie.node[prefix]]
-            row = [float(z) for z in table(prefix)]
-            z = [row[v] for v, _ in children]
-            logp = log_softmax(z, z if normalize == "legal" else row, temperature)
-            grown += [(cum + p, (*prefix, v)) for (v, _), p in zip(children, logp)]
-        beams = sorted(grown, key=lambda x: (-x[0], x[1]))[:width]
-        alive.append([prefix for _, prefix in beams])
-    return Beam([p for _, p in beams], [s for s, _ in beams], alive)
-
-
 def prefix_tree(tokens: np.ndarray, mask: np.ndarray | None) -> dict[str, np.ndarray]:
     """The fields of the tree by name, from a sorted set of prefixes."""
     batch, group, length = tokens.shape
@@ -376,3 +319,34 @@ def prefix_tree(tokens: np.ndarray, mask: np.ndarray | None) -> dict[str, np.nda
             out["first"][b, n], out["num_candidates"][b, n] = min(through), len(through)
             out["node"][b, through, len(p) - 1] = n
     return out
+
+
+# ---------------------------------------------------------------- token_logp
+
+
+def token_logp(
+    z: Sequence[float],
+    domain: Sequence[int],
+    targets: Sequence[int],
+    grad_logp: Sequence[float],
+    grad_entropy: float,
+    tau: float,
+    rounded: Callable[[float], float] = float32,
+) -> tuple[list[float], float, dict[int, float]]:
+    """One row of logits: log-probabilities of the targets, entropy, and the gradient by column.
+
+    The gradient comes from the Jacobian of the softmax, d log p_u / d z_v = ([u = v] - p_v) / tau.
+    """
+    table = {v: clean(float(z[v])) for v in domain}
+    logp = dict(zip(table, log_softmax(list(table.values()), list(table.values()), tau)))
+    alive = [v for v in logp if logp[v] > NEG_INF]
+    p = {v: math.exp(logp[v]) for v in alive}
+    entropy = -math.fsum(p[v] * logp[v] for v in alive)
+    chosen = [0.0 if y < 0 else logp.get(y, NEG_INF) for y in targets]
+    # d loss / d log p_u: the targets' own, and of H = -sum p log p, which is -p_u (log p_u + 1).
+    pull = {u: -grad_entropy * p[u] * (logp[u] + 1) for u in alive}
+    for y, g in zip(targets, grad_logp):
+        if y in pull and rounded(logp[y]) > NEG_INF:
+            pull[y] += g
+    total = math.fsum(pull.values())
+    return chosen, entropy, {v: (pull[v] - p[v] * total) / tau for v in alive}
