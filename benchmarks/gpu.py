@@ -1,6 +1,6 @@
 """``python -m benchmarks.gpu``: every op on the GPU at hand, checked and then timed against torch.
 
-For each case: time per call (CUDA events; the replay of a graph where a call takes less than 100 us), bytes
+For each case: time per call (CUDA events; the replay of a graph where a call takes less than 2 ms), bytes
 that any implementation must move and their share of the measured copy bandwidth, and the ratio to the best
 eager composition of torch operations we know and to ``torch.compile`` of it. All of them are timed in turns.
 Results are compared with each other and with the reference first; a backend that differs is not timed and

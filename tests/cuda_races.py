@@ -5,10 +5,11 @@ Part of test_races.py. Every case has requests for two blocks or more, because b
 
 from __future__ import annotations
 
-import cases
 import cuda_emulator
 import torch
 from helpers import map_tensors, op_arguments
+
+from vstar_ops.verify import cases
 
 SEEDS = 2
 SEVERAL_PER_BLOCK = {"token_logp": 9, "ved_select": 5, "ved_insert": 5}  # requests, for a second block

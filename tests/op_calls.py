@@ -37,6 +37,11 @@ def route(monkeypatch: pytest.MonkeyPatch, backend: str, kernel: Callable[[Op], 
     monkeypatch.setattr(Op, "__call__", routed)
 
 
+def counts_launches(backend: str) -> bool:
+    """Whether :data:`launches` says anything: not of a GPU's."""
+    return backend == "emulated" or (backend == "triton" and vstar_ops._backends.interpreting())
+
+
 def launched(backend: str) -> int:
     """Kernels that were launched so far, where they can be counted."""
     return cuda_emulator.counts().launches if backend == "emulated" else interpreted
@@ -62,6 +67,13 @@ class Moved(torch.autograd.Function):
         return gradient.to(ctx.device), None
 
 
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """NaN equals NaN."""
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
 def through_gpu(op: Op, backend: str, device: str = "cuda") -> Callable[..., Any]:
     """An op for CPU tensors that runs on the GPU; what it changes in place is changed here too."""
 
@@ -69,7 +81,7 @@ def through_gpu(op: Op, backend: str, device: str = "cuda") -> Callable[..., Any
         there = [Moved.apply(x, device) if isinstance(x, torch.Tensor) else x for x in arguments]
         result = op.overloads[backend](*there)
         for here, other in zip(arguments, there):
-            if isinstance(here, torch.Tensor) and not torch.equal(here, other.cpu()):
+            if isinstance(here, torch.Tensor) and not _equal(here, other.cpu()):
                 here.detach().copy_(other)
         if isinstance(result, torch.Tensor):
             return result.cpu()
