@@ -233,6 +233,18 @@ def test_illegal_targets_and_dead_nodes(backend):
     assert torch.equal(want[0], gradient[3])
 
 
+def test_an_empty_catalogue(backend):
+    """Nothing is legal, wherever the memory of an empty tensor is: a GPU's has none."""
+    trie = Trie.from_sequences(torch.empty(0, 2, dtype=torch.int64))
+    trie.token = torch.empty(0, dtype=torch.int32)
+    assert trie.token.data_ptr() == 0
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    out = token_logp(logits, torch.full((2, 3, 2), 4), trie, torch.zeros(2, 3, dtype=torch.int32))
+    assert (out.logp == -torch.inf).all() and (out.entropy == 0).all()
+    (gradient,) = torch.autograd.grad(out.entropy.sum() + out.logp.clamp(min=-1).sum(), logits)
+    assert (gradient == 0).all()
+
+
 def test_targets_beyond_int32(backend):
     out = token_logp(torch.zeros(1, 5), torch.tensor([[2**32, 2**32 + 1, 2**62, -(2**32)]]))
     assert out.logp.tolist() == [[float("-inf")] * 3 + [0.0]]

@@ -20,15 +20,16 @@ constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 template <class T>
 struct TokenRow {
   int64_t b, w;
-  const int32_t* token;  // null: the whole vocabulary
+  const bool legal;      // or the whole vocabulary
+  const int32_t* token;  // of the legal ones; null where the trie has none
   int32_t count;
   const T* from;
   int64_t stride;
 
-  VSTAR_DEVICE TokenRow(const LogitRows& a, int64_t r) : b(r / a.width), w(r % a.width), token(nullptr), count(0) {
+  VSTAR_DEVICE TokenRow(const LogitRows& a, int64_t r) : b(r / a.width), w(r % a.width), legal(bool(a.node)), token(nullptr), count(0) {
     from = a.logits.pointer<T>(b, w);
     stride = a.logits.stride[2];
-    if (!a.node) {
+    if (!legal) {
       count = int32_t(a.columns);
       return;
     }
@@ -37,13 +38,13 @@ struct TokenRow {
     count = int32_t(edges.end - edges.begin < a.max_children ? edges.end - edges.begin : a.max_children);
   }
   VSTAR_DEVICE RowReader<T> reader(const LogitRows& a) const {
-    const int64_t first = token == nullptr || count == 0 ? 0 : token[0];
-    const int64_t last = token == nullptr || count == 0 ? int64_t(count) - 1 : token[count - 1];
+    const int64_t first = !legal || count == 0 ? 0 : token[0];
+    const int64_t last = !legal || count == 0 ? int64_t(count) - 1 : token[count - 1];
     return {from, stride, token, first, last, a.columns, count};
   }
   VSTAR_DEVICE bool holds(const LogitRows& a, int64_t v) const {
     if (v < 0 || v >= a.columns) return false;
-    if (token == nullptr) return true;
+    if (!legal) return true;
     int32_t low = 0, high = count;  // tokens are sorted
     while (low < high) {
       const int32_t middle = (low + high) / 2;
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
       a.grad_entropy ? a.grad_entropy.at(row.b, row.w) : 0.0f, a.entropy_of(r), a.divided_last()};
 
   const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0;
-  if (row.token == nullptr) {
+  if (!row.legal) {
     const RowReader<T> reader = row.reader(a);
     for (int64_t first = 8 * thread; first < count; first += 8 * kThreads) {
       Eight<T> z;
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
       if (v >= 0 && v < a.columns) put(count > 1 ? gradient.summed(gradient.at(row.at(v))) : 0.0f, to + v);
     }
   }
-  if (!a.grad_logp || (row.token != nullptr && count < 2)) return;
+  if (!a.grad_logp || (row.legal && count < 2)) return;
   __syncthreads();  // the targets' entries have been written by other threads
   for (int64_t t = thread; t < a.targets; t += kThreads) {
     const int64_t v = a.target.at(row.b, row.w, t);
