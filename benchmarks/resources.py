@@ -1,6 +1,6 @@
 """``python -m benchmarks.resources``: compile every kernel, Triton and CUDA C++, for every GPU architecture,
 and record what registers and shared memory it takes. ``--check`` compares with the tables that are checked in
-instead.
+instead. ``--model`` does the same with what the kernels should take on an H100 (``results/model.md``).
 
 Compiling needs no GPU. The figures belong to a version of Triton and of nvcc, which the tables name. Without
 nvcc the table of the CUDA C++ kernels stays as it is, and with another one it is not compared; that no kernel
@@ -10,6 +10,7 @@ spills is checked with any.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import subprocess
@@ -19,9 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from vstar_ops._files import replacing
-from vstar_ops._triton import ARCHITECTURES, modules, resources, specializations
+from vstar_ops._triton import ARCHITECTURES, compiled, cuobjdump, modules, resources, specializations
+
+from .cost_cases import CASES, CostCase
+from .cost_model import LAUNCH, MARGIN, Cost, Kernel, Launch, cost
 
 TABLE = Path(__file__).parent / "results" / "resources.md"
+MODEL = Path(__file__).parent / "results" / "model.md"
 CUDA = "# Resources of the CUDA C++ kernels\n"
 ROOT = Path(__file__).parent.parent
 
@@ -113,11 +118,134 @@ def cuda_table() -> tuple[str, list[str]]:
     return text, spills
 
 
+# ---------------------------------------------------------------- the cost model
+
+
+def _kernels(cubin: bytes, shared: int = 0) -> dict[str, Kernel]:
+    """The kernels of a file of machine code."""
+    usage = re.findall(r"Function (\w+):\n\s*REG:(\d+)", cuobjdump(cubin, "-res-usage"))
+    code = dict(part.split("\n", 1) for part in cuobjdump(cubin, "-sass").split("Function : ")[1:])
+    return {name: Kernel(code[name], int(registers), shared) for name, registers in usage}
+
+
+def _cuda_kernels() -> dict[str, Kernel]:
+    """Those of CUDA C++ for sm_90, compiled once for as long as the sources stay the same."""
+    command = [recipe.nvcc(), *recipe.NVCC_FLAGS, "-arch=sm_90", "-Icsrc", "-cubin", "-x", "cu"]
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu"))
+    words = [recipe.nvcc_version().encode(), *map(str.encode, command), *(x.read_bytes() for x in sources)]
+    folder = ROOT / "build" / "model" / hashlib.sha256(b"\0".join(words)).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name in ("expand_topk", "sibling_advantage", "token_logp", "ved"):
+        cubin = folder / f"{name}.cubin"
+        if not cubin.exists():
+            with replacing(cubin) as path:
+                subprocess.run([*command, f"csrc/cuda/{name}.cuh", "-o", str(path)], cwd=ROOT, check=True)
+        found |= _kernels(cubin.read_bytes())
+    return found
+
+
+def _triton_kernel(name: str) -> Kernel:
+    """A specialization for sm_90; ``, odd`` behind its name: for rows whose length is no multiple of 16."""
+    item = next(x for x in specializations() if x.name == name.removesuffix(", odd"))
+    found = compiled(item, 90, aligned=not name.endswith(", odd"))
+    (kernel,) = _kernels(found.asm["cubin"], found.metadata.shared).values()
+    return kernel
+
+
+def _launch_line(kernel: Kernel, launch: Launch, found: Cost) -> str:
+    spent = [f"{n} x {times:.4g}" for n, times in found.trips]
+    cells = [
+        launch.kernel,
+        f"{launch.blocks} x {launch.warps}",
+        f"{kernel.registers}; {found.resident}",
+        str(found.once),
+        " + ".join(spent),
+        f"{found.instructions:.0f}",
+        f"{found.per_item:.4g}",
+        found.widths,
+        f"{found.issue * 1e6:.1f} ({found.pipe})",
+        f"{found.memory * 1e6:.1f}",
+        f"{found.latency * 1e6:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _case_line(case: CostCase, launches: list[Launch], costs: list[Cost], goal: float) -> str:
+    predicted = LAUNCH * len(costs) + MARGIN * sum(x.seconds for x in costs)
+    limits = [sum(getattr(x, limit) for x in costs) for limit in ("issue", "memory", "latency")]
+    moved = sum(x.bytes for x in launches) / 1e6
+    times = " | ".join(f"{x * 1e6:.1f}" for x in (*limits, predicted, goal))
+    met = "yes" if predicted <= goal else "no"
+    return f"| {case.name} | {len(costs)} | {moved:.1f} | {times} | {met} |"
+
+
+def model_part(title: str, compiler: str, kernels: dict[str, Kernel], of: int) -> tuple[str, list[str]]:
+    """What is checked in about the kernels of a backend, and those that use local memory."""
+    cases = ["| case | launches | MB | issue | memory | latency | prediction | goal | met |", "|---" * 9 + "|"]
+    lines = [
+        "| kernel | blocks x warps | registers; blocks per SM | outside of loops | per trip x trips | of a warp "
+        "| per item | loads and stores, bits | issue | memory | latency |",
+        "|---" * 11 + "|",
+    ]
+    for case in CASES:
+        launches = case.cuda if of == 0 else case.triton
+        costs = [cost(kernels[x.kernel], x) for x in launches]
+        cases.append(_case_line(case, launches, costs, case.goals[of]))
+        lines += [_launch_line(kernels[x.kernel], x, y) for x, y in zip(launches, costs)]
+    local = [name for name, x in kernels.items() if any(re.match("LDL|STL", y.text) for y in x.code)]
+    body = "\n".join((*cases, "", "Instructions of a warp; microseconds.", "", *lines))
+    return f"# {title}\n\n{compiler}\n\n{body}\n", local
+
+
+def _same(old: str, new: str) -> bool:
+    """Whether two tables say the same, their numbers to 5 %."""
+    number = r"\d+(?:\.\d+)?"
+    pairs = zip(re.findall(number, old), re.findall(number, new))
+    return re.sub(number, "", old) == re.sub(number, "", new) and all(
+        abs(float(x) - float(y)) <= 0.05 * float(x) + 0.05 for x, y in pairs
+    )
+
+
+def model(check: bool) -> int:
+    """Write or check what the kernels should take; the exit status."""
+    written = MODEL.read_text()
+    head, *parts = re.split(r"(?m)^(?=# (?:CUDA C\+\+|Triton)$)", written)
+    failures = []
+    names = {x.kernel for case in CASES for x in case.triton}
+    found = [model_part("Triton", f"Triton {version('triton')}.", {x: _triton_kernel(x) for x in names}, 1)]
+    try:
+        every, wanted = _cuda_kernels(), {x.kernel for case in CASES for x in case.cuda}
+        chosen = {x: next(k for name, k in every.items() if x in name) for x in wanted}
+        found.insert(0, model_part("CUDA C++", f"nvcc {recipe.nvcc_version()}.", chosen, 0))
+    except recipe.CannotBuild:  # without nvcc
+        pass
+    for text, local in found:
+        failures += [f"{name} uses local memory" for name in local]
+        title, _, compiler = text.split("\n")[:3]
+        place = next((i for i, x in enumerate(parts) if x.startswith(title + "\n")), len(parts))
+        before = parts[place] if place < len(parts) else ""
+        if check and compiler in before and not _same(before.strip(), text.strip()):
+            failures.append(f"{title[2:]}: {MODEL.name} differs, run `python -m benchmarks.resources --model`")
+        parts[place : place + 1] = [text]
+    now = head + "\n".join(x.strip() + "\n" for x in parts)
+    if not check:
+        with replacing(MODEL) as path:
+            path.write_text(now)
+    print(now)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return int(bool(failures))
+
+
 def main() -> None:
     """Write or check the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where the checked-in table differs")
+    parser.add_argument("--model", action="store_true", help="the cost model instead of the resources")
     args = parser.parse_args()
+    if args.model:
+        sys.exit(model(args.check))
     body, spills = table()
     written = TABLE.read_text().partition(CUDA)
     cuda = written[1] + written[2]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -147,28 +149,45 @@ class Resources(NamedTuple):
     spilled: int  # bytes per thread
 
 
-def resources(item: Any, architecture: int) -> Resources:
-    """Compile for ``sm_<architecture>``, which needs no GPU, and look at the result."""
+def compiled(item: Any, architecture: int, aligned: bool = True) -> Any:
+    """A specialization compiled for ``sm_<architecture>``, which needs no GPU.
+
+    Not ``aligned``: for integers of which none need be a multiple of 16.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = item.signature()
+    kinds = item.signature()
+    multiples = [i for i, x in enumerate(kinds.values()) if is_aligned(x) and (aligned or x.startswith("*"))]
     source = ASTSource(
         item.kernel,
-        {name: plain(kind) for name, kind in signature.items()},
+        {name: plain(kind) for name, kind in kinds.items()},
         dict(item.constants),
-        {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if is_aligned(kind)},
+        {(i,): [["tt.divisibility", 16]] for i in multiples},
     )
-    target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=item.options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=item.options)
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What NVIDIA's tool of that name, which comes with Triton, prints about machine code."""
+    import triton
+
+    path = Path(triton.knobs.nvidia.cuobjdump.path)
+    environment = {**os.environ, "PATH": f"{path.parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(path), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def resources(item: Any, architecture: int) -> Resources:
+    """Compile for ``sm_<architecture>``, which needs no GPU, and look at the result."""
+    kernel = compiled(item, architecture)
+    report = cuobjdump(kernel.asm["cubin"], "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     if found is None:
         raise RuntimeError(f"cuobjdump reports no resources of {item.name}: {report!r}")
     registers, stack, local = map(int, found.groups())
-    return Resources(registers, compiled.metadata.shared, stack + local)
+    return Resources(registers, kernel.metadata.shared, stack + local)

@@ -1,0 +1,204 @@
+"""The cases of the cost model: how each is launched, what its hot paths are, and what is aimed at.
+
+Trips follow from the shapes. Where they depend on the data too, a comment says what was assumed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .cost_model import COPY, L2, MEMORY, Launch, Loop
+
+WIDE, SHARED_64 = r"LDG\.E\.128", r"LD\.E\.64"  # what tells loops apart
+
+
+class CostCase(NamedTuple):
+    """One shape. ``goals`` are in seconds: CUDA C++, Triton."""
+
+    name: str
+    goals: tuple[float, float]
+    cuda: list[Launch]
+    triton: list[Launch]
+
+
+def _selection(batch: int, moved: float, segments: float, children: float) -> Launch:
+    """CUDA C++, K=128; segments and children per thread. Assumed: three rounds of counting, up to 256 to sort."""
+    loops = [
+        Loop(WIDE + r"\.C", segments, {WIDE: 4}, which=1, per=WIDE, latency=L2),
+        Loop(WIDE + r"\.C", segments, {"LDS": 1}, which=2),
+        Loop(r"ATOMS\.POPC", 3 * segments, {"ATOMS": 1, "LDS": 1}),
+        Loop(r"ATOMS\.POPC", 3, {"BAR": 7}, up=1),
+        Loop(r"ATOMS\.ADD", segments, {"LDS": 1}),
+        Loop(WIDE + " ", children, {r"LD\.E": 1, WIDE: 2, "U16": 1, r"LDG\.E\.C": 1, "ATOMS": 0}, latency=L2),
+        Loop(SHARED_64, 36, which=-1),
+        Loop(SHARED_64, 8, which=-1, up=2),
+        Loop("STG", 1, {"STG": 5, WIDE: 2, "U16": 1}, which=-1, latency=L2),
+    ]
+    items = batch * 512 * (segments + children)
+    return Launch("expand_select_kernel", batch, 16, moved, {}, loops, items, 60_000, L2)
+
+
+def _triton_selection(batch: int, moved: float, segments: int, children: int) -> Launch:
+    """K=128; turns of 512 keys. Assumed: in each some are among the best, so each is sorted."""
+    loops = [
+        Loop("REDUX", segments, {"BAR": 52, "LDG": 10}, latency=L2),
+        Loop("REDUX", children, {"BAR": 52, r"LDG\.E\.64": 2, "U16": 2}, latency=L2),
+    ]
+    items = batch * 512 * (segments + children)
+    return Launch("expand_topk select 128 of 512", batch, 8, moved, {"STG": 6}, loops, items, latency=L2)
+
+
+def _dense() -> CostCase:
+    rows, columns = 256 * 128, 8192
+    logits, maxima, heads = 2.0 * rows * columns, 4.0 * rows * columns / 128, 36.0 * rows
+    moved, again = logits + maxima + heads, maxima + heads + 256 * 128 * 128 * 2
+    loops = [Loop(WIDE, 1, {WIDE: 4, "SHFL": 16}, latency=MEMORY)]
+    triton = [Loop(r"MUFU\.EX2", 2, {"U16": 16, "STG": 1}, latency=MEMORY)]
+    name = "expand_rows_kernelINS_8BFloat16ELi8"
+    return CostCase(
+        "dense bf16 `expand_topk` B=256 W=128 V=8,192 K=128",
+        (logits / COPY / 0.7, logits / COPY / 0.6),
+        [Launch(name, rows, 8, moved, {"STG": 3}, loops, rows * columns), _selection(256, again, 16, 32)],
+        [
+            Launch("expand_topk rows 4096, bfloat16", rows, 8, moved, {"STG": 10}, triton, rows * columns),
+            _triton_selection(256, again, 16, 32),
+        ],
+    )
+
+
+def _legal() -> CostCase:
+    """Depth 1 of a catalogue of 3,670 items: 2,295 children of 48 beams per request, at most 94 of one."""
+    rows, children = 16 * 128, 16 * 2295
+    moved = 6.0 * children + 80 * rows
+    # The first of a thread's tokens and logits come from far, the others mostly from the first-level cache.
+    loops = [Loop(WIDE, 1, {r"LDG\.E\.U16": 8, r"LDG\.E R": 8}, latency=L2)]
+    triton = [Loop(r"MUFU\.EX2", 1, {"U16": 8, r"LDG\.E R": 8}, latency=L2)]
+    name = "expand_rows_kernelINS_8BFloat16ELi1"
+    return CostCase(
+        "legal bf16 `expand_topk` B=16 W=128 K=128",
+        (10e-6, 15e-6),
+        [Launch(name, rows // 4, 4, moved, {"STG": 3}, loops, children), _selection(16, moved, 3, 2)],
+        [
+            Launch("expand_topk rows 256, bfloat16", rows, 1, moved, {"STG": 10}, triton, children),
+            _triton_selection(16, moved, 2, 4),
+        ],
+    )
+
+
+def _sibling() -> CostCase:
+    """Assumed: 50 prefixes of one token per request, few candidates below each; most pairs share no token."""
+    batch, group, depth = 1024, 64, 3
+    moved = batch * group * (8.0 * depth + 4 + 13 * depth)
+    loops = [
+        Loop(r"LDG\.E\.64", 3, {r"LDG\.E\.64": 1, "MUFU": 1}, latency=MEMORY),
+        Loop(SHARED_64, 2 * group, which=1),
+        Loop(SHARED_64, group, which=1, up=1),
+        Loop(SHARED_64, 1, which=1, up=2),
+        Loop(SHARED_64, 2, which=2),
+        Loop("U16", 1, {r"LDG\.E\.C": 1}, latency=MEMORY),
+        Loop("SHFL", 1, which=1),
+        Loop("SHFL", depth, which=-1),
+        Loop("DADD", depth, {SHARED_64: 1}, which=6, up=1),
+        Loop(r"DSETP", 50, per="DSETP"),  # one thread walks over the children of the root, twice
+        Loop(r"DSETP", depth, {"RSQ": 1, r"LD\.E R": 4}, up=1),
+        Loop("STG", depth, {"STG": 4, "RCP": 1}, which=-1),
+        Loop("STG", depth, which=-1, up=1),
+    ]
+    own = {r"LDG\.E\.64": 16, r"LDG\.E R": 32, "U8": 0, "U16": 0}
+    triton = [
+        Loop("LDG", 4 * depth, own),  # chunks of 16 candidates
+        Loop("LDG", 4 * depth, {**own, r"LDG\.E\.64": 48}, which=1),
+        Loop("LDG", depth, {"STG": 6}, up=1),
+    ]
+    return CostCase(
+        "`sibling_advantage` B=1,024 G=64 L=3",
+        (8e-6, 20e-6),
+        [Launch("sibling_advantage_kernel", batch, 2, moved, {}, loops, batch * group, 8_000)],
+        [Launch("sibling_advantage 64", batch, 2, moved, {}, triton, batch * group)],
+    )
+
+
+def _ved() -> list[CostCase]:
+    """Trees of 64 nodes; a list has 32 entries. A round opens three nodes, one per level."""
+    batch, nodes, entries = 1024, 64, 64 * 33
+    seen, inserted = 28.0 * batch * nodes, batch * 3 * 2 * (5 * 32 * 4 + 60.0)
+    gate = {"RCP64H": 1}
+    select = [
+        Loop("VOTE", 2),
+        Loop("VOTE", 1, {**gate, "STG": 1}, up=2),
+        Loop("VOTE", 1, gate, up=3, latency=L2),
+        Loop("VOTE", 2 * 3, which=1),
+        Loop("SHFL", 3, {"SHFL": 25, "RSQ64H": 2, "RCP64H": 3, "STG": 6}),
+        Loop("SHFL", 1, up=1),
+    ]
+    triton_select = [
+        Loop("STS", nodes / 4),
+        Loop("STS", 1, up=1),
+        Loop("DSETP", 4, {"STG": 3, "RCP64H": 4, "RSQ": 4}),
+        Loop("DSETP", 1, up=1),
+        Loop("DSETP", 1, up=2),
+    ]
+    # A third of the nodes list leaves; of a warp's 17 turns 8 look them up among the nodes.
+    candidates = [
+        Loop(r"LDG\.E ", 8 * nodes),
+        Loop(r"STG\.E\.64", entries / 128, {"LDG": 6}, latency=L2),
+        Loop(r"LDG\.E\.64", 16 * entries / 128, {r"LDG\.E\.64": 8}, per=r"LDG\.E\.64"),
+        Loop("SHFL", 16, {"STG": 3}),
+    ]
+    triton_candidates = [
+        Loop(r"STG\.E\.64", 1, latency=L2),
+        Loop("LDG", 3 * nodes, which=2, per="LDG"),
+        Loop(r"STG\.E\.64", 3, which=1, latency=L2),
+        Loop("REDUX", 16 * 3, which=-1),
+        Loop("REDUX", 16, which=-1, up=1),
+    ]
+    stored, trees = 20.0 * batch * entries, batch // 4
+    return [
+        CostCase(
+            "VED select + insert, 1,024 trees",
+            (20e-6, 25e-6),
+            [
+                Launch("ved_select_kernel", trees, 4, seen, {}, select, batch),
+                Launch("ved_insert_kernel", trees, 4, inserted, {}, [Loop(r"LDG\.E\.64", 3, {"STG": 19}, latency=L2)], 3 * batch),
+            ],
+            [
+                Launch("ved_select 256 nodes", batch, 2, seen, {"STG": 9}, triton_select, batch),
+                Launch("ved_insert", batch, 1, inserted, {}, [Loop("LDG", 3, {"STG": 24}, up=1, latency=L2)], 3 * batch),
+            ],
+        ),
+        CostCase(
+            "VED candidates, 1,024 trees, K=16",
+            (20e-6, 40e-6),
+            [Launch("ved_candidates_kernel", batch, 4, stored, {}, candidates, batch * entries)],
+            [Launch("ved_candidates", batch, 8, stored, {}, triton_candidates, batch * entries)],
+        ),
+    ]  # fmt: skip
+
+
+def _token_logp(columns: int, odd: bool) -> CostCase:
+    rows, moved = 4096, 2.0 * 4096 * columns
+    tile, items = columns / (8 * 256), rows * columns
+    forward = [Loop(WIDE, tile / 4, {WIDE: 8 if odd else 4}, latency=MEMORY)]
+    stores = {WIDE: 2, r"STG\.E\.U16": 8} if odd else {WIDE: 1, r"STG\.E\.128": 1}
+    backward = [Loop(WIDE, tile, {**stores, "MUFU": 8}, latency=MEMORY)]
+    # Eight 2-byte stores 16 bytes apart each: every pair takes a sector of 32 bytes.
+    sectors = 16.0 * items if odd else 0
+    suffix, statistics, gradient = (", odd", {"U16": 16}, {"U16": 32}) if odd else ("", {WIDE: 2}, {WIDE: 2})
+    blocks = -(-columns // 2048) * rows
+    targets = [Loop("LDG", 1, {"LDG": 3}, latency=L2), Loop("SHFL", 1, {"LDG": 3}), Loop("SHFL", 1, {"STG": 1}, up=1)]
+    return CostCase(
+        f"`token_logp` forward + backward bf16 [4,096, {columns:,}]",
+        (1.2 * 3 * moved / COPY, 1.3 * 3 * moved / COPY),
+        [
+            Launch("token_logp_kernelINS_8BFloat16ELi8", rows, 8, moved, {}, forward, items),
+            Launch("token_logp_backward_kernelINS_8BFloat16", rows, 8, 2 * moved, {"BAR": 3}, backward, items, sectors=sectors),
+        ],
+        [
+            Launch(f"token_logp bfloat16{suffix}", rows, 8, moved, {"STG": 3}, [Loop(r"MUFU\.EX2", -(-columns // 4096), statistics, latency=MEMORY)], items),
+            Launch(f"token_logp gradient bfloat16{suffix}", blocks, 4, 2 * moved, gradient, [Loop("LDG", 1, {"LDG": 3}, latency=L2)], items),
+            Launch("token_logp gradient of targets", rows, 1, 64.0 * rows, {}, targets, rows, latency=L2),
+        ],
+    )  # fmt: skip
+
+
+CASES = [_dense(), _legal(), _sibling(), *_ved(), _token_logp(151_936, False), _token_logp(152_437, True)]
