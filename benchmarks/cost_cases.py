@@ -99,8 +99,9 @@ def _sibling() -> CostCase:
         Loop("SHFL", 1, which=1),
         Loop("SHFL", depth, which=-1),
         Loop("DADD", depth, {SHARED_64: 1}, which=6, up=1),
-        Loop(r"DSETP", 50, per="DSETP"),  # one thread walks over the children of the root, twice
-        Loop(r"DSETP", depth, {"RSQ": 1, r"LD\.E R": 4}, up=1),
+        Loop(SHARED_64, 50, which=10, per=SHARED_64),  # one thread walks over the children of the root, twice
+        Loop(SHARED_64, 50, which=12, per=SHARED_64),
+        Loop(SHARED_64, depth, {"RSQ": 1}, which=10, up=1),
         Loop("STG", depth, {"STG": 4, "RCP": 1}, which=-1),
         Loop("STG", depth, which=-1, up=1),
     ]
@@ -185,7 +186,11 @@ def _token_logp(columns: int, odd: bool) -> CostCase:
     sectors = 16.0 * items if odd else 0
     suffix, statistics, gradient = (", odd", {"U16": 16}, {"U16": 32}) if odd else ("", {WIDE: 2}, {WIDE: 2})
     blocks = -(-columns // 2048) * rows
-    targets = [Loop("LDG", 1, {"LDG": 3}, latency=L2), Loop("SHFL", 1, {"LDG": 3}), Loop("SHFL", 1, {"STG": 1}, up=1)]
+    targets = [
+        Loop("LDG", 1, {"LDG": 3}, latency=L2),
+        Loop("SHFL", 1, {"LDG": 3}),
+        Loop("SHFL", 1, {"STG": 1}, up=1),
+    ]
     return CostCase(
         f"`token_logp` forward + backward bf16 [4,096, {columns:,}]",
         (1.2 * 3 * moved / COPY, 1.3 * 3 * moved / COPY),

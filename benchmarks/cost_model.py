@@ -20,7 +20,10 @@ from typing import NamedTuple
 CLOCK, SMS, SCHEDULERS, COPY, CACHE = 1.755e9, 132, 4, 3.0e12, 5.5e12
 # Cycles until the result is there, rounded from published microbenchmarks of Hopper.
 MEMORY, L2, L1, SHARED, OTHER, BARRIER = 480, 263, 41, 30, 20, 30
-LAUNCH, MARGIN = 2e-6, 1.15  # seconds to start and drain a kernel; what is lost to all that the model leaves out
+LAUNCH, MARGIN = (
+    2e-6,
+    1.15,
+)  # seconds to start and drain a kernel; what is lost to all that the model leaves out
 # Cycles for which an instruction of a warp keeps a pipe busy; a scheduler has one of each kind. From the table of
 # arithmetic throughput in the CUDA programming guide.
 PIPES = {
@@ -193,7 +196,9 @@ class Kernel:
             i: (*(i == h for h in outer), *(sum(bool(re.search(m, x.text)) for x in own[i]) for m in marks))
             for i in inside
         }
-        heap: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = [(0, start or 0, (0,) * len(want), ())]
+        heap: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = [
+            (0, start or 0, (0,) * len(want), ())
+        ]
         seen = set()
         while heap:
             cost, i, had, way = heapq.heappop(heap)
@@ -230,7 +235,9 @@ def widths(code: Iterable[Instruction]) -> str:
         match = re.match(r"(LDG|STG)\.E(?:\.(128|64|[US]16|[US]8))?", x.text)
         if match:
             found["load" if match[1] == "LDG" else "store", int((match[2] or "32").lstrip("US"))] += 1
-    return ", ".join(f"{what} " + f"{n} x " * (n > 1) + str(bits) for (what, bits), n in sorted(found.items()))
+    return ", ".join(
+        f"{what} " + f"{n} x " * (n > 1) + str(bits) for (what, bits), n in sorted(found.items())
+    )
 
 
 class Cost(NamedTuple):
@@ -266,7 +273,9 @@ def cost(kernel: Kernel, launch: Launch) -> Cost:
     number = sum(len(way) * n for way, n, _ in parts)
     busy = {"issue": number}
     for name, (pattern, cycles) in PIPES.items():
-        busy[name] = cycles * sum(n * sum(bool(re.match(pattern, x.text)) for x in way) for way, n, _ in parts)
+        busy[name] = cycles * sum(
+            n * sum(bool(re.match(pattern, x.text)) for x in way) for way, n, _ in parts
+        )
     pipe = max(busy, key=busy.__getitem__)
     by_registers = 65536 // (-(-kernel.registers // 8) * 8 * 32 * launch.warps)
     by_shared = 233472 // (max(kernel.shared, launch.shared) + 1024)

@@ -182,7 +182,10 @@ def _case_line(case: CostCase, launches: list[Launch], costs: list[Cost], goal: 
 
 def model_part(title: str, compiler: str, kernels: dict[str, Kernel], of: int) -> tuple[str, list[str]]:
     """What is checked in about the kernels of a backend, and those that use local memory."""
-    cases = ["| case | launches | MB | issue | memory | latency | prediction | goal | met |", "|---" * 9 + "|"]
+    cases = [
+        "| case | launches | MB | issue | memory | latency | prediction | goal | met |",
+        "|---" * 9 + "|",
+    ]
     lines = [
         "| kernel | blocks x warps | registers; blocks per SM | outside of loops | per trip x trips | of a warp "
         "| per item | loads and stores, bits | issue | memory | latency |",
@@ -226,7 +229,9 @@ def model(check: bool) -> int:
         place = next((i for i, x in enumerate(parts) if x.startswith(title + "\n")), len(parts))
         before = parts[place] if place < len(parts) else ""
         if check and compiler in before and not _same(before.strip(), text.strip()):
-            failures.append(f"{title[2:]}: {MODEL.name} differs, run `python -m benchmarks.resources --model`")
+            failures.append(
+                f"{title[2:]}: {MODEL.name} differs, run `python -m benchmarks.resources --model`"
+            )
         parts[place : place + 1] = [text]
     now = head + "\n".join(x.strip() + "\n" for x in parts)
     if not check:

@@ -174,7 +174,10 @@ def cuobjdump(cubin: bytes, option: str) -> str:
     import triton
 
     path = Path(triton.knobs.nvidia.cuobjdump.path)
-    environment = {**os.environ, "PATH": f"{path.parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
+    environment = {
+        **os.environ,
+        "PATH": f"{path.parent}{os.pathsep}{os.environ['PATH']}",
+    }  # it calls nvdisasm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
