@@ -22,7 +22,10 @@ class CostCase(NamedTuple):
 
 
 def _selection(batch: int, moved: float, segments: float, children: float) -> Launch:
-    """CUDA C++, K=128; segments and children per thread. Assumed: three rounds of counting, up to 256 to sort."""
+    """CUDA C++, K=128; segments and children per thread.
+
+    Assumed: three rounds of counting, up to 256 to sort.
+    """
     loops = [
         Loop(WIDE + r"\.C", segments, {WIDE: 4}, which=1, per=WIDE, latency=L2),
         Loop(WIDE + r"\.C", segments, {"LDS": 1}, which=2),
@@ -154,17 +157,19 @@ def _ved() -> list[CostCase]:
         Loop("REDUX", 16, which=-1, up=1),
     ]
     stored, trees = 20.0 * batch * entries, batch // 4
+    insert = [Loop(r"LDG\.E\.64", 3, {"STG": 19}, latency=L2)]
+    triton_insert = [Loop("LDG", 3, {"STG": 24}, up=1, latency=L2)]
     return [
         CostCase(
             "VED select + insert, 1,024 trees",
             (20e-6, 25e-6),
             [
                 Launch("ved_select_kernel", trees, 4, seen, {}, select, batch),
-                Launch("ved_insert_kernel", trees, 4, inserted, {}, [Loop(r"LDG\.E\.64", 3, {"STG": 19}, latency=L2)], 3 * batch),
+                Launch("ved_insert_kernel", trees, 4, inserted, {}, insert, 3 * batch),
             ],
             [
                 Launch("ved_select 256 nodes", batch, 2, seen, {"STG": 9}, triton_select, batch),
-                Launch("ved_insert", batch, 1, inserted, {}, [Loop("LDG", 3, {"STG": 24}, up=1, latency=L2)], 3 * batch),
+                Launch("ved_insert", batch, 1, inserted, {}, triton_insert, 3 * batch),
             ],
         ),
         CostCase(
@@ -184,26 +189,29 @@ def _token_logp(columns: int, odd: bool) -> CostCase:
     backward = [Loop(WIDE, tile, {**stores, "MUFU": 8}, latency=MEMORY)]
     # Eight 2-byte stores 16 bytes apart each: every pair takes a sector of 32 bytes.
     sectors = 16.0 * items if odd else 0
-    suffix, statistics, gradient = (", odd", {"U16": 16}, {"U16": 32}) if odd else ("", {WIDE: 2}, {WIDE: 2})
-    blocks = -(-columns // 2048) * rows
-    targets = [
-        Loop("LDG", 1, {"LDG": 3}, latency=L2),
-        Loop("SHFL", 1, {"LDG": 3}),
-        Loop("SHFL", 1, {"STG": 1}, up=1),
-    ]
+    tail, loads, all_ = (
+        (", odd", {"U16": 16}, {r"LDG\.E\.U16": 16, "STG": 16})
+        if odd
+        else ("", {WIDE: 2}, {WIDE: 2, "STG": 2})
+    )
+    statistics = [Loop(r"MUFU\.EX2", -(-columns // 4096), loads, latency=MEMORY)]
+    coefficients = [Loop("LDG", 1, {"LDG": 3}, latency=L2)]
+    targets = [*coefficients, Loop("SHFL", 1, {"LDG": 3}), Loop("SHFL", 1, {"STG": 1}, up=1)]
+    blocks, both = -(-columns // 2048) * rows, 2 * moved
+    name, other = "token_logp_kernelINS_8BFloat16ELi8", "token_logp_backward_kernelINS_8BFloat16"
     return CostCase(
         f"`token_logp` forward + backward bf16 [4,096, {columns:,}]",
         (1.2 * 3 * moved / COPY, 1.3 * 3 * moved / COPY),
         [
-            Launch("token_logp_kernelINS_8BFloat16ELi8", rows, 8, moved, {}, forward, items),
-            Launch("token_logp_backward_kernelINS_8BFloat16", rows, 8, 2 * moved, {"BAR": 3}, backward, items, sectors=sectors),
+            Launch(name, rows, 8, moved, {}, forward, items),
+            Launch(other, rows, 8, both, {"BAR": 3}, backward, items, sectors=sectors),
         ],
         [
-            Launch(f"token_logp bfloat16{suffix}", rows, 8, moved, {"STG": 3}, [Loop(r"MUFU\.EX2", -(-columns // 4096), statistics, latency=MEMORY)], items),
-            Launch(f"token_logp gradient bfloat16{suffix}", blocks, 4, 2 * moved, gradient, [Loop("LDG", 1, {"LDG": 3}, latency=L2)], items),
+            Launch(f"token_logp bfloat16{tail}", rows, 8, moved, {"STG": 3}, statistics, items),
+            Launch(f"token_logp gradient bfloat16{tail}", blocks, 4, both, all_, coefficients, items),
             Launch("token_logp gradient of targets", rows, 1, 64.0 * rows, {}, targets, rows, latency=L2),
         ],
-    )  # fmt: skip
+    )
 
 
 CASES = [_dense(), _legal(), _sibling(), *_ved(), _token_logp(151_936, False), _token_logp(152_437, True)]

@@ -1,9 +1,9 @@
 """What the kernels should take on an H100, worked out from their machine code.
 
-``python -m benchmarks.resources --model`` prints it; ``results/model.md`` says how to read it. The hot path of a
-kernel is a route through its control-flow graph: the cheapest one that executes given numbers of certain
-instructions (four 16-byte loads, say) and enters the loops that count. Loops are found by their back edges; each
-has a route of its own, and a number of trips that follows from the shapes.
+``python -m benchmarks.resources --model`` prints it; ``results/model.md`` says how to read it. The hot path
+of a kernel is a route through its control-flow graph: the cheapest one that executes given numbers of certain
+instructions (four 16-byte loads, say) and enters the loops that count. Loops are found by their back edges;
+each has a route of its own, and a number of trips that follows from the shapes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from typing import NamedTuple
 CLOCK, SMS, SCHEDULERS, COPY, CACHE = 1.755e9, 132, 4, 3.0e12, 5.5e12
 # Cycles until the result is there, rounded from published microbenchmarks of Hopper.
 MEMORY, L2, L1, SHARED, OTHER, BARRIER = 480, 263, 41, 30, 20, 30
-LAUNCH, MARGIN = (
-    2e-6,
-    1.15,
-)  # seconds to start and drain a kernel; what is lost to all that the model leaves out
-# Cycles for which an instruction of a warp keeps a pipe busy; a scheduler has one of each kind. From the table of
-# arithmetic throughput in the CUDA programming guide.
+LAUNCH, MARGIN = 2e-6, 1.15  # seconds to start and drain a kernel; for what the model leaves out
+# Cycles for which an instruction of a warp keeps a pipe busy; a scheduler has one of each kind. From the
+# table of arithmetic throughput in the CUDA programming guide.
 PIPES = {
     "integer": (r"(IADD|ISETP|FSETP|FMNMX|I?MNMX|VIMNMX|LOP3|SHF|LEA|SEL|FSEL|PRMT|PLOP3|FLO|POPC)", 2),
     "multiply": (r"IMAD(?!\.MOV)", 2),
@@ -51,16 +48,17 @@ class Loop(NamedTuple):
     """A loop of a kernel's hot path.
 
     Attributes:
-        holds: the innermost loops with such an instruction are meant; ``which`` of them in order of address, or the
-            loop that stands ``up`` levels around it.
-        trips: of a warp, in all. With ``per`` elements instead: a trip takes as many as it has such instructions.
+        holds: the innermost loops with such an instruction are meant; ``which`` of them in order of address,
+            or the loop that stands ``up`` levels around it.
+        trips: of a warp, in all. With ``per`` elements instead: a trip takes as many as it has such
+            instructions.
         marks: what the route through the body executes.
         latency: of its global loads.
     """
 
     holds: str
     trips: float
-    marks: Marks = {}
+    marks: Mapping[str, int] = {}
     which: int = 0
     up: int = 0
     per: str = ""
@@ -184,8 +182,14 @@ class Kernel:
         return around[loop.up][1]
 
     def route(self, marks: Marks, known: Iterable[int], start: int | None = None) -> list[Instruction]:
-        """The cheapest way through the code, or from a loop's head back to it, that executes exactly the marked
-        instructions and enters the loops that are known. What these hold themselves is left out."""
+        """The cheapest way through the code, or from a loop's head back to it.
+
+        It executes exactly the marked instructions and enters the loops that are known; what these hold
+        themselves is left out.
+
+        Raises:
+            LookupError: there is none.
+        """
         inside = self._reached(None) if start is None else self.loops[start]
         heads = [h for h in known if h in inside and h != start]
         outer = [h for h in heads if not any(h in self.loops[o] for o in heads if o != h)]

@@ -68,17 +68,21 @@ def document(body: str) -> str:
     )
 
 
+def _nvcc(header: Path, *options: str) -> str:
+    """Compile a header by the flags of the build; what nvcc says about it."""
+    command = [recipe.nvcc(), *recipe.NVCC_FLAGS, "-Icsrc", "-x", "cu", str(header), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc does not compile {header.name}: {done.stderr}")
+    return done.stderr
+
+
 def _entries(header: Path) -> dict[tuple[str, int], tuple[int, int]]:
     """Registers and spilled bytes of a header's kernels, by name and architecture."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    command = [recipe.nvcc(), *recipe.NVCC_FLAGS, "-Xptxas=-v", *targets, "-Icsrc", "-x", "cu"]
-    done = subprocess.run(
-        [*command, "-c", str(header), "-o", os.devnull], cwd=ROOT, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"nvcc does not compile {header.name}: {done.stderr}")
+    said = _nvcc(header, "-Xptxas=-v", *targets, "-c", "-o", os.devnull)
     found = {}
-    for part in done.stderr.split("Compiling entry function ")[1:]:
+    for part in said.split("Compiling entry function ")[1:]:
         mangled, architecture = re.findall(r"'(\w+)'", part.partition("\n")[0])
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         registers = re.search(r"Used (\d+) registers", part)
@@ -130,9 +134,9 @@ def _kernels(cubin: bytes, shared: int = 0) -> dict[str, Kernel]:
 
 def _cuda_kernels() -> dict[str, Kernel]:
     """Those of CUDA C++ for sm_90, compiled once for as long as the sources stay the same."""
-    command = [recipe.nvcc(), *recipe.NVCC_FLAGS, "-arch=sm_90", "-Icsrc", "-cubin", "-x", "cu"]
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu"))
-    words = [recipe.nvcc_version().encode(), *map(str.encode, command), *(x.read_bytes() for x in sources)]
+    words = [recipe.nvcc_version().encode(), *map(str.encode, recipe.NVCC_FLAGS)]
+    words += [path.read_bytes() for path in sources]
     folder = ROOT / "build" / "model" / hashlib.sha256(b"\0".join(words)).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
@@ -140,7 +144,7 @@ def _cuda_kernels() -> dict[str, Kernel]:
         cubin = folder / f"{name}.cubin"
         if not cubin.exists():
             with replacing(cubin) as path:
-                subprocess.run([*command, f"csrc/cuda/{name}.cuh", "-o", str(path)], cwd=ROOT, check=True)
+                _nvcc(ROOT / f"csrc/cuda/{name}.cuh", "-arch=sm_90", "-cubin", "-o", str(path))
         found |= _kernels(cubin.read_bytes())
     return found
 
@@ -162,7 +166,7 @@ def _launch_line(kernel: Kernel, launch: Launch, found: Cost) -> str:
         str(found.once),
         " + ".join(spent),
         f"{found.instructions:.0f}",
-        f"{found.per_item:.4g}",
+        f"{found.per_item:.{0 if found.per_item >= 100 else 1}f}",
         found.widths,
         f"{found.issue * 1e6:.1f} ({found.pipe})",
         f"{found.memory * 1e6:.1f}",
@@ -187,8 +191,8 @@ def model_part(title: str, compiler: str, kernels: dict[str, Kernel], of: int) -
         "|---" * 9 + "|",
     ]
     lines = [
-        "| kernel | blocks x warps | registers; blocks per SM | outside of loops | per trip x trips | of a warp "
-        "| per item | loads and stores, bits | issue | memory | latency |",
+        "| kernel | blocks x warps | registers; blocks per SM | outside of loops | per trip x trips "
+        "| of a warp | per item | loads and stores, bits | issue | memory | latency |",
         "|---" * 11 + "|",
     ]
     for case in CASES:

@@ -103,3 +103,12 @@ def test_the_table_is_current() -> None:
     command = [sys.executable, "-m", "benchmarks.resources", "--model", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_counts_as_the_same() -> None:
+    from benchmarks.resources import _same
+
+    line = "| token_logp | 272 | 587 x 38 | load 2 x 128, store 128 |"
+    assert _same(line, line.replace("587", "600"))
+    for other in (("587", "620"), ("load 2 x 128", "load 16 x 16"), ("store 128", "store 64"), ("2 x ", "")):
+        assert not _same(line, line.replace(*other))
