@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.only in case.name:
             print(case.name, "…", file=sys.stderr, flush=True)
             rows += measure(clock, available, case, bandwidth, args.rounds)
-            write(args.out, header, rows)  # after every case: a GPU may be lent for a while only
+            write(args.out, header, rows)  # after every case, so that nothing is lost
     print(table(header, rows))
     return any("error" in row for row in rows)
 
