@@ -24,7 +24,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,57 +47,15 @@ from vstar_ops.train.synthetic import synthetic
 from vstar_ops.train.trainer import Run
 
 from . import study_report, tuning
+from .policies import CANDIDATES, GRPO, PLAIN, POLICIES, SFT, VSTAR, Policy
 from .rank_correlation import correlations
 from .sasrec import sasrec
 
 Cell = dict[str, Tensor]  # score -> a number per test request
 Decode = Callable[[SIDTransformer, Tensor, Trie, Tensor], Any]
 
-CANDIDATES = 16
 PARTS = ("rows", "tokens", "levels", "gradients", "tuning")
 NO_VALUE: dict[str, Any] = {"value_weight": 0.0, "child_values": False, "num_value_beams": 0}
-POLICY_ALONE = {"num_value_beams": 0, "beam_width": CANDIDATES, "num_policy_candidates": CANDIDATES}
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How a policy is made of the supervised one.
-
-    Attributes:
-        variant: as text; None: not at all.
-        changes: fields of :class:`Config`.
-        ved: fields of its search; ``paper`` starts from the paper's.
-        prior: of the item prior, ``"fitted"``, ``"none"``, or ``"by hand"``: one weight for all levels, in
-            units of the cosine, chosen on the valid split.
-    """
-
-    variant: str | None = None
-    changes: dict[str, Any] = field(default_factory=dict)
-    ved: dict[str, Any] = field(default_factory=dict)
-    paper: bool = False
-    prior: str = "fitted"
-
-    def config(self, base: Config) -> Config:
-        """``base`` with what is changed here. All steps are taken; the valid split says which is kept."""
-        ved = VEDConfig.paper() if self.paper else base.ved
-        return base.replace(**self.changes, ved=ved.replace(**self.ved), patience=base.rl_evals)
-
-
-SFT, GRPO, VSTAR = "SFT", "GRPO", "V-STAR"
-PLAIN = "SFT without item prior"
-PAPER = {"sibling_form": "paper", "sibling_weight": 1.0}
-POLICIES = {
-    PLAIN: Policy(prior="none"),
-    SFT: Policy(),
-    "SFT, prior by hand": Policy(prior="by hand"),
-    GRPO: Policy("beam+grpo"),
-    "Sibling-GRPO": Policy("beam+joint"),
-    "Sibling-GRPO, the paper's": Policy("beam+joint", PAPER),
-    "sibling advantages alone": Policy("beam+sibling"),
-    "GRPO, V learned beside": Policy("ved+grpo", ved=POLICY_ALONE),
-    VSTAR: Policy("ved+joint"),
-    "V-STAR, the paper's": Policy("ved+joint", PAPER, paper=True),
-}
 
 BEAM, WIDE, VED, BEST_FIRST, RERANKED = (
     "beam search",
@@ -309,6 +267,18 @@ class Study:
             result.setdefault(score, {})[level] = {"correlation": values}
         return result
 
+    def tuning(self) -> dict[str, Tensor]:
+        """Setting -> the score of the valid split at each look, before the first step first."""
+        on_clicks, found = self.run.dataset.reward is None, {}
+        for setting, policy in tuning.settings(self.run.config, on_clicks=on_clicks).items():
+
+            def measure(policy: Policy = policy, name: str = f"tuning {setting}") -> Cell:
+                self.train(policy, name)
+                return {"valid": torch.tensor(self.looks(policy, name))}
+
+            found[setting] = self.cell(f"tuning {setting}", measure)["valid"]
+        return found
+
 
 def row_name(policy: str, decoding: str) -> str:
     """What a table calls a row."""
@@ -335,7 +305,7 @@ def run(
             "rows": study.table,
             "tokens": study.tokens,
             "levels": study.levels,
-            "tuning": functools.partial(tuning.tune, study),
+            "tuning": study.tuning,
         }
         for part, measure in measures.items():
             if part in parts and (part != "tuning" or one is runs[0]):

@@ -9,17 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from vstar_ops.train import report
+from vstar_ops.train.config import Config
 
-if TYPE_CHECKING:
-    from vstar_ops.train.config import Config
-
-    from .study import Policy, Study
+from .policies import POLICIES, Policy
 
 BY_CLICK = {"reward: the click": {"reward": "rule"}, "reward: its prefixes": {"reward": "prefix"}}
 ALL = {"3 x learning rate": {"rl_lr": 3.0}, "32 candidates": {"candidates": 32}}
@@ -48,27 +45,16 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 _FACTORS = {"rl_lr", "value_lr", "value_weight"}
 
 
-def tune(study: Study) -> dict[str, Tensor]:
-    """Setting -> the score of the valid split at each look, before the first step first."""
-    from .study import POLICIES
-
-    on_clicks = study.run.dataset.reward is None
+def settings(config: Config, *, on_clicks: bool) -> dict[str, Policy]:
+    """Setting -> the policy to train, in a study of ``config``, on clicks or with a true reward."""
     found = {}
-    for name, settings in SETTINGS.items():
+    for name, changes in SETTINGS.items():
         base = POLICIES[name]
         ved = base.ved | ({"value_weight": V_ON_CLICKS} if on_clicks else {})
         base = dataclasses.replace(base, changes=base.changes | BEFORE, ved=ved)
-        for change, fields in settings.items():
-            if "reward" in fields and not on_clicks:
-                continue  # the true reward is what is asked for
-            policy = changed(base, fields, study.run.config)
-            setting = f"{name}, {change}" if change else name
-
-            def measure(policy: Policy = policy, setting: str = setting) -> dict[str, Tensor]:
-                study.train(policy, f"tuning {setting}")
-                return {"valid": torch.tensor(study.looks(policy, f"tuning {setting}"))}
-
-            found[setting] = study.cell(f"tuning {setting}", measure)["valid"]
+        for change, fields in changes.items():
+            if on_clicks or "reward" not in fields:  # a true reward is what is asked for
+                found[f"{name}, {change}" if change else name] = changed(base, fields, config)
     return found
 
 

@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import study_report, tuning
 from benchmarks.crossed import interval
+from benchmarks.policies import POLICIES
 from benchmarks.rank_correlation import spearman
-from benchmarks.study import POLICIES, ROWS, main, row_name
+from benchmarks.study import ROWS, main, row_name
 from vstar_ops.train.config import Config
 from vstar_ops.train.report import student_t
 
