@@ -67,6 +67,7 @@ BEAM, WIDE, VED, BEST_FIRST, RERANKED = (
 ROWS = (
     (PLAIN, BEAM),
     (PLAIN, RERANKED),
+    (PLAIN, BEST_FIRST),
     (SFT, BEAM),
     (SFT, WIDE),
     (SFT, BEST_FIRST),
@@ -79,6 +80,7 @@ ROWS = (
     ("Sibling-GRPO", BEAM),
     ("Sibling-GRPO", BEST_FIRST),
     ("sibling advantages alone", BEAM),
+    ("sibling advantages alone", BEST_FIRST),
     ("GRPO, V learned beside", BEAM),
     ("GRPO, V learned beside", VED),
     ("GRPO, V learned beside", BEST_FIRST),
