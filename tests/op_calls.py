@@ -71,7 +71,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     """NaN equals NaN."""
     if not a.is_floating_point():
         return torch.equal(a, b)
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def through_gpu(op: Op, backend: str, device: str = "cuda") -> Callable[..., Any]:

@@ -174,15 +174,14 @@ def cuobjdump(cubin: bytes, option: str) -> str:
     import triton
 
     path = Path(triton.knobs.nvidia.cuobjdump.path)
-    environment = {
-        **os.environ,
-        "PATH": f"{path.parent}{os.pathsep}{os.environ['PATH']}",
-    }  # it calls nvdisasm
+    search = f"{path.parent}{os.pathsep}{os.environ['PATH']}"  # it calls nvdisasm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(path), option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": search}
+        ).stdout
 
 
 def resources(item: Any, architecture: int) -> Resources:

@@ -209,7 +209,7 @@ class _Search:
         self, logits: Tensor, rows: SelectedRows, width: int, values: dict[str, Tensor]
     ) -> ExpandTopK:
         """The next beams, whose parents are positions among the last ones, ``rows``."""
-        logits = logits.view(*rows.node.shape, logits.shape[-1])
+        logits = logits.unflatten(0, rows.node.shape)
         num_value_beams = min(self.config.num_value_beams, width)
 
         def best(count: int, **ranking: Any) -> ExpandTopK:
@@ -285,7 +285,7 @@ class _Search:
         if child_value is None or not config.num_value_beams:
             return {}
         value = shaped["value"] / self.weights["value_weight"]
-        return {"value": value, "child_value": child_value.view(*shape, child_value.shape[-1])}
+        return {"value": value, "child_value": child_value[:, 0].unflatten(0, shape)}
 
     def leaves_below(
         self, node: Tensor, logp: Tensor, logits: Tensor, value: Tensor, child_value: Tensor | None

@@ -55,8 +55,7 @@ class VEDConfig:
             below its parent. The initial beam search passes over such prefixes: its beams are the others
             among the first ``LISTED_PER_BEAM`` extensions per beam. A prefix with a single child that
             branches further down costs its token, since longer prefixes attend to it. Without effect, as in
-            :func:`beam_search`, under
-            ``"vocab"`` and for models that do not promise ``finite_logits``
+            :func:`beam_search`, under ``"vocab"`` and for models that do not promise ``finite_logits``
             (:class:`~vstar_ops.decoding.PrefixModel`), and with ``evaluate_leaves``, where the model must
             run all tokens of a leaf. False is the paper.
 

@@ -141,14 +141,14 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextmanager
-def world(device: torch.device | None = None) -> Iterator[World]:
+def world(device: torch.device) -> Iterator[World]:
     """The processes that ``torchrun`` has started, joined over gloo, and nccl on CUDA; one without it."""
-    if device is not None and device.type == "cuda":
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(device=device)
         return
-    on_cuda = device is not None and device.type == "cuda"
     distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     try:
         yield World(distributed.get_rank(), distributed.get_world_size(), device)

@@ -75,6 +75,7 @@ class PolicyGradient:
         self.values = model.value_head is not None
         self.child_values = self.values and c.ved.child_values
         self.global_weight = 0.0 if variant.objective == "sibling" else 1.0
+        self.depth_weights = [c.sibling_decay**level for level in range(run.trie.length)]
         self.sibling_weight = {"grpo": 0.0, "sibling": 1.0, "joint": c.sibling_weight}[variant.objective]
         name = reward_name(c.reward, run.dataset)
         self.reward_of = make_reward(name, run.dataset)
@@ -115,7 +116,7 @@ class PolicyGradient:
             sibling_weight=per_request * self.sibling_weight,
             kl_weight=per_candidate * c.kl_weight,
             form=c.sibling_form,
-            depth_weights=[c.sibling_decay**level for level in range(tokens.shape[2])],
+            depth_weights=self.depth_weights,
         )
         value_loss = self.value_loss(scores, requests, tokens, mask, laid_out.child.view(tokens.shape))
         loss = policy.loss + per_candidate * value_loss  # of this shard, and already weighted

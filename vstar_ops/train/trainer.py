@@ -196,8 +196,7 @@ def fit(
         def validate() -> None:
             scores: dict[str, float] = {}
             if run.config.validate:
-                with run.autocast():
-                    scores = run.world.broadcast(evaluate(model) if run.world.is_main else {})
+                scores = run.world.broadcast(evaluate(model) if run.world.is_main else {})
                 state.rate(metric, scores[metric])
             else:
                 state.keep()

@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
 def cases(op: str, seed: int) -> Iterator[Case]:
     """Those of the tests, then random ones, and between them such as threads share."""
-    large = [(label, make) for label, make in LARGE[op].items()]
+    large = list(LARGE[op].items())
     for label, make in CASES[op].items():
         for batch in (3, 0):
             yield Case(gradient(op, make(batch)), f"cases.CASES[{op!r}][{label!r}]({batch})")
