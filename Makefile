@@ -60,15 +60,17 @@ lint: setup
 compat:
 	$(PYTHON) tools/compat.py $(TORCH)
 
-# Nothing is downloaded or installed: $(PYTHON) has a CUDA torch, Triton, pytest and hypothesis. The measurement
-# follows whatever the tests say, and writes benchmarks/results/<gpu>-<date>.json and .md.
+# Nothing is downloaded or installed: $(PYTHON) has a CUDA torch, Triton, pytest and hypothesis; with pytest-xdist the
+# tests share the GPU. The measurement follows whatever the tests say, and writes benchmarks/results/<gpu>-<date>.json
+# and .md.
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m vstar_ops.collect_env
 	@tests=$$($(PYTHON) -c '$(LIST_TESTS)') || exit 1; failed=0; \
-	$(PYTHON) -m pytest -q -k "triton or cuda" tests/test_gpu.py $$tests || failed=1; \
+	shared=$$($(PYTHON) -c 'import os, xdist; print("-n", min(os.cpu_count(), 12))' 2> /dev/null); \
+	$(PYTHON) -m pytest -q $$shared -k "triton or cuda" tests/test_gpu.py $$tests || failed=1; \
 	$(PYTHON) -m vstar_ops.verify || failed=1; \
-	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
+	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck synccheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	        $(PYTHON) -m pytest -q -k "cuda and (hand or small)" $$tests || failed=1; \
 	done; fi; \

@@ -314,11 +314,8 @@ def sibling_grpo_loss(items: Tensor, batch: int, group: int, length: int = 0) ->
     )
 
 
-def ved_round(items: Tensor, batch: int, budget: int) -> Case:
-    """A round of tree search without the model: select, insert what a made-up model says, rank.
-
-    Half of the budget is spent first, and every sample starts there again. A node has 32 children.
-    """
+def _search(batch: int, budget: int, device: torch.device) -> tuple[SearchTrees, Callable[[], Any]]:
+    """Trees that have spent half of their budget, and a round without the model. A node has 32 children."""
 
     def evaluation(node: Tensor) -> NodeEvaluation:
         child = 32 * node.clamp(min=0)[..., None] + torch.arange(1, 33, dtype=torch.int32)
@@ -328,7 +325,7 @@ def ved_round(items: Tensor, batch: int, budget: int) -> Case:
         lists = children, child, -logp, child, -leaf_logp, child_value
         return NodeEvaluation(zero.long(), expected, value, *lists, zero)
 
-    trees = SearchTrees.empty(batch, budget, 3, children=32, leaves=32, device=items.device)
+    trees = SearchTrees.empty(batch, budget, 3, children=32, leaves=32, device=device)
     root = torch.zeros(batch, 1, dtype=torch.int32)
     rows = SelectedRows(root - 1, root, torch.zeros(batch, 1))
     ved_insert(trees, rows, evaluation(rows.node))
@@ -336,20 +333,45 @@ def ved_round(items: Tensor, batch: int, budget: int) -> Case:
         rows = ved_select(trees)
         ved_insert(trees, rows, evaluation(rows.node))
     said = evaluation(rows.node)
+
+    def round_() -> SelectedRows:
+        chosen = ved_select(trees)
+        ved_insert(trees, chosen, said)
+        return chosen
+
+    return trees, round_
+
+
+def ved_round(items: Tensor, batch: int, budget: int) -> Case:
+    """A round of tree search without the model: select, insert what a made-up model says.
+
+    Every sample starts with the same trees.
+    """
+    trees, round_ = _search(batch, budget, items.device)
     planted = {name: value.clone() for name, value in vars(trees).items()}
 
     def ours() -> tuple[Tensor, ...]:
-        chosen = ved_select(trees)
-        ved_insert(trees, chosen, said)
-        return (*chosen, *ved_candidates(trees, 3, 16), trees.visits, trees.size)
+        return (*round_(), trees.visits, trees.size)
 
     def reset() -> None:
         for name, value in planted.items():
             getattr(trees, name).copy_(value)
 
     fields = trees.node, trees.parent, trees.priority, trees.next_child, trees.num_children, trees.depth
-    name = f"ved round B={batch} budget={budget}, without the model"
+    name = f"ved_select, ved_insert B={batch} budget={budget}"
     return Case(name, {"ours": ours}, [()], nbytes(fields), rtol=1.3e-6, atol=1e-5, reset=reset, calls=10)
+
+
+def ved_candidates_of(items: Tensor, batch: int, budget: int) -> Case:
+    """The best leaves of the same trees."""
+    trees, _ = _search(batch, budget, items.device)
+
+    def ours() -> tuple[Tensor, ...]:
+        return tuple(ved_candidates(trees, 3, 16))
+
+    lists = trees.node, trees.leaf_node, trees.leaf_logp, trees.leaf_score
+    name = f"ved_candidates B={batch} budget={budget} K=16"
+    return Case(name, {"ours": ours}, [()], nbytes(lists), rtol=1.3e-6, atol=1e-5)
 
 
 SIZES: dict[str, list[tuple[Any, ...]]] = {
@@ -362,7 +384,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         *((prefix_returns, *size, 64) for size in ((64, 16), (256, 64))),
         *((make, *size) for make in (prefix_tree, sibling_grpo_loss) for size in ((64, 16), (256, 64))),
         (group_advantage, 256, 64),
-        (ved_round, 64, 129),
+        *((make, 64, 129) for make in (ved_round, ved_candidates_of)),
         (token_logp, 1024, 152_064, FP32),
         (token_logp_legal, 1024, 152_064, FP32),
     ],
@@ -376,10 +398,10 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (group_advantage, 1024, 64),
         (prefix_returns, 256, 64, 64),
         (prefix_tree, 256, 64),
-        (token_logp, 4096, 151_936, BF16),
+        *((token_logp, 4096, columns, BF16) for columns in (151_936, 152_437)),
         (token_logp_legal, 4096, 151_936, BF16),
         *((sibling_grpo_loss, *size) for size in ((64, 16), (1024, 64), (64, 512, 8))),
-        (ved_round, 1024, 129),
+        *((make, 1024, 129) for make in (ved_round, ved_candidates_of)),
     ],
     "small": [
         (expand_dense, 2, 4, 64, 8, BF16),
@@ -388,7 +410,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         *((make, 2, 8) for make in (sibling_advantage, group_advantage, prefix_tree, sibling_grpo_loss)),
         (prefix_returns, 2, 8, 16),
         *((make, 4, 5000, BF16) for make in (token_logp, token_logp_legal)),
-        (ved_round, 2, 13),
+        *((make, 2, 13) for make in (ved_round, ved_candidates_of)),
     ],
 }
 

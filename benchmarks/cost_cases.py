@@ -13,7 +13,7 @@ WIDE, SHARED_64 = r"LDG\.E\.128", r"LD\.E\.64"  # what tells loops apart
 
 
 class CostCase(NamedTuple):
-    """One shape. ``goals`` are in seconds: CUDA C++, Triton."""
+    """One shape, by its name in ``cases.py``. ``goals`` are in seconds: CUDA C++, Triton."""
 
     name: str
     goals: tuple[float, float]
@@ -59,7 +59,7 @@ def _dense() -> CostCase:
     triton = [Loop(r"MUFU\.EX2", 2, {"U16": 16, "STG": 1}, latency=MEMORY)]
     name = "expand_rows_kernelINS_8BFloat16ELi8"
     return CostCase(
-        "dense bf16 `expand_topk` B=256 W=128 V=8,192 K=128",
+        "expand_topk dense bf16 B=256 W=128 V=8192 K=128",
         (logits / COPY / 0.7, logits / COPY / 0.6),
         [Launch(name, rows, 8, moved, {"STG": 3}, loops, rows * columns), _selection(256, again, 16, 32)],
         [
@@ -78,7 +78,7 @@ def _legal() -> CostCase:
     triton = [Loop(r"MUFU\.EX2", 1, {"U16": 8, r"LDG\.E R": 8}, latency=L2)]
     name = "expand_rows_kernelINS_8BFloat16ELi1"
     return CostCase(
-        "legal bf16 `expand_topk` B=16 W=128 K=128",
+        "expand_topk legal depth 1 bf16 B=16 W=128 V=768 K=128",
         (10e-6, 15e-6),
         [Launch(name, rows // 4, 4, moved, {"STG": 3}, loops, children), _selection(16, moved, 3, 2)],
         [
@@ -115,7 +115,7 @@ def _sibling() -> CostCase:
         Loop("LDG", depth, {"STG": 6}, up=1),
     ]
     return CostCase(
-        "`sibling_advantage` B=1,024 G=64 L=3",
+        "sibling_advantage B=1024 G=64 L=3",
         (8e-6, 20e-6),
         [Launch("sibling_advantage_kernel", batch, 2, moved, {}, loops, batch * group, 8_000)],
         [Launch("sibling_advantage 64", batch, 2, moved, {}, triton, batch * group)],
@@ -161,7 +161,7 @@ def _ved() -> list[CostCase]:
     triton_insert = [Loop("LDG", 3, {"STG": 24}, up=1, latency=L2)]
     return [
         CostCase(
-            "VED select + insert, 1,024 trees",
+            "ved_select, ved_insert B=1024 budget=129",
             (20e-6, 25e-6),
             [
                 Launch("ved_select_kernel", trees, 4, seen, {}, select, batch),
@@ -173,7 +173,7 @@ def _ved() -> list[CostCase]:
             ],
         ),
         CostCase(
-            "VED candidates, 1,024 trees, K=16",
+            "ved_candidates B=1024 budget=129 K=16",
             (20e-6, 40e-6),
             [Launch("ved_candidates_kernel", batch, 4, stored, {}, candidates, batch * entries)],
             [Launch("ved_candidates", batch, 8, stored, {}, triton_candidates, batch * entries)],
@@ -200,7 +200,7 @@ def _token_logp(columns: int, odd: bool) -> CostCase:
     blocks, both = -(-columns // 2048) * rows, 2 * moved
     name, other = "token_logp_kernelINS_8BFloat16ELi8", "token_logp_backward_kernelINS_8BFloat16"
     return CostCase(
-        f"`token_logp` forward + backward bf16 [4,096, {columns:,}]",
+        f"token_logp bf16 [{rows}, {columns}] forward, backward",
         (1.2 * 3 * moved / COPY, 1.3 * 3 * moved / COPY),
         [
             Launch(name, rows, 8, moved, {}, forward, items),

@@ -3,6 +3,7 @@
 For each case: time per call (CUDA events; the replay of a graph where a call takes less than 2 ms), bytes
 that any implementation must move and their share of the measured copy bandwidth, and the ratio to the best
 eager composition of torch operations we know and to ``torch.compile`` of it. All of them are timed in turns.
+Beside the time stands what ``results/model.md`` predicts for an H100, and what is aimed at.
 Results are compared with each other and with the reference first; a backend that differs is not timed and
 fails the run. Inputs rotate among several sets where they would fit into the L2 cache.
 
@@ -32,6 +33,7 @@ from .catalogue import industrial_like
 from .harness import Clock, Sample
 
 RESULTS = Path(__file__).parent / "results"
+MODEL = RESULTS / "model.md"
 
 
 def copy_bandwidth(clock: Clock, device: str, size: int) -> float:
@@ -61,8 +63,25 @@ def on(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+def predictions() -> dict[tuple[str, str], tuple[float, float]]:
+    """Of (case, backend): the seconds that ``results/model.md`` predicts, and those aimed at."""
+    found, backend = {}, ""
+    for line in MODEL.read_text().splitlines():
+        cells = [x.strip() for x in line.strip("|").split("|")]
+        if line.startswith("# "):
+            backend = {"# CUDA C++": "cuda", "# Triton": "triton"}.get(line, "")
+        elif len(cells) == 9 and cells[-1] in ("yes", "no"):
+            found[cells[0], backend] = float(cells[6]) * 1e-6, float(cells[7]) * 1e-6
+    return found
+
+
 def measure(
-    clock: Clock, backends: list[str], case: Case, bandwidth: float, rounds: int
+    clock: Clock,
+    backends: list[str],
+    case: Case,
+    bandwidth: float,
+    rounds: int,
+    model: dict[tuple[str, str], tuple[float, float]],
 ) -> list[dict[str, Any]]:
     """A row per backend."""
     samples, failed, ours = dict[str, Sample](), dict[str, str](), case.variants["ours"]
@@ -94,21 +113,25 @@ def measure(
         own, moved = timing.seconds(backend), on(backend, case.bytes)()
         row |= {"seconds": own, "how": samples[backend].how, "other_seconds": others, "failed": failed}
         row |= {"bytes": moved, "bytes_per_second": moved / own, "bandwidth_share": moved / own / bandwidth}
-        rows.append(row | {"ratio": {name: timing.ratio(name, backend) for name in others}})
+        row |= {"ratio": {name: timing.ratio(name, backend) for name in others}}
+        if (case.name, backend) in model:
+            row |= dict(zip(("predicted", "goal"), model[case.name, backend], strict=True))
+        rows.append(row)
     return rows
 
 
 def table(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Markdown, a line per row."""
     text = "\n".join(f"- {name}: {value}" for name, value in header.items())
-    text += "\n\n| case | backend | time | GB/s | of copy bandwidth | eager torch | torch.compile |\n"
-    text += "|---|---|---|---|---|---|---|\n"
+    text += "\n\n| case | backend | time | predicted for an H100 | aimed at "
+    text += "| GB/s | of copy bandwidth | eager torch | torch.compile |\n" + "|---" * 9 + "|\n"
     for row in rows:
         if "error" in row:
-            text += f"| {row['case']} | {row['backend']} | **{row['error']}** | | | | |\n"
+            text += f"| {row['case']} | {row['backend']} | **{row['error']}** | | | | | | |\n"
             continue
         ratios = [f"{row['ratio'][n]:.1f}x" if n in row["ratio"] else "" for n in ("eager", "compile")]
         time_of = f"{row['seconds'] * 1e6:.1f} us ({row['how']})"
+        time_of += "".join(f" | {row[n] * 1e6:.0f} us" if n in row else " |" for n in ("predicted", "goal"))
         share = f"{row['bytes_per_second'] / 1e9:.1f} | {row['bandwidth_share']:.1%}"
         text += f"| {row['case']} | {row['backend']} | {time_of} | {share} | {' | '.join(ratios)} |\n"
     return text
@@ -151,13 +174,18 @@ def main(argv: list[str] | None = None) -> int:
     bandwidth = copy_bandwidth(clock, args.device, 2**24 if args.small else 2**31)
     overhead = {name: on(name, call_overhead)(args.device) for name in available}
     header, rows = _header(args.device, bandwidth, overhead), list[dict[str, Any]]()
+    model = predictions()
     for make in cases("small" if args.small else "cuda", industrial_like().to(args.device)):
         case = make()
         if args.only in case.name:
             print(case.name, "…", file=sys.stderr, flush=True)
-            rows += measure(clock, available, case, bandwidth, args.rounds)
+            rows += measure(clock, available, case, bandwidth, args.rounds, model)
             write(args.out, header, rows)  # after every case, so that nothing is lost
     print(table(header, rows))
+    missing = {case for case, _ in model} - {row["case"] for row in rows}
+    if missing and not (args.small or args.only):
+        print(f"{MODEL.name} predicts what was not measured: {', '.join(sorted(missing))}", file=sys.stderr)
+        return 1
     return any("error" in row for row in rows)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmarks.gpu
-from benchmarks import cases
+from benchmarks import cases, cost_cases
 from benchmarks.catalogue import industrial_like
 from vstar_ops.ops import OPS
 
@@ -26,9 +26,23 @@ def test_gpu_program_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert status == 0
     (found,) = tmp_path.glob("*.json")
     rows = json.loads(found.read_text())["rows"]
-    assert {row["case"].split()[0] for row in rows} >= {"expand_topk", "sibling_advantage", "ved"}
+    assert {row["case"].split()[0] for row in rows} >= {"expand_topk", "sibling_advantage", "ved_candidates"}
     assert all(row["seconds"] > 0 for row in rows)
     assert capsys.readouterr().out.strip() == found.with_suffix(".md").read_text().strip()
+
+
+def test_gpu_program_knows_the_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They stand beside the measurement, under the case's name."""
+    found = benchmarks.gpu.predictions()
+    names = {case.name for case in cost_cases.CASES}
+    assert set(found) == {(name, backend) for name in names for backend in ("cuda", "triton")}
+    small = cases.group_advantage(ITEMS, 2, 8)
+    monkeypatch.setattr(benchmarks.gpu, "cases", lambda *_: [lambda: small])
+    monkeypatch.setattr(benchmarks.gpu, "predictions", lambda: {(small.name, "cpu"): (123e-6, 45e-6)})
+    benchmarks.gpu.main(["--device", "cpu", "--small", "--rounds", "1", "--out", str(tmp_path)])
+    assert "| 123 us | 45 us |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
