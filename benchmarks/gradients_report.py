@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vstar_ops.train import report
+from vstar_ops.train import pictures, report
 
 from .policy_tree import FORMS, JOINT, PARENT, PRESETS, SIBLING
 
@@ -129,7 +129,7 @@ def figure(path: Path, result: Result) -> None:
     def mean(name: str, kind: str, group: str, of: Callable[[Any], float]) -> float:
         return sum(of(found["logits"][group][kind][name]) for found in result.values()) / len(result)
 
-    with report.panels(path, (18, 6)) as axes:
+    with pictures.panels(path, (18, 6)) as axes:
         for name, kind, style in lines:
             axes[0].plot(groups, [mean(name, kind, group, lambda x: x["one"]) for group in groups], **style)
             points = [mean(name, kind, at, lambda x, i=i: x["levels"][i]) for i in levels]  # type: ignore[misc]

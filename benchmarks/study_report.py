@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vstar_ops.train import checkpoint, report
+from vstar_ops.train import checkpoint, pictures, report
 
 from . import tuning
 from .crossed import Interval, interval
@@ -185,7 +185,7 @@ def _levels(found: Mapping[str, Mapping[str, Interval]]) -> str:
 
 
 def _figure(path: Path, found: Mapping[str, list[Any]]) -> None:
-    with report.panels(path, (18, 6)) as axes:
+    with pictures.panels(path, (18, 6)) as axes:
         if "rows" in found:
             rows = found["rows"]
             target = next(c for c in COLUMNS if c in next(iter(rows[0].values())))

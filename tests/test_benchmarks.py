@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmarks.gpu
-from benchmarks import cases, cost_cases
+from benchmarks import cases, competitors, cost_cases
 from benchmarks.catalogue import industrial_like
 from vstar_ops.ops import OPS
 
@@ -97,3 +98,27 @@ def test_a_check_compares_every_variant_with_every_other(of_result: int) -> None
             dataclasses.replace(case, variants=variants | {name: lambda: wrong}).check()
     swapped = right[0], right[1][:, [0, 2, 1, 3, 4]], right[2][:, [0, 2, 1, 3, 4]]
     dataclasses.replace(case, variants=variants | {"third": lambda: swapped}).check()
+
+
+def test_competitors_agree_and_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The program checks that the exact ones find the same winners; the cut is found out."""
+    rows = tmp_path / "rows.json"
+    arguments = ["competitors", "--small", "--rounds", "1", "--json", str(rows)]
+    monkeypatch.setattr("sys.argv", arguments)
+    competitors.main()
+    against = {row.get("against") for row in json.loads(rows.read_text())["rows"]}
+    assert against == set(competitors.COMPETITORS)
+
+
+def test_wrong_winners_are_counted() -> None:
+    """Of four winners one is missing, and another changed places with one of nearly the same score."""
+
+    def winners(score: list[float], node: list[int]) -> competitors.Winners:
+        tensor = torch.tensor([node])
+        return competitors.Winners(torch.tensor([score]), tensor, tensor, tensor)
+
+    right = winners([3.0, 2.0, 1.0, 1.0], [5, 6, 7, 8])
+    assert competitors.wrong(right, right) == 0
+    assert competitors.wrong(winners([3.0, 2.0, 1.0, 1.0], [5, 6, 7, 9]), right) == 0  # a tie at the end
+    assert competitors.wrong(winners([3.0, 1.0, 1.0, 0.5], [5, 7, 8, 9]), right) == 0.25
+    assert competitors.wrong(winners([3.0, -math.inf, 1.0, 1.0], [5, 6, 7, 8]), right) == 0.25

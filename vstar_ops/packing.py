@@ -182,17 +182,18 @@ def pack_prompts(
             :func:`vstar_ops.validation` also a prompt of padding alone.
 
     Example:
-        The log-probabilities of sampled completions under a Hugging Face decoder, prompts padded on the left:
+        Log-probabilities of sampled completions under a Hugging Face decoder, prompts padded on the left::
 
-        >>> packed = pack_prompts(prompt_ids, completion_ids, prompt_mask=attention_mask)
-        >>> out = model(
-        ...     input_ids=packed.input_ids,
-        ...     position_ids=packed.position_ids,
-        ...     attention_mask=packed.mask(model.dtype),
-        ...     logits_to_keep=packed.outputs.shape[1],
-        ... )
-        >>> logp = packed.logp(out.logits)  # [B, G, L], what G * B rows of prompt and completion give
-        >>> # A model that gives the logits of all columns: packed.logp(packed.select(out.logits))
+            packed = pack_prompts(prompt_ids, completion_ids, prompt_mask=attention_mask)
+            out = model(
+                input_ids=packed.input_ids,
+                position_ids=packed.position_ids,
+                attention_mask=packed.mask(model.dtype),
+                logits_to_keep=packed.outputs.shape[1],
+            )
+            logp = packed.logp(out.logits)  # [B, G, L], what G * B rows of prompt and completion give
+
+        A model that gives the logits of all columns: ``packed.logp(packed.select(out.logits))``.
     """
     prompt = check_tokens("prompt", prompt, (None, None), "[B, T]").long()
     device, batch = prompt.device, len(prompt)

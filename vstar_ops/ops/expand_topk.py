@@ -147,9 +147,10 @@ def expand_topk(
     Example:
         >>> trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]])
         >>> out = vstar_ops.expand_topk(torch.zeros(1, 1, 5), trie, torch.zeros(1, 1, dtype=torch.int32), 4)
-        >>> out.token, out.node, out.num_valid
-        (tensor([[ 0,  2, -1, -1]], dtype=torch.int32), tensor([[ 1,  2, -1, -1]], dtype=torch.int32), \
-tensor([2], dtype=torch.int32))
+        >>> out.token, out.node
+        (tensor([[ 0,  2, -1, -1]], dtype=torch.int32), tensor([[ 1,  2, -1, -1]], dtype=torch.int32))
+        >>> out.num_valid
+        tensor([2], dtype=torch.int32)
     """
     if row is None:
         logits = check("logits", logits, (None, None, None), "[B, W, V]", FLOATS_OR_DOUBLE)

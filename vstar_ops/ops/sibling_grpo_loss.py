@@ -221,12 +221,12 @@ def sibling_grpo_loss(
                  [ 0.1924,  0.0000]]])
 
         One step over the micro-batches of a window, on several processes. (Where gradients are averaged over
-        processes, as in DistributedDataParallel, multiply the loss by their number.)
+        processes, as in DistributedDataParallel, multiply the loss by their number.) ::
 
-        >>> counts = sum(vstar_ops.loss_counts(x.tokens, x.mask) for x in window)
-        >>> torch.distributed.all_reduce(counts)
-        >>> for x in window:
-        ...     sibling_grpo_loss(..., mask=x.mask, normalizer=counts).loss.backward()
+            counts = sum(vstar_ops.loss_counts(x.tokens, x.mask) for x in window)
+            torch.distributed.all_reduce(counts)
+            for x in window:
+                sibling_grpo_loss(..., mask=x.mask, normalizer=counts).loss.backward()
     """
     check("logp", logp, (None, None, None), _AXES, FLOATS_OR_DOUBLE)
     shape, device = tuple(logp.shape), logp.device
@@ -417,7 +417,7 @@ def sibling_grpo_loss_from_logits(
             log-probability is 0, without gradient.
         trie, node: normalize over the legal children of each row's node, ``[B, G, L]`` or ``[R]``.
         temperature: of the softmax.
-        mask, **options: as in :func:`sibling_grpo_loss`.
+        mask, options: as in :func:`sibling_grpo_loss`.
 
     Returns:
         As :func:`sibling_grpo_loss`; the loss is differentiable by ``logits``.

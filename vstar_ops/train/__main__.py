@@ -17,7 +17,7 @@ import torch
 
 from ..decoding import VEDConfig
 from ..trie import Trie
-from . import checkpoint, parallel, report
+from . import checkpoint, parallel, pictures, report
 from .config import DECODERS, OBJECTIVES, Config, Variant
 from .data import Dataset, load_minionerec
 from .decode import Decoder
@@ -58,7 +58,9 @@ def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -
     if not world.is_main:
         return ""
     title = f"{dataset.name}, test split, {config.candidates} candidates per request"
-    return report.write(folder, title, results, config)
+    text = report.write(folder, title, results, config)
+    pictures.write(folder)
+    return text
 
 
 def run_seed(run: Run) -> dict[str, Scores]:
@@ -92,6 +94,8 @@ def run_seed(run: Run) -> dict[str, Scores]:
             results[name] = scores(model, "test", one) | figures
             if c.validate:
                 results[name]["valid_NDCG@10"] = valid[name]
+    if run.world.is_main:
+        pictures.of_seed(run, {row: model for _, row, model, _ in stages})
     return results
 
 
@@ -167,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             p.exit(1, f"{p.prog}: error: {error}\n" if world.is_main else None)
         if world.is_main:
             print(text)
-            print(f"in {folder}: results.md with all columns, results.json, curves.png, a folder per seed")
+            print(f"in {folder}: report.html, results.md with all columns, results.json, a folder per seed")
         return 0
 
 

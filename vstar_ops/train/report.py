@@ -1,14 +1,12 @@
-"""Tables, intervals and learning curves of a finished run."""
+"""Tables and intervals of a finished run."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -146,11 +144,10 @@ def gains_by_step(
 
 
 def write(folder: Path, title: str, results: Results, config: Config) -> str:
-    """Save ``results.json``, ``results.md`` and ``curves.png`` in the run's folder; returns the text for a
-    terminal, whose tables have fewer columns."""
+    """Save ``results.json`` and ``results.md`` in the run's folder; returns the text for a terminal, whose
+    tables have fewer columns."""
     save_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
     save_text(folder / "results.md", _text(folder, title, results, config))
-    _curves(folder)
     return _text(folder, title, results, config, _WIDTH)
 
 
@@ -175,37 +172,3 @@ def _text(folder: Path, title: str, results: Results, config: Config, width: int
     if len(results) > 1:
         text += f"\nMean and 95 % interval over {len(results)} seeds; gains are paired by seed.\n"
     return text
-
-
-@contextmanager
-def panels(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """Three axes side by side, saved as an image after the block."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=size, constrained_layout=True)
-    yield axes
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _curves(folder: Path) -> None:
-    with panels(folder / "curves.png", (15, 4)) as axes:
-        for path in sorted(folder.glob("seed-*/*.jsonl")):
-            valid = [record for record in read_metrics(path) if "valid" in record]
-            if not valid:  # trained without validation
-                continue
-            reward = "true_reward@10" if "true_reward@10" in valid[0]["valid"] else "best_reward"
-            supervised = path.stem == "sft"
-            for axis, column in zip(axes[:1] if supervised else axes[1:], ("NDCG@10", reward)):
-                steps, scores = [r["step"] for r in valid], [r["valid"][column] for r in valid]
-                axis.plot(steps, scores, marker="o", label=f"{path.stem}, {path.parent.name}")
-                axis.set(ylabel=COLUMNS[column])
-        for axis, title in zip(axes, ("supervised", "reinforcement", "reinforcement")):
-            axis.set(title=f"{title}, valid split", xlabel="step")
