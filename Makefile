@@ -6,6 +6,7 @@
 #   make integrations   installs the packages that vstar_ops.integrations is for, and runs their tests
 #   make lint    ruff and mypy
 #   make bench   measures every op against torch
+#   make docs    builds the pages into docs/_build/html; a warning fails
 # These do not:
 #   make compat TORCH=2.11.0   compiles both modules against the headers of that torch, installs nothing
 #   make gpu     on a machine with a GPU, with the torch that is there: builds in place, tests, measures
@@ -32,7 +33,7 @@ VERL := verl==0.9.1 TransferQueue==0.1.11
 VERL_NEEDS := ray==2.60.0 tensordict==0.15.3 omegaconf hydra-core codetiming orjson torchdata pyzmq msgspec pillow peft \
     cachetools fastapi uvicorn opentelemetry-api opentelemetry-sdk aiohttp tensorboard
 
-.PHONY: setup demo check test integrations bench lint compat gpu clean
+.PHONY: setup demo check test integrations bench docs lint compat gpu clean
 
 setup: $(READY)
 	@cat $(READY)
@@ -51,6 +52,11 @@ integrations: $(INTEGRATED)
 
 bench: setup
 	$(PY) -m benchmarks $(ARGS)
+
+docs: setup
+	$(PIP) install -q --no-build-isolation -e '.[dev,docs]'
+	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 lint: setup
 	$(PY) -m ruff check .
@@ -100,4 +106,4 @@ $(INTEGRATED): $(READY)
 
 clean:
 	rm -rf build dist vstar_ops.egg-info vstar_ops/_C*.so vstar_ops/_build.json $(READY) $(INTEGRATED)
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -8,8 +8,8 @@ A competitor is a way of expanding beams under a catalogue, written here as its 
 - STATIC (arXiv 2602.22647): dense tables of the first two levels, a gather of CSR rows below
 - the top ``2 W`` of each beam before the mask, as in wide-beam engines, whose wrong winners are counted
 
-All of them normalize over all columns, as ``normalize="vocab"`` does, and those that claim to be exact must find
-the same winners. Ours is timed with ``"legal"`` too, which needs no illegal column: its scores are others.
+All of them normalize over all columns, as ``normalize="vocab"`` does, and those that claim to be exact must
+find the same winners. Ours is timed with ``"legal"`` too, which needs no illegal column; its scores differ.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from .trainer import Run
 
 _CAPTIONS = {
     "curves.svg": "The valid split during training: mean over the seeds and its 95 % interval.",
-    "levels.svg": "Advantage compression. GRPO gives all tokens of a candidate one advantage. The dark part is "
-    "what a token of that level decided itself: the change of the mean reward when the prefix grew by it.",
+    "levels.svg": "Advantage compression. GRPO gives all tokens of a candidate one advantage. The dark part "
+    "is what a token of that level decided itself: the change of the mean reward when the prefix grew by it.",
     "search.svg": "One request's search by the last policy with a value head. Circles are prefixes that cost "
     "a forward token: the color is V, the area grows with the visits, the ring with the entropy. Squares "
     "are candidates, numbered by rank.",
