@@ -140,7 +140,7 @@ def search_tree(
 
     rows = lay_out(0, 0)
     depth = {node: int(trie.depth(torch.tensor(node))) for node in above}
-    with panels(path, (9, 1.2 + 0.24 * rows), 1) as axis:
+    with panels(path, (9, 1.2 + 0.21 * rows), 1) as axis:
         for node, parent in above.items():
             if parent < 0:
                 continue
@@ -158,8 +158,8 @@ def search_tree(
             axis.annotate(label, (middle, at), fontsize=6, ha="center", va="center", color="#555555")
         inner = list(position)
         values = [float(trees.value[b, position[node]]) for node in inner]
-        area = [24 + 14 * float(trees.visits[b, position[node]]) for node in inner]
-        ring = [0.3 + float(trees.entropy[b, position[node]]) for node in inner]
+        area = [70 + 14 * float(trees.visits[b, position[node]]) for node in inner]
+        ring = [0.5 * float(trees.entropy[b, position[node]]) for node in inner]
         x, y = [depth[node] for node in inner], [height[node] for node in inner]
         dots = axis.scatter(x, y, s=area, c=values, lw=ring, edgecolors="#d95f02", cmap="viridis", zorder=2)
         axis.figure.colorbar(dots, ax=axis, label="V, weighted", shrink=min(1.0, 8 / rows), pad=0.01)
