@@ -11,7 +11,7 @@ import torch
 
 from vstar_ops import Trie
 from vstar_ops.decoding import VEDConfig
-from vstar_ops.train import __main__, report
+from vstar_ops.train import __main__, pictures, report
 from vstar_ops.train.config import Config, Variant
 from vstar_ops.train.synthetic import synthetic
 from vstar_ops.train.trainer import Run
@@ -147,3 +147,28 @@ def test_every_row_has_its_own_value_on_valid(tmp_path: Path, monkeypatch) -> No
     assert found == {"SFT": (0.25, 0.375), name: (0.5, 0.625), f"{name}, beam search at test": (0.25, 0.375)}
     for row in rows.values():
         assert row["steps"] > 0 and 0 <= row["best_step"] <= row["steps"] and row["skipped"] == 0
+
+
+def test_a_sentence_says_what_was_shown() -> None:
+    found = results((0, 1))
+    said = report.in_short(found)
+    assert said.startswith(
+        "In short: V-STAR: Sibling-GRPO with VED, beam search at test raises true reward@10 from "
+    )
+    worse = {seed: {row: rows[row] for row in reversed(rows)} for seed, rows in found.items()}
+    assert "did not raise true reward@10 above" in report.in_short(worse)
+    for rows in found.values():
+        for row in rows.values():
+            del row["true_reward@10"]
+    assert "raises NDCG@10 from" in report.in_short(found) and "clicks" not in report.in_short(found)
+
+
+def test_the_shares_of_levels_are_those_of_the_variance() -> None:
+    """The first token decides all of the first request's reward, the second all of the other's."""
+    tokens = torch.tensor([[[1, 5], [1, 6], [2, 5], [2, 6]], [[1, 5], [1, 6], [2, 5], [2, 6]]])
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    first, second = torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    assert pictures.level_shares(tokens[:1], first, mask[:1]) == [1, 0]
+    assert pictures.level_shares(tokens[:1], second, mask[:1]) == [0, 1]
+    both = pictures.level_shares(tokens, torch.cat([first, 2 * second]), mask)
+    assert both == pytest.approx([0.2, 0.8])

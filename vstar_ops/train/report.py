@@ -151,13 +151,36 @@ def write(folder: Path, title: str, results: Results, config: Config) -> str:
     return _text(folder, title, results, config, _WIDTH)
 
 
+def in_short(results: Results) -> str:
+    """A sentence on what reinforcement has changed, by the means over the seeds."""
+    rows = next(iter(results.values()))
+    supervised = next(iter(rows))
+    metric = next(c for c in _FIRST if c in rows[supervised])
+
+    def mean(row: str, column: str) -> float:
+        return statistics.mean(seed[row][column] for seed in results.values())
+
+    best = max(rows, key=lambda row: mean(row, metric))
+    if best == supervised:
+        return f"In short: reinforcement did not raise {COLUMNS[metric]} above {mean(best, metric):.3f}."
+    change = f"from {mean(supervised, metric):.3f} to {mean(best, metric):.3f}"
+    text = f"In short: {best.removeprefix('+ ')} raises {COLUMNS[metric]} {change}"
+    if metric == "NDCG@10":
+        return f"{text}."
+    clicks = f"from {mean(supervised, 'NDCG@10'):.3f} to {mean(best, 'NDCG@10'):.3f}"
+    return (
+        f"{text}. NDCG@10, which asks for the clicks, goes {clicks}: the made users click what is popular, "
+        "and their true reward lies elsewhere."
+    )
+
+
 def _text(folder: Path, title: str, results: Results, config: Config, width: int | None = None) -> str:
     rows, variants = next(iter(results.values())), config.variants
     columns: Iterable[str] = COLUMNS
     if width:
         metric = next(c for c in _FIRST if c in next(iter(rows.values())))
         columns = dict.fromkeys([metric, "best_step", "steps", *_FIRST, "best_reward", "HR@10", *COLUMNS])
-    text = f"{title}\n\n{table(results, columns=columns, width=width)}\n"
+    text = f"{title}\n\n{table(results, columns=columns, width=width)}\n\n{in_short(results)}\n"
     # Over the supervised policy, and over the first variant if there are more.
     for against in list(rows)[: min(len(variants), 2)]:
         text += f"\n{table(results, columns=columns, against=against, width=width)}\n"
