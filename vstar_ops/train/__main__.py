@@ -44,10 +44,9 @@ def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -
             f"{len(dataset.train)} training, {len(dataset.valid)} valid, {len(dataset.test)} test requests"
         )
         print(
-            f"For each of {len(config.seeds)} seeds: supervised training of at most {config.sft_epochs} epochs, "
-            f"then {config.rl_steps} steps of reinforcement for each of {', '.join(map(str, config.variants))}. "
-            "On two cores the defaults take four minutes per seed on synthetic data, and each stage says how "
-            "long it still takes here.",
+            f"Seeds: {len(config.seeds)}. For each at most {config.sft_epochs} epochs of supervised training, "
+            f"then {config.rl_steps} steps of reinforcement of {', '.join(map(str, config.variants))}.\n"
+            "Every stage says how long it still takes. (The demo takes four minutes on two cores.)",
             flush=True,
         )
     results: dict[int, dict[str, Scores]] = {}

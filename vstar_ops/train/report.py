@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def _text(folder: Path, title: str, results: Results, config: Config, width: int
     if width:
         metric = next(c for c in _FIRST if c in next(iter(rows.values())))
         columns = dict.fromkeys([metric, "best_step", "steps", *_FIRST, "best_reward", "HR@10", *COLUMNS])
-    text = f"{title}\n\n{table(results, columns=columns, width=width)}\n\n{in_short(results)}\n"
+    text = f"{title}\n\n{table(results, columns=columns, width=width)}\n\n{textwrap.fill(in_short(results), width or 120)}\n"
     # Over the supervised policy, and over the first variant if there are more.
     for against in list(rows)[: min(len(variants), 2)]:
         text += f"\n{table(results, columns=columns, against=against, width=width)}\n"
