@@ -44,7 +44,7 @@ def run(config: Config, dataset: Dataset, folder: Path, world: parallel.World) -
             f"{len(dataset.train)} training, {len(dataset.valid)} valid, {len(dataset.test)} test requests"
         )
         print(
-            f"Seeds: {len(config.seeds)}. For each at most {config.sft_epochs} epochs of supervised training, "
+            f"Seeds: {len(config.seeds)}. Each: at most {config.sft_epochs} epochs of supervised training, "
             f"then {config.rl_steps} steps of reinforcement of {', '.join(map(str, config.variants))}.\n"
             "Every stage says how long it still takes. (The demo takes four minutes on two cores.)",
             flush=True,

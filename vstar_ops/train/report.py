@@ -181,7 +181,8 @@ def _text(folder: Path, title: str, results: Results, config: Config, width: int
     if width:
         metric = next(c for c in _FIRST if c in next(iter(rows.values())))
         columns = dict.fromkeys([metric, "best_step", "steps", *_FIRST, "best_reward", "HR@10", *COLUMNS])
-    text = f"{title}\n\n{table(results, columns=columns, width=width)}\n\n{textwrap.fill(in_short(results), width or 120)}\n"
+    sentence = textwrap.fill(in_short(results), width or 120)
+    text = f"{title}\n\n{table(results, columns=columns, width=width)}\n\n{sentence}\n"
     # Over the supervised policy, and over the first variant if there are more.
     for against in list(rows)[: min(len(variants), 2)]:
         text += f"\n{table(results, columns=columns, against=against, width=width)}\n"
