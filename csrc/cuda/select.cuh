@@ -1,6 +1,6 @@
 // The k best of a block's candidates. A candidate is a 64-bit key, larger is better, 0 is none; no two are equal.
 //
-// find_bound narrows down a range of keys as a radix select does, but over the range of the keys that exist: 2,048
+// find_bound narrows a range of keys down as a radix select does, but begins with that of the keys that exist: 2,048
 // counters divide it evenly, so scores that lie close together still spread over them. It does not look for the k-th
 // largest key, but for a bound that at least k keys reach and no more than there is room for: mostly one round. Counts
 // are integers, so neither the order of the atomics nor that of the threads shows.
@@ -32,13 +32,24 @@ VSTAR_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kAll, x); 
 VSTAR_DEVICE uint32_t warp_min(uint32_t x) { return __reduce_min_sync(kAll, x); }
 #endif
 
-// A key's upper half is its score, its lower half the complement of a number below `numbers`. each(use) hands all keys of a
-// thread to `use`; `first` does so too and is called once, before `each`. The counters are clear before and after.
-template <class First, class Each>
-VSTAR_DEVICE uint64_t find_bound(
-    const First& first, const Each& each, int64_t numbers, uint32_t k, uint32_t room, SelectScratch& s) {
+// The keys in [low, high], of which so many exist.
+struct KeyRange {
+  uint64_t low, high;
+  uint32_t exist;
+};
+
+// A key: its upper half is the score, its lower half the complement of a number. A score of 0 is no candidate.
+VSTAR_DEVICE uint64_t numbered(uint32_t score, uint32_t number) {
+  return score > 0 ? uint64_t(score) << 32 | uint32_t(~number) : 0;
+}
+// The least of the keys with this score and a number below `numbers`.
+VSTAR_DEVICE uint64_t least_key(uint32_t score, uint32_t numbers) { return uint64_t(score) << 32 | uint32_t(~(numbers - 1)); }
+
+// The range of all keys, whose numbers are below `numbers`; each(use) hands those of a thread to `use`.
+template <class Each>
+VSTAR_DEVICE KeyRange find_range(const Each& each, uint32_t numbers, SelectScratch& s) {
   uint32_t least = ~0u, most = 0, exist = 0;
-  first([&](uint64_t key) {
+  each([&](uint64_t key) {
     const uint32_t score = uint32_t(key >> 32);
     if (score == 0) return;
     least = score < least ? score : least;
@@ -58,10 +69,15 @@ VSTAR_DEVICE uint64_t find_bound(
   least = warp_min(counts ? s.low[lane()] : ~0u);
   most = warp_max(counts ? s.high[lane()] : 0u);
   exist = warp_sum(counts ? s.sums[lane()] : 0u);
-  if (exist <= room) return exist < k ? 1 : uint64_t(least) << 32;
+  return {least_key(least, numbers), uint64_t(most) << 32 | ~0u, exist};
+}
 
-  uint64_t low = uint64_t(least) << 32 | uint32_t(~uint32_t(numbers - 1)), high = uint64_t(most) << 32 | ~0u;
-  while (true) {  // more keys than there is room for lie in [low, high]; k of them are wanted
+// A bound that at least k and at most `room` of the keys reach, more of which are in the range than there is room for. The
+// counters are clear before and after.
+template <class Each>
+VSTAR_DEVICE uint64_t find_bound(const Each& each, const KeyRange& range, uint32_t k, uint32_t room, SelectScratch& s) {
+  uint64_t low = range.low, high = range.high;
+  while (true) {
     const int bits = 64 - __clzll(int64_t(high - low)), shift = bits > 11 ? bits - 11 : 0;
     each([&](uint64_t key) {
       if (key < low || key > high) return;
@@ -79,10 +95,14 @@ VSTAR_DEVICE uint64_t find_bound(
     ahead += warp_sum(lane() < warp() ? s.sums[lane()] : 0u);
     if (ahead < k && k <= ahead + sum) {
       int i = 0;
-      for (; i < 3 && ahead + count[i] < k; ++i) ahead += count[i];
+      uint32_t equal = count[0];
+#pragma unroll
+      for (int j = 1; j < 4; ++j) {
+        if (ahead + equal < k) ahead += equal, equal = count[j], i = j;
+      }
       s.number = uint32_t(kCounters - 1 - 4 * int(threadIdx.x) - i);
       s.ahead = ahead;
-      s.equal = i == 0 ? count[0] : i == 1 ? count[1] : i == 2 ? count[2] : count[3];
+      s.equal = equal;
     }
     __syncthreads();
     low += uint64_t(s.number) << shift;
@@ -94,19 +114,18 @@ VSTAR_DEVICE uint64_t find_bound(
   }
 }
 
-// How many of n distinct keys are larger than a candidate's: its place among them. Up to kSelectThreads keys, in room for
-// one more. One candidate per kParts threads, which share the work; all threads take part.
-template <int kParts>
-VSTAR_DEVICE uint32_t rank_of(uint64_t key, const uint64_t* keys, uint32_t n) {
+// How many of n distinct keys are larger than a candidate's: its place among them. There is room for one key more. The
+// threads that share a candidate, 1, 2 or 4, share the work; all threads take part.
+VSTAR_DEVICE uint32_t rank_of(uint64_t key, const uint64_t* keys, uint32_t n, uint32_t threads) {
   const uint4* const pairs = reinterpret_cast<const uint4*>(keys);
   uint32_t rank = 0;
 #pragma unroll 4
-  for (uint32_t i = threadIdx.x % kParts; 2 * i < n; i += kParts) {
+  for (uint32_t i = threadIdx.x % threads; 2 * i < n; i += threads) {
     const uint4 x = pairs[i];
     rank += (uint64_t(x.y) << 32 | x.x) > key;
     rank += (uint64_t(x.w) << 32 | x.z) > key;
   }
-  for (int step = 1; step < kParts; step *= 2) rank += __shfl_xor_sync(kAll, rank, step);
+  for (uint32_t step = 1; step < threads; step *= 2) rank += __shfl_xor_sync(kAll, rank, int(step));
   return rank;
 }
 
