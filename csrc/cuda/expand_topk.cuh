@@ -128,7 +128,6 @@ VSTAR_DEVICE ExpandRow finished_row(
   const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
   const auto join = [&](int32_t first, int64_t count) {
     RowStats s;
-#pragma unroll 1
     for (int64_t i = 0; kChunk * i < count; ++i) {
       const float4 x = stats[first + i];
       s = joined(s, {x.x, x.y, x.z}, inv_temperature);
@@ -152,18 +151,47 @@ VSTAR_DEVICE ExpandRow finished_row(
 
 // ---------------------------------------------------------------- children
 
-// The logit of a row's child, cleaned: -inf for none. T is the logits' type; void: looked up.
-template <class T>
-VSTAR_DEVICE float child_logit(const ExpandLaunch& a, int64_t b, const ExpandEdges& row, int32_t c, int32_t& token) {
-  token = -1;
-  if (c >= row.count) return -kInf;
-  token = row.first >= 0 ? row.first + c : load(a.trie.token + row.begin + c);
-  if (token < 0 || token >= a.columns) return -kInf;
-  if (row.line < 0) return 0;
+// The tokens and logits, cleaned, of a row's children c, c + step, ...: -1 and -inf for none. No load waits for another but
+// for that of its token: what is none reads the last child instead. T is the logits' type; void: looked up.
+template <class T, int kCount>
+VSTAR_DEVICE void read_children(
+    const ExpandLaunch& a, int64_t b, const ExpandEdges& row, int32_t c, int32_t step, int32_t (&token)[kCount],
+    float (&z)[kCount]) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    z[j] = -kInf;
+    token[j] = -1;
+  }
+  if (row.count == 0 || a.columns == 0) return;
+  const auto clamped = [](int32_t x, int32_t last) { return x < last ? x : last; };
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) token[j] = row.first + clamped(c + j * step, row.count - 1);
+  if (row.first < 0) {
+    const int32_t* const list = a.trie.token + row.begin;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) token[j] = load(list + clamped(c + j * step, row.count - 1));
+  }
+  const int32_t last = int32_t(a.columns) - 1;
   if constexpr (std::is_void<T>::value) {
-    return cleaned(a.logits.at(b, row.line, token));
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int32_t v = clamped(token[j] < 0 ? 0 : token[j], last);
+      z[j] = row.line < 0 ? 0.0f : a.logits.at(b, row.line, v);
+    }
   } else {
-    return cleaned(widened(load(a.logits.pointer<T>(b, row.line, token))));
+    const T* const from = row.line < 0 ? reinterpret_cast<const T*>(&kZeroLogit) : a.logits.pointer<T>(b, row.line);
+    const int64_t stride = row.line < 0 ? 0 : a.logits.stride[2];
+    T x[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) x[j] = load(from + clamped(token[j] < 0 ? 0 : token[j], last) * stride);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) z[j] = widened(x[j]);
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const bool there = c + j * step < row.count && token[j] >= 0 && token[j] <= last;
+    z[j] = there ? cleaned(z[j]) : -kInf;
+    token[j] = there ? token[j] : -1;
   }
 }
 
@@ -186,10 +214,9 @@ VSTAR_DEVICE float extra_score(const ExpandLaunch& a, int64_t b, int64_t w, int3
 }
 
 // kExtra: the children of a prefix differ by more than their logits.
-template <class T, bool kExtra>
+template <bool kExtra>
 VSTAR_DEVICE Scored scored_child(
-    const ExpandLaunch& a, int64_t b, int64_t w, const ExpandRow& row, int32_t c, int32_t& token) {
-  const float z = child_logit<T>(a, b, row, c, token);
+    const ExpandLaunch& a, int64_t b, int64_t w, const ExpandRow& row, int32_t token, float z) {
   return scored(a, row, z, kExtra && z > -kInf ? extra_score(a, b, w, row.line, token) : 0.0f);
 }
 
@@ -203,8 +230,10 @@ VSTAR_DEVICE void score_segments(
     float mine = -kInf;
 #pragma unroll 1  // the noise takes most of the time
     for (int j = 0; j < kSteps; ++j) {
-      int32_t token;
-      mine = fmaxf(mine, scored_child<T, true>(a, b, w, row, at + 32 * j + lane(), token).score);
+      int32_t token[1];
+      float z[1];
+      read_children<T>(a, b, row, at + 32 * j + lane(), 0, token, z);
+      mine = fmaxf(mine, scored_child<true>(a, b, w, row, token[0], z[0]).score);
     }
     mine = segment_max<kLanes>(mine);
     const int32_t c = at + lane();
@@ -253,18 +282,14 @@ VSTAR_DEVICE void each_child(const ExpandLaunch& a, int64_t b, const ExpandSpace
   for (uint32_t i = threadIdx.x / kLanes; i < picked; i += kSelectThreads / kLanes) {
     const uint32_t segment = space.picked[i], w = segment / segments, first = (segment - w * segments) << kBits;
     const ExpandRow row = space.row[w];
-    uint64_t key[kSteps];
-#pragma unroll(kExtra ? 1 : kSteps)
-    for (int j = 0; j < kSteps; ++j) {
-      const uint32_t c = first + kLanes * j + within;
-      int32_t token;
-      const float score = scored_child<T, kExtra>(a, b, w, row, int32_t(c), token).score;
-      const uint64_t it = numbered(score > -kInf ? ordered_bits(score) : 0, w * uint32_t(a.max_children) + c);
-      if (kExtra) use(it); else key[j] = it;
-    }
+    int32_t token[kSteps];
+    float z[kSteps];
+    read_children<T>(a, b, row, int32_t(first + within), kLanes, token, z);
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-      if (!kExtra) use(key[j]);
+      const float score = scored_child<kExtra>(a, b, w, row, token[j], z[j]).score;
+      const uint32_t number = w * uint32_t(a.max_children) + first + kLanes * j + within;
+      use(numbered(score > -kInf ? ordered_bits(score) : 0, number));
     }
   }
 }
@@ -279,15 +304,24 @@ VSTAR_DEVICE void select_children(const ExpandLaunch& a, int64_t b, const Expand
 
   // Segments.
   const auto score_segment = [&](const auto& use) {
-    for (uint32_t i = thread; i < all_segments; i += kSelectThreads) {
-      const uint32_t w = i / segments;
-      const ExpandRow& row = space.row[w];
-      float score = -kInf;
-      if (int32_t((i - w * segments) << kBits) < row.count) score = best[i];
-      if (!kExtra) score = scored(a, row, score, 0.0f).score;
-      const uint32_t key = score > -kInf ? ordered_bits(score) : 0;
-      space.key[i] = key;
-      use(numbered(key, i));
+    for (uint32_t at = thread; at < all_segments; at += 4 * kSelectThreads) {
+      float score[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {  // all under way at once
+        const uint32_t i = at + j * kSelectThreads;
+        score[j] = best[i < all_segments ? i : at];
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t i = at + j * kSelectThreads, w = i / segments;
+        if (i >= all_segments) break;
+        const ExpandRow& row = space.row[w];
+        if (int32_t((i - w * segments) << kBits) >= row.count) score[j] = -kInf;
+        if (!kExtra) score[j] = scored(a, row, score[j], 0.0f).score;
+        const uint32_t key = score[j] > -kInf ? ordered_bits(score[j]) : 0;
+        space.key[i] = key;
+        use(numbered(key, i));
+      }
     }
   };
   const auto each_segment = [&](const auto& use) {
@@ -340,28 +374,23 @@ VSTAR_DEVICE void select_children(const ExpandLaunch& a, int64_t b, const Expand
   // In order: ranked where there is a thread for each, which looks its child up meanwhile.
   const uint32_t count = found < winners ? found : winners;
   const bool ranked = found <= kSelectThreads;
-  const uint32_t threads = found <= kSelectThreads / 4 ? 4 : found <= kSelectThreads / 2 ? 2 : 1;  // per candidate
-  if (ranked) {
-    if (thread == 0) space.list[found] = 0;
-    __syncthreads();
-  } else {
+  if (!ranked) {
     int64_t room = 2 * kSelectThreads;
     while (room < found) room *= 2;
-    __syncthreads();
     sort_descending(space.list, found, room);
   }
-  for (uint32_t first = 0; first < found; first += kSelectThreads / threads) {
-    const uint32_t i = first + thread / threads;
+  for (uint32_t first = 0; first < found; first += kSelectThreads) {
+    const uint32_t i = first + (ranked ? warp() + kSelectWarps * lane() : thread);
     const uint64_t key = i < found ? space.list[i] : 0;
     const uint32_t number = key_sequence(key), w = key > 0 ? number / span : 0;
     const ExpandRow row = space.row[w];
-    int32_t token = -1;
     const int32_t c = key > 0 ? int32_t(number - w * span) : row.count;
-    const float logp = scored_child<T, false>(a, b, w, row, c, token).logp;
-    const uint32_t place = ranked ? rank_of(key, space.list, found, threads) : i;
-    if (thread % threads == 0 && key > 0 && place < count) {
-      a.store(b, place, key_score(key), logp, int32_t(w), token, row.begin + c);
-    }
+    int32_t token[1];
+    float z[1];
+    read_children<T>(a, b, row, c, 0, token, z);
+    const float logp = scored(a, row, z[0], 0.0f).logp;
+    const uint32_t place = ranked ? rank_of_own(space.list, found) : i;
+    if (key > 0 && place < count) a.store(b, place, key_score(key), logp, int32_t(w), token[0], row.begin + c);
   }
   for (int64_t i = count + thread; i < a.k; i += kSelectThreads) a.store_none(b, i);
   if (thread == 0) a.num_valid[b] = int32_t(count);
@@ -380,14 +409,16 @@ VSTAR_DEVICE void finish_rows(
 
 constexpr int64_t kSelectScratch = (sizeof(SelectScratch) + 15) / 16 * 16;
 
-template <bool kSmall, bool kExtra>
+// T is the logits' type where the selection's arrays lie in shared memory, else void.
+template <class T, bool kExtra>
 __global__ void __launch_bounds__(kSelectThreads, 2) expand_select_kernel(ExpandLaunch a) {
   VSTAR_SHARED(memory);
   SelectScratch& s = *reinterpret_cast<SelectScratch*>(memory);
   const int64_t b = blockIdx.x, rows = b * a.width;
+  constexpr bool kSmall = !std::is_void<T>::value;
   const ExpandSpace space(a, kSmall ? memory + kSelectScratch : a.space + b * a.plan.space);
   finish_rows(a, b, a.edges + rows, a.stats + rows * a.plan.chunks, space.row, s);
-  select_children<void, kLongSegment, kExtra>(a, b, space, a.best + rows * a.plan.segments, s);
+  select_children<T, kLongSegment, kExtra>(a, b, space, a.best + rows * a.plan.segments, s);
 }
 
 // ---------------------------------------------------------------- short rows
@@ -399,12 +430,9 @@ VSTAR_DEVICE RowStats read_short(const ExpandLaunch& a, int64_t b, const ExpandE
   const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
   RowStats s;
   for (int32_t tile = 0; __any_sync(kAll, tile < row.count); tile += 64) {
+    int32_t token[8];
     float z[8], top = -kInf;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      int32_t token;
-      z[j] = child_logit<T>(a, b, row, tile + kLanes * j + lane() % kLanes, token);
-    }
+    read_children<T>(a, b, row, tile + lane() % kLanes, kLanes, token, z);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float most = segment_max<kLanes>(z[j]);
@@ -435,6 +463,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) expand_fused_kernel(ExpandL
   float4* const stats = reinterpret_cast<float4*>(edges + a.width);
   float* const best = reinterpret_cast<float*>(space.key);
   const int64_t b = blockIdx.x;
+#pragma unroll 1
   for (int64_t w = threadIdx.x; w < a.width; w += kSelectThreads) {
     const EdgeRange range = a.trie.edges(a.node.at(b, w));  // none for what is not a node
     const int32_t count = int32_t(range.end - range.begin < a.max_children ? range.end - range.begin : a.max_children);
@@ -520,8 +549,8 @@ inline void launch_expand_topk(const Gpu& gpu, ExpandLaunch& a, bool extra) {
     const int64_t parts = (a.max_children + kTermsChunk - 1) / kTermsChunk;
     if (extra) gpu.launch(expand_terms_kernel, dim3{row_blocks(rows * parts)}, 32 * kRowWarps, 0, a);
   }
-  const auto select = small ? (extra ? expand_select_kernel<true, true> : expand_select_kernel<true, false>)
-                            : (extra ? expand_select_kernel<false, true> : expand_select_kernel<false, false>);
+  const auto select = small ? (extra ? expand_select_kernel<T, true> : expand_select_kernel<T, false>)
+                            : (extra ? expand_select_kernel<void, true> : expand_select_kernel<void, false>);
   gpu.launch(select, requests, kSelectThreads, kSelectScratch + (small ? p.space : 0), a);
 }
 

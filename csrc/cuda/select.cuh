@@ -114,18 +114,29 @@ VSTAR_DEVICE uint64_t find_bound(const Each& each, const KeyRange& range, uint32
   }
 }
 
-// How many of n distinct keys are larger than a candidate's: its place among them. There is room for one key more. The
-// threads that share a candidate, 1, 2 or 4, share the work; all threads take part.
-VSTAR_DEVICE uint32_t rank_of(uint64_t key, const uint64_t* keys, uint32_t n, uint32_t threads) {
-  const uint4* const pairs = reinterpret_cast<const uint4*>(keys);
+// How many of n <= kSelectThreads distinct keys are larger than a candidate's: its place among them. A thread's candidate is
+// that of number warp() + kSelectWarps * lane(); every warp compares its own with all, four at a time.
+VSTAR_DEVICE uint32_t rank_of_own(const uint64_t* keys, uint32_t n) {
   uint32_t rank = 0;
-#pragma unroll 4
-  for (uint32_t i = threadIdx.x % threads; 2 * i < n; i += threads) {
-    const uint4 x = pairs[i];
-    rank += (uint64_t(x.y) << 32 | x.x) > key;
-    rank += (uint64_t(x.w) << 32 | x.z) > key;
+  for (uint32_t first = 0; kSelectWarps * first + warp() < n; first += 4) {
+    uint64_t key[4];
+    uint32_t ahead[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t i = kSelectWarps * (first + j) + warp();
+      key[j] = keys[i < n ? i : 0];
+    }
+    for (uint32_t i = lane(); i < n; i += 32) {
+      const uint64_t other = keys[i];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) ahead[j] += other > key[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      ahead[j] = warp_sum(ahead[j]);
+      if (uint32_t(lane()) == first + j) rank = ahead[j];
+    }
   }
-  for (uint32_t step = 1; step < threads; step *= 2) rank += __shfl_xor_sync(kAll, rank, int(step));
   return rank;
 }
 
