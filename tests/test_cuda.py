@@ -50,7 +50,10 @@ def test_ties_beyond_the_list(columns, k):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_no_bit_depends_on_alignment(dtype):
     """Rows that begin anywhere, against the same rows at a multiple of 16 bytes."""
-    columns, trie = 2061, flat(2061)  # two tiles, of which the second is shifted as a whole where rows are skewed
+    columns, trie = (
+        2061,
+        flat(2061),
+    )  # two tiles, of which the second is shifted as a whole where rows are skewed
     values = torch.randn(3 * columns + 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     for start in range(9):
         row = values[start : start + columns].clone().view(1, 1, -1)

@@ -310,7 +310,11 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
         partial(expansion, k=100, tied=True, columns=40, root=True, width=30),
         *(partial(expansion, options=options, dtype=dtype) for dtype in HALVES for options in (False, True)),
         partial(expansion, **LONG),
-        *(partial(expansion, options=True, **LONG, dtype=dtype) for dtype in HALVES),
+        *(
+            partial(expansion, options=options, **LONG, dtype=dtype)
+            for dtype in HALVES
+            for options in (False, True)
+        ),
         *(partial(expansion, k=k, tied=True, **LONG) for k in (9, 2500)),
         *(partial(expansion, k=6000, width=5, options=options, **LONG) for options in (False, True)),
         partial(expansion, k=40, columns=5001, root=True, items=20_000, width=2, options=True),
