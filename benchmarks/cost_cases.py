@@ -56,10 +56,9 @@ def _dense() -> CostCase:
     loops = [Loop(WIDE, 4, {WIDE: 4, "SHFL": 2}, latency=MEMORY)]  # a chunk of 4,096
     chunks = [Loop(r"MUFU\.EX2", 2, which=1, latency=L2), Loop(r"MUFU\.EX2", 1, which=1, up=1, latency=L2)]
     triton = [Loop(r"MUFU\.EX2", 2, {"U16": 16, "STG": 1}, latency=MEMORY)]
-    select = Launch(
-        "expand_select_kernelINS_8BFloat16ELb0", 256, 16, again, {}, [*chunks, *_selection(16, 32, {"U16": 4}, L2)],
-        256 * 512 * (16 + 32), 64_000, L2,
-    )  # fmt: skip
+    picks = [*chunks, *_selection(16, 32, {"U16": 4}, L2)]
+    items, name = 256 * 512 * (16 + 32), "expand_select_kernelINS_8BFloat16ELb0"
+    select = Launch(name, 256, 16, again, {}, picks, items, 64_000, L2)
     return CostCase(
         "expand_topk dense bf16 B=256 W=128 V=8192 K=128",
         (logits / COPY / 0.7, logits / COPY / 0.6),
@@ -78,8 +77,8 @@ def _legal() -> CostCase:
     """Depth 1 of a catalogue of 3,670 items: 2,295 children of 48 beams per request, at most 94 of one."""
     rows, children = 16 * 128, 16 * 2295
     moved = 6.0 * children + 80 * rows
-    # Rows of up to 128 children take two turns of eight lanes; those behind the 64th have none. What has been read once
-    # is in the first-level cache.
+    # Rows of up to 128 children take two turns of eight lanes; those behind the 64th have none. What has been
+    # read once is in the first-level cache.
     loops = [
         Loop("LDG", 1, {"LDG": 6}, latency=MEMORY),
         Loop(r"LDG.*U16", 2, {"U16": 8, r"LDG\.E\.CONSTANT": 8}, latency=L2),
