@@ -187,7 +187,7 @@ constexpr int64_t kSelectScratch = (sizeof(SelectScratch) + 15) / 16 * 16;
 
 // T is the logits' type where the selection's arrays lie in shared memory, else void.
 template <class T, bool kExtra>
-__global__ void __launch_bounds__(kSelectThreads, 2) expand_select_kernel(ExpandLaunch a) {
+__global__ void __launch_bounds__(kSelectThreads, std::is_void<T>::value ? 1 : 2) expand_select_kernel(ExpandLaunch a) {
   VSTAR_SHARED(memory);
   SelectScratch& s = *reinterpret_cast<SelectScratch*>(memory);
   const int64_t b = blockIdx.x, rows = b * a.width;
