@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .cost_model import COPY, L2, MEMORY, Launch, Loop
+from .cost_model import COPY, L1, L2, MEMORY, Launch, Loop, Marks
 
 WIDE, SHARED_64 = r"LDG\.E\.128", r"LD\.E\.64"  # what tells loops apart
 
@@ -21,24 +21,22 @@ class CostCase(NamedTuple):
     triton: list[Launch]
 
 
-def _selection(batch: int, moved: float, segments: float, children: float) -> Launch:
-    """CUDA C++, K=128; segments and children per thread.
+def _selection(segments: float, children: float, loads: Marks, latency: int) -> list[Loop]:
+    """CUDA C++, K=128; segments per thread; children that a thread scores, and the loads of a step.
 
-    Assumed: three rounds of counting, up to 256 to sort.
+    Assumed: one round of counting, and 160 candidates, which a warp compares with its own four at a time.
     """
-    loops = [
-        Loop(WIDE + r"\.C", segments, {WIDE: 4}, which=1, per=WIDE, latency=L2),
-        Loop(WIDE + r"\.C", segments, {"LDS": 1}, which=2),
-        Loop(r"ATOMS\.POPC", 3 * segments, {"ATOMS": 1, "LDS": 1}),
-        Loop(r"ATOMS\.POPC", 3, {"BAR": 7}, up=1),
-        Loop(r"ATOMS\.ADD", segments, {"LDS": 1}),
-        Loop(WIDE + " ", children, {r"LD\.E": 1, WIDE: 2, "U16": 1, r"LDG\.E\.C": 1, "ATOMS": 0}, latency=L2),
-        Loop(SHARED_64, 36, which=-1),
-        Loop(SHARED_64, 8, which=-1, up=2),
-        Loop("STG", 1, {"STG": 5, WIDE: 2, "U16": 1}, which=-1, latency=L2),
+    return [
+        Loop(r"LDG|LDS\.128", segments / 4, {"STS": 4}, which=-6, latency=latency),
+        Loop(r"ATOMS\.POPC", segments, {"ATOMS": 1}),
+        Loop(r"ATOMS\.POPC", 1, up=1),
+        Loop(r"ATOMS\.ADD", segments),
+        Loop(r"LDG.*U16", children, {**loads, "ATOMS": 0}, which=-3, per="U16", latency=latency),
+        Loop(r"LDG.*U16", 1, which=-3, up=1),
+        Loop(r"LDS\.64", 3 * 160 / 32, which=-1, per=r"LDS\.64"),
+        Loop("REDUX", 3, which=-1),
+        Loop("U16", 1, {"STG": 5, "U16": 1}, which=-1, latency=latency),
     ]
-    items = batch * 512 * (segments + children)
-    return Launch("expand_select_kernel", batch, 16, moved, {}, loops, items, 60_000, L2)
 
 
 def _triton_selection(batch: int, moved: float, segments: int, children: int) -> Launch:
@@ -55,13 +53,19 @@ def _dense() -> CostCase:
     rows, columns = 256 * 128, 8192
     logits, maxima, heads = 2.0 * rows * columns, 4.0 * rows * columns / 128, 36.0 * rows
     moved, again = logits + maxima + heads, maxima + heads + 256 * 128 * 128 * 2
-    loops = [Loop(WIDE, 1, {WIDE: 4, "SHFL": 16}, latency=MEMORY)]
+    loops = [Loop(WIDE, 4, {WIDE: 4, "SHFL": 2}, latency=MEMORY)]  # a chunk of 4,096
+    chunks = [Loop(r"MUFU\.EX2", 2, which=1, latency=L2), Loop(r"MUFU\.EX2", 1, which=1, up=1, latency=L2)]
     triton = [Loop(r"MUFU\.EX2", 2, {"U16": 16, "STG": 1}, latency=MEMORY)]
-    name = "expand_rows_kernelINS_8BFloat16ELi8"
+    picks = [*chunks, *_selection(16, 32, {"U16": 4}, L2)]
+    items, name = 256 * 512 * (16 + 32), "expand_select_kernelINS_8BFloat16ELb0"
+    select = Launch(name, 256, 16, again, {}, picks, items, 64_000, L2)
     return CostCase(
         "expand_topk dense bf16 B=256 W=128 V=8192 K=128",
         (logits / COPY / 0.7, logits / COPY / 0.6),
-        [Launch(name, rows, 8, moved, {"STG": 3}, loops, rows * columns), _selection(256, again, 16, 32)],
+        [
+            Launch("expand_rows_kernelINS_8BFloat16", rows // 2, 4, moved, {}, loops, rows * columns),
+            select,
+        ],
         [
             Launch("expand_topk rows 4096, bfloat16", rows, 8, moved, {"STG": 10}, triton, rows * columns),
             _triton_selection(256, again, 16, 32),
@@ -73,14 +77,22 @@ def _legal() -> CostCase:
     """Depth 1 of a catalogue of 3,670 items: 2,295 children of 48 beams per request, at most 94 of one."""
     rows, children = 16 * 128, 16 * 2295
     moved = 6.0 * children + 80 * rows
-    # The first of a thread's tokens and logits come from far, the others mostly from the first-level cache.
-    loops = [Loop(WIDE, 1, {r"LDG\.E\.U16": 8, r"LDG\.E R": 8}, latency=L2)]
+    # Rows of up to 128 children take two turns of eight lanes; those behind the 64th have none. What has been
+    # read once is in the first-level cache.
+    loops = [
+        Loop("LDG", 1, {"LDG": 6}, latency=MEMORY),
+        Loop(r"LDG.*U16", 2, {"U16": 8, r"LDG\.E\.CONSTANT": 8}, latency=L2),
+        Loop(r"LDG.*U16", 1, up=1),
+        Loop(r"LDG.*U16", 1, up=2),
+        Loop(r"MUFU\.EX2", 1, which=2),
+        Loop(r"MUFU\.EX2", 1, which=2, up=1),
+        *_selection(3, 2, {"U16": 1, r"LDG\.E\.CONSTANT": 1}, L1),
+    ]
     triton = [Loop(r"MUFU\.EX2", 1, {"U16": 8, r"LDG\.E R": 8}, latency=L2)]
-    name = "expand_rows_kernelINS_8BFloat16ELi1"
     return CostCase(
         "expand_topk legal depth 1 bf16 B=16 W=128 V=768 K=128",
         (10e-6, 15e-6),
-        [Launch(name, rows // 4, 4, moved, {"STG": 3}, loops, children), _selection(16, moved, 3, 2)],
+        [Launch("expand_fused_kernelINS_8BFloat16ELb0", 16, 16, moved, {}, loops, children, 64_000)],
         [
             Launch("expand_topk rows 256, bfloat16", rows, 1, moved, {"STG": 10}, triton, children),
             _triton_selection(16, moved, 2, 4),

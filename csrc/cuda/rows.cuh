@@ -33,6 +33,35 @@ VSTAR_DEVICE RowStats rescaled(const RowStats& s, float top, InverseTemperature 
   return {top, s.total * scale, (s.moment + s.total * off) * scale};
 }
 
+// Two disjoint sets together.
+VSTAR_DEVICE RowStats joined(const RowStats& x, const RowStats& y, InverseTemperature inv_temperature) {
+  const float top = fmaxf(x.top, y.top);
+  const RowStats a = rescaled(x, top, inv_temperature), b = rescaled(y, top, inv_temperature);
+  return {top, a.total + b.total, a.moment + b.moment};
+}
+
+// A set and kCount logits more, the largest of which is `top`, cleaned. As a rule no exponent needs a bound above, since
+// no logit is infinite, and the temperature is one factor.
+template <int kCount, class At>
+VSTAR_DEVICE RowStats added(const RowStats& set, float top, InverseTemperature inv_temperature, const At& at) {
+  const RowStats s = rescaled(set, fmaxf(set.top, top), inv_temperature);
+  float total = 0, moment = 0;
+  const auto add = [&](const auto& exponent) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float x = exponent(at(i)), p = power_of_2(x);
+      total += p;
+      moment = fmaf(p, x, moment);
+    }
+  };
+  if (s.top < kFloatMax && inv_temperature.second == 1.0f) {
+    add([&](float z) { return fmaxf((z - s.top) * inv_temperature.first, -160.0f); });
+  } else {
+    add([&](float z) { return fminf(below(z, s.top, inv_temperature), 0.0f); });
+  }
+  return {s.top, s.total + total, s.moment + moment};
+}
+
 // Joined over the threads of a row. `scratch` holds 3 * kWarps floats.
 template <int kWarps>
 VSTAR_DEVICE RowStats joined(RowStats s, InverseTemperature inv_temperature, float* scratch) {
@@ -77,6 +106,26 @@ VSTAR_DEVICE float widened(Float16 x) {
 #endif
 }
 
+// The larger of two pairs of halves each; NaN loses.
+template <class T>
+VSTAR_DEVICE uint32_t larger_halves(uint32_t x, uint32_t y) {
+#if defined(__CUDA_ARCH__)
+  uint32_t larger;
+  if (kNone<T> == kNone<BFloat16>) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(x), "r"(y));
+  } else {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(x), "r"(y));
+  }
+  return larger;
+#else
+  const auto pick = [](uint32_t p, uint32_t q) {
+    const float a = to_float(T{uint16_t(p)}), b = to_float(T{uint16_t(q)});
+    return !(a == a) || b > a ? q & 0xFFFFu : p & 0xFFFFu;
+  };
+  return pick(x, y) | pick(x >> 16, y >> 16) << 16;
+#endif
+}
+
 // Eight logits as they lie in memory, which saves registers; NaN and infinity are dealt with where they are used.
 template <class T>
 struct Eight {
@@ -105,6 +154,13 @@ struct Eight {
     word[3] = uint32_t(second >> 32);
   }
   static constexpr bool kSkewed = true;
+  VSTAR_DEVICE void raise(const Eight& other) {
+    for (int i = 0; i < 4; ++i) word[i] = larger_halves<T>(word[i], other.word[i]);
+  }
+  VSTAR_DEVICE float largest() const {
+    const uint32_t pair = larger_halves<T>(larger_halves<T>(word[0], word[1]), larger_halves<T>(word[2], word[3]));
+    return fmaxf(widened(T{uint16_t(pair)}), widened(T{uint16_t(pair >> 16)}));
+  }
   VSTAR_DEVICE void clear() {
     const uint32_t lowest = kNone<T> | kNone<T> << 16;
     word[0] = word[1] = word[2] = word[3] = lowest;
@@ -130,6 +186,14 @@ struct Eight<float> {
   }
   VSTAR_DEVICE void read_skewed(const float*, int) {}
   static constexpr bool kSkewed = false;  // floats are read one by one instead: that is half as many as of halves
+  VSTAR_DEVICE void raise(const Eight& other) {
+    for (int i = 0; i < 8; ++i) z[i] = fmaxf(z[i], other.z[i]);
+  }
+  VSTAR_DEVICE float largest() const {
+    float top = z[0];
+    for (int i = 1; i < 8; ++i) top = fmaxf(top, z[i]);
+    return top;
+  }
   VSTAR_DEVICE void clear() {
     for (int i = 0; i < 8; ++i) z[i] = -kInf;
   }
@@ -156,6 +220,13 @@ struct RowReader {
   }
   VSTAR_DEVICE int64_t column(int32_t c) const { return token ? int64_t(token[c]) : first + c; }
 
+  // The logit of child c; -inf if there is none.
+  VSTAR_DEVICE float at(int32_t c) const {
+    if (c >= count) return -kInf;
+    const int64_t v = column(c);
+    return v >= 0 && v < columns ? widened(load(from + v * stride)) : -kInf;
+  }
+
   // The logits of the children c .. c + 7, a multiple of 8; -inf where there is none.
   VSTAR_DEVICE void read(int32_t c, Eight<T>& z) const {
     if (plain && skip == 0 && c + 8 <= count) {
@@ -175,52 +246,43 @@ struct RowReader {
       if (v >= 0 && v < columns) z.put(i, load(from + v * stride));
     }
   }
+
+  // Those of eight children each from c, c + step, ... on, by all lanes, which together read `size` children from `tile` on.
+  template <int kVectors>
+  VSTAR_DEVICE void read_tile(int32_t tile, int32_t size, int32_t c, int32_t step, Eight<T> (&z)[kVectors]) const {
+    if (plain && skip == 0 && tile + size <= count) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) z[v].read(from + first + c + v * step);
+    } else if (Eight<T>::kSkewed && plain && tile > 0 && tile + size + 8 <= count) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) z[v].read_skewed(from + first + c + v * step, skip);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) read(c + v * step, z[v]);
+    }
+  }
 };
 
-// The largest of a segment, in all of its lanes, of which each brings the largest of its eight.
-template <int kLanes>
-VSTAR_DEVICE float segment_max(float x) {
-  for (int step = 1; step < kLanes; step *= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
-  return x;
+// The largest of kVectors times eight, cleaned.
+template <class T, int kVectors>
+VSTAR_DEVICE float largest(const Eight<T> (&z)[kVectors]) {
+  Eight<T> top = z[0];
+#pragma unroll
+  for (int v = 1; v < kVectors; ++v) top.raise(z[v]);
+  return cleaned(top.largest());
 }
 
-// Statistics of what `reader` reads; with `best`, also the largest logit of every segment up to the last tile's end.
-template <class T, int kWarps, int kVectors, int kLanes>
+// Statistics of what `reader` reads.
+template <class T, int kWarps, int kVectors>
 VSTAR_DEVICE RowStats read_row(
-    const RowReader<T>& reader, int thread, InverseTemperature inv_temperature, float* best, int32_t segments, float* scratch) {
+    const RowReader<T>& reader, int thread, InverseTemperature inv_temperature, float* scratch) {
   constexpr int kThreads = 32 * kWarps;
   RowStats s;
   for (int32_t tile = 0; tile < reader.count; tile += 8 * kThreads * kVectors) {
     Eight<T> z[kVectors];
-    float top = -kInf;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) reader.read(tile + 8 * (v * kThreads + thread), z[v]);
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      float mine = z[v].at(0);
-#pragma unroll
-      for (int i = 1; i < 8; ++i) mine = fmaxf(mine, z[v].at(i));
-      mine = cleaned(mine);
-      top = fmaxf(top, mine);
-      if (best) {
-        mine = segment_max<kLanes>(mine);
-        const int32_t segment = (tile / 8 + v * kThreads + thread) / kLanes;
-        if (thread % kLanes == 0 && segment < segments) best[segment] = mine;
-      }
-    }
-    s = rescaled(s, fmaxf(s.top, top), inv_temperature);
-    float total = 0, moment = 0;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float x = fminf(below(z[v].at(i), s.top, inv_temperature), 0.0f), p = power_of_2(x);  // +inf is at the top
-        total += p;
-        moment = fmaf(p, x, moment);
-      }
-    }
-    s.total += total;
-    s.moment += moment;
+    s = added<8 * kVectors>(s, largest(z), inv_temperature, [&](int i) { return z[i / 8].at(i % 8); });
   }
   return joined<kWarps>(s, inv_temperature, scratch);
 }

@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogpArgs a) {
   const int64_t r = kWarps == 1 ? int64_t(blockIdx.x) * 8 + warp() : int64_t(blockIdx.x);
   if (r >= a.rows()) return;  // a whole warp, and no barriers of the block follow
   const TokenRow<T> row(a, r);
-  const RowStats s = read_row<T, kWarps, kVectors, 1>(
-      row.reader(a), thread, in_base_2(a.inv_temperature), nullptr, 0, reinterpret_cast<float*>(memory));
+  const RowStats s = read_row<T, kWarps, kVectors>(
+      row.reader(a), thread, in_base_2(a.inv_temperature), reinterpret_cast<float*>(memory));
   const float log_mass = s.total > 0 ? logf(s.total) : 0.0f, row_max = s.top > -kInf ? s.top : 0.0f;
   if (thread == 0) {
     const float entropy = log_mass - s.moment * kLn2 / s.total;

@@ -436,7 +436,7 @@ inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)(x)) : 64; }
 
 template <class T>
 T atomicAdd(T* address, T value) {

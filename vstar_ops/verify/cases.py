@@ -308,10 +308,16 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
     "expand_topk": [
         partial(expansion, k=150, options=True, columns=30, items=200),
         partial(expansion, k=100, tied=True, columns=40, root=True, width=30),
-        *(partial(expansion, options=True, dtype=dtype) for dtype in HALVES),
+        *(partial(expansion, options=options, dtype=dtype) for dtype in HALVES for options in (False, True)),
         partial(expansion, **LONG),
-        *(partial(expansion, options=True, **LONG, dtype=dtype) for dtype in HALVES),
-        partial(expansion, k=2500, tied=True, **LONG),
+        *(
+            partial(expansion, options=options, **LONG, dtype=dtype)
+            for dtype in HALVES
+            for options in (False, True)
+        ),
+        *(partial(expansion, k=k, tied=True, **LONG) for k in (9, 2500)),
+        *(partial(expansion, k=6000, width=5, options=options, **LONG) for options in (False, True)),
+        partial(expansion, k=40, columns=5001, root=True, items=20_000, width=2, options=True),
         partial(expansion, columns=1000, root=True, items=6000, width=95),
     ],
     "group_advantage": [partial(rewarded, group=1100, masked=True)],
