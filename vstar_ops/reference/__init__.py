@@ -5,6 +5,7 @@ faster was built, and what the other backends are tested against.
 """
 
 from ..noise import derive_seeds, gumbel, philox
+from .beams import advance_beams, rows_to_run
 from .expand_topk import expand_topk
 from .group_advantage import group_advantage
 from .prefix_returns import prefix_returns
@@ -15,6 +16,7 @@ from .token_logp import token_logp, token_logp_backward
 from .ved import ved_candidates, ved_insert, ved_select
 
 __all__ = [
+    "advance_beams",
     "derive_seeds",
     "expand_topk",
     "group_advantage",
@@ -22,6 +24,7 @@ __all__ = [
     "philox",
     "prefix_returns",
     "prefix_tree",
+    "rows_to_run",
     "sibling_advantage",
     "sibling_grpo_loss",
     "token_logp",
