@@ -136,6 +136,15 @@ def evaluated_leaves_last(run, *a):
     return run(*a[:4], a[4] * 0, *a[5:])
 
 
+def dead_beams_keep_their_slot(run, parent, token, node, sequence, slot, *a):
+    found, its_slot, *others = run(parent, token, node, sequence, slot, *a)
+    return found, torch.where(its_slot < 0, slot.new_zeros(()).long(), its_slot), *others
+
+
+def skipped_prefixes_are_forgotten(run, offset, node, sequence, slot, evaluated):
+    return run(offset, node, sequence, slot, evaluated.clamp(min=sequence.shape[2] - 1))
+
+
 class Fault(NamedTuple):
     """A function that stands in for an op on a backend, and the kind of failure that it is found as."""
 
@@ -160,6 +169,8 @@ FAULTS = [
     Fault(depends_on_threads, "group_advantage", kind="threads"),
     Fault(differs_from_run_to_run, "prefix_returns", kind="runs"),
     Fault(tokens_of_32_bits, "prefix_tree", "reference"),
+    Fault(dead_beams_keep_their_slot, "advance_beams"),
+    Fault(skipped_prefixes_are_forgotten, "rows_to_run", "reference"),
     Fault(bias_in_bfloat16, "token_logp"),
     Fault(wrong_gradient, "token_logp", found_in="token_logp_backward"),
     Fault(normalizer_ignored, "sibling_grpo_loss"),

@@ -49,7 +49,7 @@ class Call(NamedTuple):
 
     def request(self, index: int) -> Call:
         """The call of one request alone; its first dimension is that of every tensor but these."""
-        shared = {"normalizer", "depth_weights"}
+        shared = {"normalizer", "depth_weights", "row_slot"}
         if self.arguments.get("row") is not None:
             shared |= {"logits", "child_value"}
         return self._replace(

@@ -103,6 +103,8 @@ def _part(b: int) -> Callable[[Tensor], Tensor]:
 
 def separable(op: str, call: Call) -> bool:
     """Whether a request's results are its own."""
+    if op == "rows_to_run":  # which numbers them over all requests
+        return False
     if op == "sibling_grpo_loss":
         return call.arguments.get("normalizer") is not None
     return not isinstance(call.arguments.get("gumbel_seed"), int)

@@ -321,6 +321,70 @@ def prefix_tree(tokens: np.ndarray, mask: np.ndarray | None) -> dict[str, np.nda
     return out
 
 
+# ---------------------------------------------------------------- beams
+
+
+def advance_beams(
+    parent: np.ndarray,
+    token: np.ndarray,
+    node: np.ndarray,
+    sequence: np.ndarray,
+    slot: np.ndarray,
+    evaluated: np.ndarray | None = None,
+    row: np.ndarray | None = None,
+    row_slot: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """The fields of the new beams by name, one beam after the other."""
+    (batch, winners), (_, width, length) = parent.shape, sequence.shape
+    out = {name: np.full((batch, winners), fill) for name, fill in (("slot", -1), ("token", 0), ("evaluated", 0))}
+    out["sequence"] = np.full((batch, winners, length + 1), -1)
+    for b, k in np.ndindex(batch, winners):
+        w = int(parent[b, k])
+        if node[b, k] < 0 or not 0 <= w < width:
+            continue
+        out["sequence"][b, k] = [*sequence[b, w], token[b, k]]
+        out["token"][b, k] = token[b, k]
+        if row is not None and row_slot is not None and 0 <= row[b, w] < len(row_slot):
+            out["slot"][b, k], out["evaluated"][b, k] = row_slot[row[b, w]], length
+        else:
+            known = length if evaluated is None else evaluated[b, w]
+            out["slot"][b, k], out["evaluated"][b, k] = slot[b, w], known
+    return out
+
+
+def rows_to_run(
+    children: Sequence[Sequence[Any]],
+    node: np.ndarray,
+    sequence: np.ndarray,
+    slot: np.ndarray,
+    evaluated: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """The fields by name, from lists of what each stage runs."""
+    batch, width, length = sequence.shape
+    row, spent = np.full((batch, width), -1), np.zeros(batch, np.int64)
+    parents: list[int] = []
+    stages: list[list[tuple[int, int]]] = [[] for _ in range(length)]
+    for b, w in np.ndindex(batch, width):
+        n, known = int(node[b, w]), max(int(evaluated[b, w]), 0)
+        if not 0 <= n < len(children) or len(children[n]) < 2 or known >= length:
+            continue
+        row[b, w] = len(parents)
+        for s in range(known, length):
+            stages[s].append((int(sequence[b, w, s]), len(parents)))
+        spent[b] += length - known
+        parents.append(int(slot[b, w]))
+    unused = batch * width
+    token, place = np.zeros((length, unused), np.int64), np.full((length, unused), -1)
+    for s, stage in enumerate(stages):
+        for i, (its_token, its_row) in enumerate(stage):
+            token[s, i], place[s, i] = its_token, its_row
+    parent = np.array(parents + [-1] * (unused - len(parents)), np.int64)
+    number = np.array([len(stage) for stage in stages], np.int64)
+    return {
+        "row": row, "parent": parent, "token": token, "place": place, "num_rows": number, "num_tokens": spent,
+    }  # fmt: skip
+
+
 # ---------------------------------------------------------------- token_logp
 
 

@@ -25,7 +25,7 @@ TEMPERATURES = (1.0, 0.7, 3.0, 1e-3, 1e3, 1e-39, 1e30)
 
 
 def draw(op: str, rng: Random, dtype: torch.dtype) -> Call:
-    """A call of an op, with its floats (of ``prefix_tree``: its integers) of a dtype."""
+    """A call of an op, with its floats (of what has only integers: these) of a dtype."""
     return DRAWS[op](rng, dtype)
 
 
@@ -33,6 +33,8 @@ def dtypes(op: str) -> tuple[torch.dtype, ...]:
     """What :func:`draw` takes."""
     if op == "prefix_tree":
         return INTEGERS
+    if op in ("advance_beams", "rows_to_run"):
+        return INTEGERS[:2]
     return (torch.float32,) if op.startswith("ved") else FLOATS
 
 
@@ -239,6 +241,36 @@ def prefix_tree(rng: Random, dtype: torch.dtype) -> Call:
     return strided(rng, Call(vstar_ops.prefix_tree, {"tokens": tokens, "mask": masks(rng, *shape)}))
 
 
+def integers(rng: Random, dtype: torch.dtype, low: int, end: int, *shape: int) -> Tensor:
+    """Integers from ``low`` to ``end``, now and then far outside."""
+    values = rng.integers(low, max(end, low) + 1, shape)
+    odd = rng.choice(np.array([-(2**31), 2**31 - 1]), shape)
+    return torch.from_numpy(np.where(rng.random(shape) < 0.05, odd, values)).reshape(shape).to(dtype)
+
+
+def advance_beams(rng: Random, dtype: torch.dtype) -> Call:
+    batch, width, winners, length = size(rng, 1, 2, 3), size(rng, 1, 3, 5), wide(rng, 1, 4, 9), size(rng, 0, 1, 3)
+    winner, beams = (batch, winners), (batch, width)
+    a: dict[str, Any] = {name: integers(rng, dtype, -1, 9, *winner) for name in ("token", "node")}
+    a["parent"] = integers(rng, dtype, -1, width, *winner)
+    a["sequence"], a["slot"] = integers(rng, dtype, 0, 9, *beams, length), integers(rng, dtype, 0, 99, *beams)
+    if rng.random() < 0.6:
+        a["evaluated"] = integers(rng, dtype, 0, length, *beams)
+    if rng.random() < 0.6:
+        rows = size(rng, 1, 4)
+        a |= {"row": integers(rng, dtype, -1, rows, *beams), "row_slot": integers(rng, dtype, 0, 99, rows)}
+    return strided(rng, Call(vstar_ops.advance_beams, a))
+
+
+def rows_to_run(rng: Random, dtype: torch.dtype) -> Call:
+    batch, width, length = size(rng, 1, 2, 3), wide(rng, 1, 4, 9), size(rng, 1, 3)
+    beams, trie = (batch, width), catalogue(rng, 7)
+    a = {"sequence": integers(rng, dtype, 0, 9, *beams, length), "slot": integers(rng, dtype, 0, 99, *beams)}
+    a["evaluated"] = integers(rng, dtype, 0, length, *beams)
+    node = nodes(rng, trie, *beams)
+    return strided(rng, Call(vstar_ops.rows_to_run, {"trie": trie, "node": node, **a}))
+
+
 def sibling_grpo_loss(rng: Random, dtype: torch.dtype) -> Call:
     batch, candidates, length = (*group(rng), size(rng, 1, 3))
     mask = masks(rng, batch, candidates, length)
@@ -311,6 +343,6 @@ DRAWS: dict[str, Callable[[Random, torch.dtype], Call]] = {
     f.__name__: f
     for f in (
         expand_topk, token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns,
-        prefix_tree, sibling_grpo_loss, ved_select, ved_insert, ved_candidates,
+        prefix_tree, advance_beams, rows_to_run, sibling_grpo_loss, ved_select, ved_insert, ved_candidates,
     )
 }  # fmt: skip

@@ -148,6 +148,16 @@ def prefix_tree(call: Call, a: dict[str, Any]) -> Wants:
         yield "." + name, Want(x)
 
 
+def advance_beams(call: Call, a: dict[str, Any]) -> Wants:
+    for name, x in oracles.advance_beams(**a).items():
+        yield "." + name, Want(x)
+
+
+def rows_to_run(call: Call, a: dict[str, Any]) -> Wants:
+    for name, x in oracles.rows_to_run(Children.of(a.pop("trie")).children, **a).items():
+        yield "." + name, Want(x)
+
+
 FORMS = {
     "centered": {"baseline": "parent", "scale": "group", "ddof": 1},
     "paper": {"baseline": "sibling", "scale": "siblings", "ddof": 0},
@@ -227,6 +237,6 @@ ORACLES: dict[str, Callable[[Call, dict[str, Any]], Wants]] = {
     f.__name__: f
     for f in (
         token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns, prefix_tree,
-        sibling_grpo_loss, ved_select, ved_insert, ved_candidates,
+        advance_beams, rows_to_run, sibling_grpo_loss, ved_select, ved_insert, ved_candidates,
     )
 }  # fmt: skip
