@@ -146,6 +146,40 @@ def prefix_tree(tokens: Tensor) -> tuple[Tensor, ...]:
     return parent, token, depth, first, count, torch.stack(nodes, 1).view(tokens.shape)
 
 
+def advance_beams(
+    parent: Tensor, token: Tensor, node: Tensor, sequence: Tensor, slot: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gather what the winners' beams hold, mask what is dead."""
+    above, dead = parent.clamp(min=0).long(), node < 0
+    tokens = sequence.gather(1, above[:, :, None].expand(-1, -1, sequence.shape[2]))
+    grown = torch.cat([tokens.masked_fill(dead[:, :, None], -1), token[:, :, None]], 2)
+    return grown, slot.gather(1, above).masked_fill(dead, -1), token.clamp(min=0).long(), None
+
+
+def rows_to_run(
+    trie: Trie, node: Tensor, sequence: Tensor, slot: Tensor, evaluated: Tensor
+) -> tuple[Tensor | None, ...]:
+    """One ``nonzero`` per stage, as many waits of the host."""
+    length, lists = sequence.shape[2], []
+    branching = trie.num_children(node) > 1
+    for stage in range(length):
+        picked = (branching & (evaluated <= stage)).nonzero(as_tuple=True)
+        lists.append((sequence[..., stage][picked].long(), picked))
+    number = len(lists[-1][0])
+    row, index = torch.full_like(node, -1), torch.arange(number, device=node.device)
+    row[lists[-1][1]] = index.to(row.dtype)
+
+    def padded(values: list[Tensor], fill: int) -> Tensor:
+        return torch.stack(
+            [torch.nn.functional.pad(x, (0, node.numel() - len(x)), value=fill) for x in values]
+        )
+
+    (parent,) = padded([slot[lists[-1][1]]], -1)
+    token = padded([x for x, _ in lists], 0)
+    place = padded([row[picked].long() for _, picked in lists], -1)
+    return row, parent, token, place, None, ((length - evaluated) * branching).sum(1)
+
+
 def token_logp(logits: Tensor, target: Tensor) -> Tensor:
     """A table of log-softmax, gather."""
     return torch.log_softmax(logits.float(), 1).gather(1, target[:, None])[:, 0]

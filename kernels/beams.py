@@ -1,8 +1,8 @@
 """The steps of beam search between two forwards, each one launch without a workspace.
 
 ``advance_beams`` takes one program per block of tokens of the new beams; the thread of a beam's last token
-writes what else the beam has. In ``rows_to_run`` one program numbers the rows of all requests, block by block,
-one per stage makes its list, and one per request counts the tokens that it costs.
+writes what else the beam has. In ``rows_to_run`` one program numbers the rows of all requests, one per stage
+makes its list, block by block, and one per request counts the tokens that it costs.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ def advance_beams(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The dispatcher's signature; see :func:`vstar_ops.advance_beams`."""
     (batch, beams), (_, width, length) = parent.shape, sequence.shape
-    ints = {"dtype": torch.int32, "device": parent.device}
-    tokens, its_evaluated = torch.empty(batch, beams, length + 1, **ints), torch.empty(batch, beams, **ints)
+    tokens = parent.new_empty(batch, beams, length + 1, dtype=torch.int32)
+    its_evaluated = parent.new_empty(batch, beams, dtype=torch.int32)
     its_slot, its_token = (torch.empty_like(its_evaluated, dtype=torch.int64) for _ in range(2))
     if tokens.numel():
         _advance_beams[(triton.cdiv(tokens.numel(), _BLOCK["BLOCK"]),)](
-            *strided(parent, 2), *strided(token, 2), *strided(node, 2), *strided(sequence, 3), *strided(slot, 2),
-            *strided(evaluated, 2), *strided(row, 2), *strided(row_slot, 1), tokens, its_slot, its_token,
-            its_evaluated, batch, beams, width, length, 0 if row_slot is None else len(row_slot), **_BLOCK,
-            **options(_WARPS),
+            *strided(parent, 2), *strided(token, 2), *strided(node, 2), *strided(sequence, 3),
+            *strided(slot, 2), *strided(evaluated, 2), *strided(row, 2), *strided(row_slot, 1), tokens,
+            its_slot, its_token, its_evaluated, batch, beams, width, length,
+            0 if row_slot is None else len(row_slot), **_BLOCK, **options(_WARPS),
         )  # fmt: skip
     return tokens, its_slot, its_token, its_evaluated
 
 
 @kernel
 def _advance_beams(
-    parent: ADDRESS, parent_type, p0, p1, token: ADDRESS, token_type, t0, t1, node: ADDRESS, node_type, n0, n1,
-    sequence: ADDRESS, sequence_type, q0, q1, q2, slot: ADDRESS, slot_type, s0, s1, evaluated: ADDRESS,
+    parent: ADDRESS, parent_type, p0, p1, token: ADDRESS, token_type, t0, t1, node: ADDRESS, node_type, n0,
+    n1, sequence: ADDRESS, sequence_type, q0, q1, q2, slot: ADDRESS, slot_type, s0, s1, evaluated: ADDRESS,
     evaluated_type, e0, e1, row: ADDRESS, row_type, r0, r1, row_slot: ADDRESS, row_slot_type, x0,
     out_sequence: I32, out_slot: I64, out_token: I64, out_evaluated: I32, batch, beams, width, length, rows,
     BLOCK: tl.constexpr,
@@ -86,8 +86,9 @@ def rows_to_run(
     parent = offset.new_empty(batch * width, dtype=torch.int64)
     token, place = (parent.new_empty(length, batch * width) for _ in range(2))
     _rows_to_run[(1 + length + batch,)](
-        offset, *strided(node, 2), *strided(sequence, 3), *strided(slot, 2), *strided(evaluated, 2), row, parent,
-        token, place, num_rows, num_tokens, len(offset) - 1, batch, width, length, **_ROWS, **options(_ROW_WARPS),
+        offset, *strided(node, 2), *strided(sequence, 3), *strided(slot, 2), *strided(evaluated, 2), row,
+        parent, token, place, num_rows, num_tokens, len(offset) - 1, batch, width, length, **_ROWS,
+        **options(_ROW_WARPS),
     )  # fmt: skip
     return row, parent, token, place, num_rows, num_tokens
 
@@ -104,7 +105,8 @@ def _missing(offset, num_nodes, node, evaluated, b, w, length, inside):
 
 @triton.jit
 def _stage(
-    offset, num_nodes, node, evaluated, sequence, token, place, stage, beams, width, length, BLOCK: tl.constexpr
+    offset, num_nodes, node, evaluated, sequence, token, place, stage, beams, width, length,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the list of a stage; returns how many rows it has."""
     rows = beams.to(tl.int32) * 0
@@ -156,9 +158,10 @@ def _tokens(offset, num_nodes, node, evaluated, b, width, length, BLOCK: tl.cons
 
 @kernel
 def _rows_to_run(
-    offset: I32, node: ADDRESS, node_type, n0, n1, sequence: ADDRESS, sequence_type, q0, q1, q2, slot: ADDRESS,
-    slot_type, s0, s1, evaluated: ADDRESS, evaluated_type, e0, e1, row: I32, parent: I64, token: I64, place: I64,
-    num_rows: I32, num_tokens: I32, num_nodes, batch, width, length, BLOCK: tl.constexpr,
+    offset: I32, node: ADDRESS, node_type, n0, n1, sequence: ADDRESS, sequence_type, q0, q1, q2,
+    slot: ADDRESS, slot_type, s0, s1, evaluated: ADDRESS, evaluated_type, e0, e1, row: I32, parent: I64,
+    token: I64, place: I64, num_rows: I32, num_tokens: I32, num_nodes, batch, width, length,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     node, evaluated = Array(node, node_type, n0, n1, 0), Array(evaluated, evaluated_type, e0, e1, 0)
     sequence, slot = Array(sequence, sequence_type, q0, q1, q2), Array(slot, slot_type, s0, s1, 0)

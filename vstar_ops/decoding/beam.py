@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._deprecated import renamed_arguments, renamed_field
-from ..ops import AdvancedBeams, RowsToRun, advance_beams, expand_topk, rows_to_run
+from ..ops import RowsToRun, advance_beams, expand_topk, rows_to_run
 from ..ops._checks import check_int, validating
 from ..trie import Trie
 from .protocol import PrefixModel, can_skip_forced, check_finite_logits, check_normalize
@@ -75,19 +75,21 @@ def beam_search(
     skip_forced = skip_forced and can_skip_forced(model, normalize)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
-    node = torch.zeros(batch, 1, dtype=torch.int32, device=device)
-    beams = _roots(batch, device)
-    frontier, row, row_slot, logp = logits[:, None], None, None, None
-    forward_tokens: Tensor | int = 1
+    # The empty prefix of request b is in slot b.
+    node = token = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+    sequence, slot = node.new_empty(batch, 1, 0), torch.arange(batch, device=device)[:, None]
+    frontier = logits[:, None]
+    evaluated = row = row_slot = logp = None
+    forward_tokens = torch.ones(batch, dtype=torch.int32, device=device)
     for depth in range(trie.length):
-        if depth > 0 and skip_forced:
-            rows = rows_to_run(trie, node, beams.sequence, beams.slot, beams.evaluated)
+        if depth > 0 and evaluated is not None:
+            rows = rows_to_run(trie, node, sequence, slot, evaluated)
             frontier, row_slot = _run(model, state, rows, logits)
-            row, forward_tokens = rows.row, rows.num_tokens + forward_tokens
+            row = rows.row
+            forward_tokens += rows.num_tokens
         elif depth > 0:
-            frontier, slot = model.extend(state, beams.slot.flatten(), beams.token.flatten())
-            frontier, beams = frontier.unflatten(0, node.shape), beams._replace(slot=slot.view_as(node))
-            forward_tokens = out.num_valid + forward_tokens
+            frontier, slot = model.extend(state, slot.flatten(), token.flatten())
+            frontier, slot = frontier.unflatten(0, node.shape), slot.view_as(node)
         out = expand_topk(
             frontier,
             trie,
@@ -101,28 +103,21 @@ def beam_search(
         if skip_forced and validating():
             legal = trie.num_children(node).sum(1).clamp(max=beam_width)
             check_finite_logits(out.num_valid, legal)
-        # With constant shapes the slots are those of all beams, which have been run.
-        evaluated = beams.evaluated if skip_forced else None
-        found = out.parent, out.token, out.node
-        beams = advance_beams(
-            *found, beams.sequence, beams.slot, evaluated=evaluated, row=row, row_slot=row_slot
+        winners = out.parent, out.token, out.node
+        sequence, slot, token, evaluated = advance_beams(
+            *winners, sequence, slot, evaluated=evaluated, row=row, row_slot=row_slot
         )
+        if not skip_forced:
+            evaluated = None  # all of every beam will be
+            if depth + 1 < trie.length:
+                forward_tokens += out.num_valid
         node, logp = out.node, out.logp
-    if isinstance(forward_tokens, int):
-        forward_tokens = torch.ones(batch, dtype=torch.int32, device=device)
-    return BeamResult(beams.sequence, out.node, out.logp, out.num_valid, forward_tokens)
-
-
-def _roots(batch: int, device: torch.device) -> AdvancedBeams:
-    """The empty prefix of each request, which the model keeps in the slot of the request's number."""
-    slot = torch.arange(batch, device=device)[:, None]
-    sequence = torch.empty(batch, 1, 0, dtype=torch.int32, device=device)
-    return AdvancedBeams(sequence, slot, slot, torch.zeros_like(slot))
+    return BeamResult(sequence, out.node, out.logp, out.num_valid, forward_tokens)
 
 
 def _run(model: PrefixModel, state: Any, rows: RowsToRun, like: Tensor) -> tuple[Tensor, Tensor]:
     """Logits ``[R, V]`` and slots ``[R]`` of the rows. Skipped prefixes are caught up, length by length."""
-    numbers = rows.num_rows.tolist()  # the host waits for them, once per level
+    numbers = rows.num_rows.cpu().tolist()  # the host waits for them, once per level
     logits, slot = like[:0], rows.parent[: numbers[-1]]
     for stage, number in enumerate(numbers):
         if number == 0:

@@ -1,7 +1,7 @@
 """The steps of beam search between two forwards of a model, for a decoder of your own.
 
-:func:`vstar_ops.decoding.beam_search` is built of them and of :func:`vstar_ops.expand_topk`. Beams are prefixes
-of one length. A model keeps each prefix that it has evaluated in a *slot*, as
+:func:`vstar_ops.decoding.beam_search` is built of them and of :func:`vstar_ops.expand_topk`. Beams are
+prefixes of one length. A model keeps each prefix that it has evaluated in a *slot*, as
 :class:`vstar_ops.decoding.PrefixModel` says.
 """
 
@@ -38,7 +38,9 @@ class RowsToRun(NamedTuple):
     num_tokens: Tensor
 
 
-def _advance_fake(parent: Tensor, token: Tensor, node: Tensor, sequence: Tensor, *_: object) -> tuple[Tensor, ...]:
+def _advance_fake(
+    parent: Tensor, token: Tensor, node: Tensor, sequence: Tensor, *_: object
+) -> tuple[Tensor, ...]:
     tokens = parent.new_empty((*parent.shape, sequence.shape[2] + 1), dtype=torch.int32)
     slot = parent.new_empty(parent.shape, dtype=torch.int64)
     return tokens, slot, torch.empty_like(slot), parent.new_empty(parent.shape, dtype=torch.int32)
@@ -68,7 +70,7 @@ def advance_beams(
     row: Tensor | None = None,
     row_slot: Tensor | None = None,
 ) -> AdvancedBeams:
-    r"""The beams after a step: the winners of :func:`vstar_ops.expand_topk`, with all that a model needs to run them.
+    r"""The winners of :func:`vstar_ops.expand_topk` as beams, with what a model needs to run them.
 
     With :math:`w = \text{parent}[b, k]`, new beam :math:`k` is beam :math:`w` and one token more:
 
@@ -80,26 +82,26 @@ def advance_beams(
     Args:
         parent, token, node: int32 or int64 ``[B, K]``, as ``expand_topk`` returns them.
         sequence: int32 or int64 ``[B, W, l]``, the tokens of the beams so far; ``l`` may be 0.
-        slot: int32 or int64 ``[B, W]``, where the model keeps each beam, or the longest evaluated prefix of it.
+        slot: int32 or int64 ``[B, W]``, where the model keeps each beam, or its longest evaluated prefix.
         evaluated: None, or int32 or int64 ``[B, W]``, the length of that prefix (``l``).
-        row, row_slot: None, or int32 or int64 ``[B, W]`` and ``[R]``: beams that have a row (not -1, nor out of
-            range) have been run, and the model keeps them in ``row_slot[row]`` instead of ``slot``; see
+        row, row_slot: None, or int32 or int64 ``[B, W]`` and ``[R]``: beams that have a row (not -1, nor out
+            of range) have been run, and the model keeps them in ``row_slot[row]`` instead of ``slot``; see
             :func:`rows_to_run`.
 
     Returns:
         A named tuple of new tensors:
 
         - ``sequence`` int32 ``[B, K, l + 1]``, -1 in dead beams
-        - ``slot`` int64 ``[B, K]``, of what has been evaluated of ``w``: the ``parent`` that a model takes. -1 in
-          dead beams
+        - ``slot`` int64 ``[B, K]``, of what has been evaluated of ``w``: the ``parent`` that a model takes;
+          -1 in dead beams
         - ``token`` int64 ``[B, K]``, the ``token`` that a model takes, 0 in dead beams
         - ``evaluated`` int32 ``[B, K]``, the length of what ``slot`` holds, 0 in dead beams
 
         Shapes do not depend on values, and no request sees another. No gradient flows.
 
     Raises:
-        TypeError, ValueError: an argument's type, shape or device, by name. Values of ``parent`` and ``row`` are
-            checked only under :func:`vstar_ops.validation`.
+        TypeError, ValueError: an argument's type, shape or device, by name. Values of ``parent`` and ``row``
+            are checked only under :func:`vstar_ops.validation`.
 
     Example:
         >>> winners = torch.tensor([[1, 0, -1]]), torch.tensor([[5, 6, -1]]), torch.tensor([[9, 8, -1]])
@@ -129,20 +131,21 @@ def advance_beams(
 
 
 def rows_to_run(trie: Trie, node: Tensor, sequence: Tensor, slot: Tensor, evaluated: Tensor) -> RowsToRun:
-    """What a model must run before beams are expanded, if it has been run only where the next token was open.
+    """What a model must run before beams are expanded, where forced tokens are not run.
 
-    A beam with a single legal child needs no forward: its log-probability under ``normalize="legal"`` is 0 by any
-    finite logit. A beam with several that has not been evaluated gets a *row*. Its longest evaluated prefix may be
-    more than one token shorter, and is then caught up, one length after the other: row by row in the order of
-    ``(b, w)``, ``parent[i]`` is the slot of that prefix, and in stage ``s`` the rows ``place[s, : num_rows[s]]`` get
-    the tokens ``token[s, : num_rows[s]]``. All rows take part in the last stage.
+    The log-probability of a single legal child is 0 under ``normalize="legal"``, by any finite logit, so its
+    parent needs no forward. A beam with several children that has not been evaluated gets a *row*; rows are
+    numbered in the order of ``(b, w)``. What a row lacks is run one token after the other, since its shorter
+    prefixes may have been skipped too: ``parent[i]`` is the slot of its longest evaluated prefix, and
+    in stage ``s``, ``0 <= s < l``, the rows ``place[s, : num_rows[s]]`` are appended their tokens of position
+    ``s``, ``token[s, : num_rows[s]]``. All rows take part in the last stage.
 
     Args:
         trie: the catalogue.
         node: int32 or int64 ``[B, W]``, the trie node of each beam; whatever is not a node has no row.
         sequence: int32 or int64 ``[B, W, l]``, the tokens of the beams.
-        slot, evaluated: int32 or int64 ``[B, W]``, the slot of the longest evaluated prefix of each beam, and its
-            length, 0 to ``l``, as :func:`advance_beams` returns them.
+        slot, evaluated: int32 or int64 ``[B, W]``, the slot of the longest evaluated prefix of each beam, and
+            its length, 0 to ``l``, as :func:`advance_beams` returns them.
 
     Returns:
         A named tuple:
@@ -156,13 +159,13 @@ def rows_to_run(trie: Trie, node: Tensor, sequence: Tensor, slot: Tensor, evalua
         The order is fixed, on any backend and number of threads. No gradient flows.
 
     Raises:
-        TypeError, ValueError: an argument's type, shape or device, by name. Values of ``node`` are checked only
-            under :func:`vstar_ops.validation`.
+        TypeError, ValueError: an argument's type, shape or device, by name. Values of ``node`` are checked
+            only under :func:`vstar_ops.validation`.
 
     Example:
-        >>> trie = Trie.from_sequences([[0, 3, 1], [0, 3, 2], [7, 3, 1]])  # (0, 3) has two children, (7, 3) one
-        >>> node, slot = trie.lookup([[[0, 3], [7, 3]]]), torch.tensor([[0, 0]])
-        >>> rows = vstar_ops.rows_to_run(trie, node, torch.tensor([[[0, 3], [7, 3]]]), slot, torch.tensor([[0, 0]]))
+        >>> trie = Trie.from_sequences([[0, 3, 1], [0, 3, 2], [7, 3, 1]])  # only (0, 3) has two children
+        >>> beams, nothing = torch.tensor([[[0, 3], [7, 3]]]), torch.tensor([[0, 0]])
+        >>> rows = vstar_ops.rows_to_run(trie, trie.lookup(beams), beams, slot=nothing, evaluated=nothing)
         >>> rows.row.tolist(), rows.num_rows.tolist(), rows.token[:, 0].tolist()
         ([[0, -1]], [1, 1], [0, 3])
     """

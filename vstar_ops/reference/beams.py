@@ -31,7 +31,7 @@ def advance_beams(
     return (
         torch.cat([tokens, torch.where(live, token, -1)[..., None]], 2).int(),
         pad(slot, (0, 1), value=-1).gather(1, above).long(),
-        torch.where(live, token, 0).long(),
+        torch.where(live, token, 0).long().contiguous(),
         pad(evaluated, (0, 1)).gather(1, above).int(),
     )
 

@@ -336,7 +336,9 @@ def advance_beams(
 ) -> dict[str, np.ndarray]:
     """The fields of the new beams by name, one beam after the other."""
     (batch, winners), (_, width, length) = parent.shape, sequence.shape
-    out = {name: np.full((batch, winners), fill) for name, fill in (("slot", -1), ("token", 0), ("evaluated", 0))}
+    out = {
+        name: np.full((batch, winners), fill) for name, fill in (("slot", -1), ("token", 0), ("evaluated", 0))
+    }
     out["sequence"] = np.full((batch, winners, length + 1), -1)
     for b, k in np.ndindex(batch, winners):
         w = int(parent[b, k])

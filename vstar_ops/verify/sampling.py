@@ -249,7 +249,12 @@ def integers(rng: Random, dtype: torch.dtype, low: int, end: int, *shape: int) -
 
 
 def advance_beams(rng: Random, dtype: torch.dtype) -> Call:
-    batch, width, winners, length = size(rng, 1, 2, 3), size(rng, 1, 3, 5), wide(rng, 1, 4, 9), size(rng, 0, 1, 3)
+    batch, width, winners, length = (
+        size(rng, 1, 2, 3),
+        size(rng, 1, 3, 5),
+        wide(rng, 1, 4, 9),
+        size(rng, 0, 1, 3),
+    )
     winner, beams = (batch, winners), (batch, width)
     a: dict[str, Any] = {name: integers(rng, dtype, -1, 9, *winner) for name in ("token", "node")}
     a["parent"] = integers(rng, dtype, -1, width, *winner)
