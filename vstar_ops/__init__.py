@@ -11,6 +11,8 @@ from .advantages import token_advantages
 from .noise import derive_seeds
 from .ops import (
     AdvancedBeams,
+    DistinctRows,
+    DrawnChildren,
     ExpandTopK,
     LeafCandidates,
     NodeEvaluation,
@@ -23,6 +25,8 @@ from .ops import (
     SiblingGRPOLoss,
     TokenLogp,
     advance_beams,
+    distinct_rows,
+    draw_children,
     expand_topk,
     group_advantage,
     loss_counts,
@@ -50,6 +54,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdvancedBeams",
     "BackendStatus",
+    "DistinctRows",
+    "DrawnChildren",
     "ExpandTopK",
     "LeafCandidates",
     "NodeEvaluation",
@@ -65,6 +71,8 @@ __all__ = [
     "advance_beams",
     "backends",
     "derive_seeds",
+    "distinct_rows",
+    "draw_children",
     "expand_topk",
     "group_advantage",
     "loss_counts",

@@ -3,6 +3,7 @@
 from ._checks import validation
 from ._registry import OPS
 from .beams import AdvancedBeams, RowsToRun, advance_beams, rows_to_run
+from .draws import DistinctRows, DrawnChildren, distinct_rows, draw_children
 from .expand_topk import ExpandTopK, expand_topk
 from .group_advantage import group_advantage
 from .prefix_returns import PrefixReturns, prefix_returns
@@ -23,6 +24,8 @@ from .ved import (
 __all__ = [
     "OPS",
     "AdvancedBeams",
+    "DistinctRows",
+    "DrawnChildren",
     "ExpandTopK",
     "LeafCandidates",
     "NodeEvaluation",
@@ -35,6 +38,8 @@ __all__ = [
     "SiblingGRPOLoss",
     "TokenLogp",
     "advance_beams",
+    "distinct_rows",
+    "draw_children",
     "expand_topk",
     "group_advantage",
     "loss_counts",
