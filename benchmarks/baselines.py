@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vstar_ops import Trie
+from vstar_ops.noise import gumbel
 
 
 def child_tables(trie: Trie, depth: int) -> tuple[Tensor, Tensor]:
@@ -178,6 +179,33 @@ def rows_to_run(
     token = padded([x for x, _ in lists], 0)
     place = padded([row[picked].long() for _, picked in lists], -1)
     return row, parent, token, place, None, ((length - evaluated) * branching).sum(1)
+
+
+def draw_children(
+    logp: Tensor, token: Tensor, node: Tensor, sequence: Tensor, row: Tensor, prefix: Tensor, seed: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gumbel noise by torch operations, argmax, gather."""
+    position = torch.arange(1, sequence.shape[1] + 1, device=logp.device)
+    key = seed[:, None] + position * 0x5851F42D4C957F2D
+    tokens = token[row].long()
+    perturbed = logp[row] + gumbel(key[..., None], prefix[..., None].long(), tokens)
+    pick = perturbed.masked_fill(node[row] < 0, -torch.inf).argmax(2, keepdim=True)
+    drawn, grown = node[row].gather(2, pick)[..., 0], torch.cat([sequence, tokens.gather(2, pick)], 2)
+    return grown, drawn, logp[row].gather(2, pick)[..., 0], (drawn >= 0).sum(1)
+
+
+def distinct_rows(node: Tensor, token: Tensor, slot: Tensor, row: Tensor) -> tuple[Tensor | None, ...]:
+    """``unique`` of packed requests and nodes; all candidates are there."""
+    request = torch.arange(len(node), device=node.device)[:, None]
+    key, own = torch.unique(request * 2**32 + node, return_inverse=True)
+    first = torch.zeros_like(key).scatter_(0, own.flatten(), torch.arange(node.numel(), device=node.device))
+    rows = slot[row.flatten()[first]], token.flatten()[first].long(), node.flatten()[first].long()
+    parent, tokens, nodes = (
+        torch.nn.functional.pad(x, (0, node.numel() - len(key)), value=fill)
+        for x, fill in zip(rows, (-1, 0, -1))
+    )
+    number = torch.bincount(request.expand(node.shape).flatten()[first], minlength=len(node))
+    return own, parent, tokens, nodes, number.sum()[None], number
 
 
 def token_logp(logits: Tensor, target: Tensor) -> Tensor:

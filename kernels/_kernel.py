@@ -22,7 +22,11 @@ _NOTATION = {  # of annotations as they are spelled
     "ANY": "", "F32": "*fp32", "F64": "*fp64", "I32": "*i32", "I64": "*i64", "BOOL": "*u1", "ADDRESS": "i64",
     "LONG": "i64", "ALIGNED": "i32:16", "tl.float32": "fp32", "tl.float64": "fp64", "tl.constexpr": "constexpr",
 }  # fmt: skip
-_BOUND = {"ADDRESS": "tl.int64", "LONG": "tl.int64", **{x: x for x in ("tl.float32", "tl.float64", "tl.constexpr")}}
+_BOUND = {
+    "ADDRESS": "tl.int64",
+    "LONG": "tl.int64",
+    **{x: x for x in ("tl.float32", "tl.float64", "tl.constexpr")},
+}
 
 BLOCKS = (32, 64, 128, 256, 512, 1024)
 

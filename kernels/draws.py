@@ -27,7 +27,9 @@ def draw_children(
     """The dispatcher's signature; see :func:`vstar_ops.draw_children`."""
     batch, candidates, length = sequence.shape
     out_sequence = sequence.new_empty(batch, candidates, length + 1, dtype=torch.int32)
-    out_node, out_logp = (out_sequence.new_empty(batch, candidates, dtype=x) for x in (torch.int32, logp.dtype))
+    out_node, out_logp = (
+        out_sequence.new_empty(batch, candidates, dtype=x) for x in (torch.int32, logp.dtype)
+    )
     num_valid = out_sequence.new_empty(batch)
     (choice,) = workspace(logp.device, (batch * candidates, torch.int32))
     lists = *strided(logp, 2), *strided(token, 2), *strided(node, 2)

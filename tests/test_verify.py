@@ -145,6 +145,14 @@ def skipped_prefixes_are_forgotten(run, offset, node, sequence, slot, evaluated)
     return run(offset, node, sequence, slot, evaluated.clamp(min=sequence.shape[2] - 1))
 
 
+def noise_of_the_root(run, *a):
+    return run(*a[:5], None, *a[6:])
+
+
+def the_same_prefix_twice(run, node, token, slot, row):
+    return run(node + torch.arange(node.shape[1]) % 2 * (node > 0), token, slot, row)
+
+
 class Fault(NamedTuple):
     """A function that stands in for an op on a backend, and the kind of failure that it is found as."""
 
@@ -171,6 +179,8 @@ FAULTS = [
     Fault(tokens_of_32_bits, "prefix_tree", "reference"),
     Fault(dead_beams_keep_their_slot, "advance_beams"),
     Fault(skipped_prefixes_are_forgotten, "rows_to_run", "reference"),
+    Fault(noise_of_the_root, "draw_children"),
+    Fault(the_same_prefix_twice, "distinct_rows", "reference"),
     Fault(bias_in_bfloat16, "token_logp"),
     Fault(wrong_gradient, "token_logp", found_in="token_logp_backward"),
     Fault(normalizer_ignored, "sibling_grpo_loss"),

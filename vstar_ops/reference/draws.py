@@ -42,7 +42,11 @@ def draw_children(
     if cum_logp is not None:
         logps = logps + cum_logp.double()[..., None]
     logps = torch.where(lost, float("-inf"), logps)
-    results = torch.cat([torch.where(lost, -1, sequence), tokens], 2).int(), nodes[..., 0].int(), logps[..., 0]
+    results = (
+        torch.cat([torch.where(lost, -1, sequence), tokens], 2).int(),
+        nodes[..., 0].int(),
+        logps[..., 0],
+    )
     if pack:
         order = lost[..., 0].int().argsort(dim=1, stable=True)
         results = tuple(x[torch.arange(batch, device=device)[:, None], order] for x in results)

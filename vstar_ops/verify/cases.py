@@ -158,6 +158,43 @@ def pending(batch: int, width: int = 6, length: int = 3) -> Call:
     return Call(vstar_ops.rows_to_run, {"trie": trie, "node": node, **arguments})
 
 
+def draws(
+    batch: int,
+    candidates: int = 9,
+    children: int = 8,
+    length: int = 2,
+    *,
+    options: bool = False,
+    **given: Any,
+) -> Call:
+    """``draw_children``, out of five lists or of one per request."""
+    random, shape = seeded(16), (batch, candidates)
+    lists = (5, children) if options else (batch, children)
+    logp = torch.randn(lists, generator=random).log_softmax(1)
+    token = torch.arange(children, dtype=torch.int32).expand(lists)
+    node = torch.randint(-1, 99, lists, generator=random).int()
+    arguments: dict[str, Any] = {"logp": logp, "token": token, "node": node}
+    arguments["sequence"] = torch.randint(9, (*shape, length), generator=random)
+    arguments["seed"] = torch.arange(batch)
+    if options:
+        arguments |= {"row": torch.randint(-1, 5, shape, generator=random).int(), "pack": True}
+        arguments |= {"prefix": torch.randint(99, shape, generator=random), "cum_logp": torch.zeros(shape)}
+    return Call(vstar_ops.draw_children, arguments | given)
+
+
+def distinct(batch: int, candidates: int = 9, nodes: int = 6, *, options: bool = False) -> Call:
+    """``distinct_rows``."""
+    random, shape = seeded(17), (batch, candidates)
+    node = torch.randint(-1, nodes, shape, generator=random)
+    arguments = {"node": node, "token": node % 4, "slot": torch.arange(10, 10 + batch)}
+    if options:
+        arguments |= {
+            "slot": torch.arange(10, 15),
+            "row": torch.randint(-1, 5, shape, generator=random).int(),
+        }
+    return Call(vstar_ops.distinct_rows, arguments)
+
+
 def policies(seed: int, batch: int, group: int, length: int) -> dict[str, Tensor]:
     """Log-probabilities, tokens and rewards as the loss takes them."""
     random, shape = seeded(seed), (batch, group, length)
@@ -308,6 +345,8 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     },
     "advance_beams": {"plain": winners, "options": partial(winners, options=True)},
     "rows_to_run": {"plain": pending},
+    "draw_children": {"plain": draws, "options": partial(draws, options=True)},
+    "distinct_rows": {"plain": distinct, "options": partial(distinct, options=True)},
     "token_logp": {"plain": partial(scored, targets=1, **BFLOAT16), "legal": partial(scored, legal=True)},
     "token_logp_backward": {
         "plain": partial(differentiated, **BFLOAT16),
@@ -360,6 +399,11 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
     ],
     "advance_beams": [partial(winners, k=100)],
     "rows_to_run": [partial(pending, width=700)],
+    "draw_children": [
+        partial(draws, candidates=300, children=70, options=True),
+        partial(draws, candidates=0),
+    ],
+    "distinct_rows": [partial(distinct, candidates=300)],
     "token_logp": [
         partial(scored, columns=2100, targets=300, dtype=torch.bfloat16),
         *(partial(scored, dtype=dtype) for dtype in DTYPES),
@@ -400,6 +444,8 @@ LARGE: dict[str, dict[str, Callable[[], Call]]] = {
     "prefix_tree": {"many": partial(tree, 400, 16, 5, masked=True)},
     "advance_beams": {"many": partial(winners, 500, k=40, options=True)},
     "rows_to_run": {"many": partial(pending, 500)},
+    "draw_children": {"many": partial(draws, 300, 16, 50, options=True)},
+    "distinct_rows": {"many": partial(distinct, 500)},
     "token_logp": {
         f"{rows} rows{', legal' * legal}": partial(scored, rows, 20_000, legal=legal)
         for rows in (1, 3, 200)

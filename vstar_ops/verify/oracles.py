@@ -387,6 +387,78 @@ def rows_to_run(
     }  # fmt: skip
 
 
+# ---------------------------------------------------------------- draws
+
+
+def draw_children(
+    logp: np.ndarray,
+    token: np.ndarray,
+    node: np.ndarray,
+    sequence: np.ndarray,
+    seeds: Sequence[int],
+    row: np.ndarray | None = None,
+    prefix: np.ndarray | None = None,
+    cum_logp: np.ndarray | None = None,
+    pack: bool = False,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The fields by name, one draw after the other, and by how much each draw beats the second best."""
+    (batch, candidates, length), (rows, children) = sequence.shape, logp.shape
+    out: dict[str, np.ndarray] = {"sequence": np.full((batch, candidates, length + 1), -1)}
+    out |= {"node": np.full((batch, candidates), -1), "logp": np.full((batch, candidates), NEG_INF)}
+    margin = np.full((batch, candidates), math.inf)
+    out["num_valid"] = np.zeros(batch, np.int64)
+    for b in range(batch):
+        drawn: list[tuple[Any, ...]] = []
+        for k in range(candidates):
+            r, n = b if row is None else int(row[b, k]), 0 if prefix is None else int(prefix[b, k])
+            key = int(seeds[b]) + (k + 1) * 0x5851F42D4C957F2D
+            there = range(children if 0 <= r < rows else 0)
+            scores = [
+                (float(logp[r, c]) + gumbel(key, n, int(token[r, c])), -c)
+                for c in there
+                if node[r, c] >= 0 and logp[r, c] > NEG_INF
+            ]
+            if not scores:
+                continue
+            best = max(scores)
+            others = [score for score, c in scores if c != best[1]]
+            c, total = (
+                -best[1],
+                (0.0 if cum_logp is None else float(cum_logp[b, k])) + float(logp[r, -best[1]]),
+            )
+            won = best[0] - max(others) if others and best[0] < math.inf else math.inf
+            drawn.append((k, [*sequence[b, k], token[r, c]], node[r, c], total, won))
+        for to, (k, *fields) in enumerate(drawn):
+            at = b, to if pack else k
+            out["sequence"][at], out["node"][at], out["logp"][at], margin[at] = fields
+        out["num_valid"][b] = len(drawn)
+    return out, margin
+
+
+def distinct_rows(
+    node: np.ndarray, token: np.ndarray, slot: np.ndarray, row: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The fields by name, from sorted sets of nodes."""
+    batch, candidates = node.shape
+    own, number = np.full(node.shape, -1), np.zeros(batch, np.int64)
+    rows: list[tuple[int, int, int]] = []
+    for b in range(batch):
+        nodes = sorted({int(n) for n in node[b] if n >= 0})
+        for k in range(candidates):
+            own[b, k] = len(rows) + nodes.index(node[b, k]) if node[b, k] >= 0 else -1
+        for n in nodes:
+            k = node[b].tolist().index(n)
+            r = b if row is None else int(row[b, k])
+            rows.append((int(slot[r]) if 0 <= r < len(slot) else -1, int(token[b, k]), n))
+        number[b] = len(nodes)
+    total = np.array([len(rows)])
+    rows += [(-1, 0, -1)] * (node.size - len(rows))
+    parent, its_token, its_node = np.array(rows, np.int64).reshape(-1, 3).T
+    return {
+        "row": own, "parent": parent, "token": its_token, "node": its_node, "num_rows": total, "num_tokens": number,
+    }  # fmt: skip
+
+
 # ---------------------------------------------------------------- token_logp
 
 

@@ -33,8 +33,10 @@ def dtypes(op: str) -> tuple[torch.dtype, ...]:
     """What :func:`draw` takes."""
     if op == "prefix_tree":
         return INTEGERS
-    if op in ("advance_beams", "rows_to_run"):
+    if op in ("advance_beams", "rows_to_run", "distinct_rows"):
         return INTEGERS[:2]
+    if op == "draw_children":
+        return torch.float32, torch.float64
     return (torch.float32,) if op.startswith("ved") else FLOATS
 
 
@@ -276,6 +278,36 @@ def rows_to_run(rng: Random, dtype: torch.dtype) -> Call:
     return strided(rng, Call(vstar_ops.rows_to_run, {"trie": trie, "node": node, **a}))
 
 
+def draw_children(rng: Random, dtype: torch.dtype) -> Call:
+    batch, number, length = size(rng, 1, 2, 3), size(rng, 1, 4, 9), size(rng, 0, 1, 3)
+    rows, candidates = size(rng, 1, 2, 5), (batch, number)
+    lists, ints = (rows, wide(rng, 1, 7, 16)), one(rng, *INTEGERS[:2])
+    if rng.random() < 0.3:
+        lists = (batch, lists[1])
+    a: dict[str, Any] = {"logp": floats(rng, *lists, kinds=LOGITS).to(dtype)}
+    a["token"] = torch.from_numpy(rng.permuted(np.tile(np.arange(lists[1]), (rows, 1)), axis=1))
+    if lists[0] != rows:
+        a["token"] = torch.arange(lists[1]).repeat(lists[0], 1)
+    a["token"], a["node"] = a["token"].to(ints), integers(rng, ints, -1, 9, *lists)
+    a["sequence"] = integers(rng, ints, 0, 9, *candidates, length)
+    if lists[0] == rows:
+        a["row"] = integers(rng, ints, -1, rows, *candidates)
+    if rng.random() < 0.6:
+        a["prefix"] = integers(rng, ints, 0, 99, *candidates)
+        a["cum_logp"] = floats(rng, *candidates, kinds=("normal", "ties")).float()
+    a["seed"] = one(rng, 7, -(2**63), torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, batch)))
+    return strided(rng, Call(vstar_ops.draw_children, a | some(rng, pack=(True,))))
+
+
+def distinct_rows(rng: Random, dtype: torch.dtype) -> Call:
+    shape, rows = (size(rng, 1, 2, 3), wide(rng, 1, 4, 9)), size(rng, 1, 2, 5)
+    a = {"node": integers(rng, dtype, -1, int(one(rng, 1, 4, 99)), *shape)}
+    a |= {"token": integers(rng, dtype, 0, 9, *shape), "slot": integers(rng, dtype, 0, 99, rows)}
+    if rng.random() < 0.7:
+        a["row"] = integers(rng, dtype, -1, rows, *shape)
+    return strided(rng, Call(vstar_ops.distinct_rows, a))
+
+
 def sibling_grpo_loss(rng: Random, dtype: torch.dtype) -> Call:
     batch, candidates, length = (*group(rng), size(rng, 1, 3))
     mask = masks(rng, batch, candidates, length)
@@ -348,6 +380,7 @@ DRAWS: dict[str, Callable[[Random, torch.dtype], Call]] = {
     f.__name__: f
     for f in (
         expand_topk, token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns,
-        prefix_tree, advance_beams, rows_to_run, sibling_grpo_loss, ved_select, ved_insert, ved_candidates,
+        prefix_tree, advance_beams, rows_to_run, draw_children, distinct_rows, sibling_grpo_loss, ved_select,
+        ved_insert, ved_candidates,
     )
 }  # fmt: skip

@@ -37,6 +37,12 @@ def axes(op: str, arguments: dict[str, Any]) -> dict[str, str]:
         targets = rows + "T" * (arguments["targets"].dim() - len(rows))
         of_rows = {"logits": rows + "V", "node": rows, "grad_entropy": rows}
         return of_rows | {"targets": targets, "grad_logp": targets}
+    if op == "draw_children":
+        lists = "RC" if arguments.get("row") is not None else "BC"
+        of_lists = {"logp": lists, "token": lists, "node": lists, "sequence": "BKT", "seed": "B"}
+        return of_lists | dict.fromkeys(("row", "prefix", "cum_logp"), "BK")
+    if op == "distinct_rows":
+        return {"node": "BK", "token": "BK", "row": "BK", "slot": "R"}
     if op in ("advance_beams", "rows_to_run"):
         return _STEP if op == "advance_beams" else _STEP | {"node": "BW"}
     return _SEARCH if op.startswith("ved") else _CANDIDATES
