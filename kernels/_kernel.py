@@ -19,8 +19,8 @@ LONG = tl.int64  # an integer of 64 bits
 ALIGNED = tl.int32  # an integer that the compiler looks at: a stride decides how much is read at once
 FLOATS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _NOTATION = {  # of annotations as they are spelled
-    "ANY": "", "F32": "*fp32", "F64": "*fp64", "I32": "*i32", "I64": "*i64", "BOOL": "*u1", "ADDRESS": "i64",
-    "LONG": "i64", "ALIGNED": "i32:16", "tl.float32": "fp32", "tl.float64": "fp64", "tl.constexpr": "constexpr",
+    "ANY": "", "F32": "*fp32", "F64": "*fp64", "I32": "*i32", "I64": "*i64", "BOOL": "*u1",
+    "ADDRESS": "i64", "LONG": "i64", "ALIGNED": "i32:16", "tl.float32": "fp32", "tl.float64": "fp64", "tl.constexpr": "constexpr",
 }  # fmt: skip
 _BOUND = {
     "ADDRESS": "tl.int64",

@@ -1,9 +1,9 @@
 """The steps of top-k sampling between two forwards, two launches each.
 
 ``draw_children`` takes one program per candidate, which adds noise to its list, block by block, and then one
-per request, which places the results. ``distinct_rows`` takes one program per request twice: to find the first
-candidate of every prefix, and to number the prefixes behind those of the requests before. The one workspace
-holds an int32 per candidate: the entry that was drawn, or whether it is a first one.
+per request, which places the results. ``distinct_rows`` takes one program per request twice: to find the
+first candidate of every prefix, and to number the prefixes behind those of the requests before. The one
+workspace holds an int32 per candidate: the entry that was drawn, or whether it is a first one.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ def distinct_rows(
             *strided(node, 2), first, num_tokens, candidates, **_COMPARE, **options(1)
         )  # fmt: skip
     _distinct_rows[(max(batch, 1),)](
-        *strided(node, 2), *strided(token, 2), *strided(slot, 1), *strided(row, 2), first, out_row, out_parent,
-        out_token, out_node, num_rows, num_tokens, batch, candidates, len(slot), **_COMPARE, **options(1),
+        *strided(node, 2), *strided(token, 2), *strided(slot, 1), *strided(row, 2), first, out_row,
+        out_parent, out_token, out_node, num_rows, num_tokens, batch, candidates, len(slot), **_COMPARE,
+        **options(1),
     )  # fmt: skip
     return out_row, out_parent, out_token, out_node, num_rows, num_tokens
 

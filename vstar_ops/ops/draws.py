@@ -1,7 +1,7 @@
 """The steps of top-k sampling between two forwards of a model, for a decoder of your own.
 
-:func:`vstar_ops.decoding.topk_sampling` is built of them and of :func:`vstar_ops.expand_topk`, which lists the
-children that each distinct prefix may be continued by.
+:func:`vstar_ops.decoding.topk_sampling` is built of them and of :func:`vstar_ops.expand_topk`, which lists
+the children that each distinct prefix may be continued by.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def draw_children(
     seed: Tensor | int = 0,
     pack: bool = False,
 ) -> DrawnChildren:
-    r"""Draw a child for each candidate, out of the list of its prefix, in proportion to the probabilities there.
+    r"""Draw a child for each candidate, in proportion to the probabilities in the list of its prefix.
 
     By the Gumbel-max trick (Gumbel, 1954): candidate :math:`k` of request :math:`b`, whose list is
     :math:`r = \text{row}[b, k]`, draws the entry
@@ -76,18 +76,19 @@ def draw_children(
     .. math::
         c^* = \arg\max_c \; \text{logp}[r, c] + g_{b,k,c}, \quad g \sim \text{Gumbel}(0, 1)
 
-    ties to the first. The noise is a pure function of the seed :math:`s_b + (k + 1) \cdot \text{0x5851F42D4C957F2D}`
-    (in 64 bits), the candidate's prefix and the entry's token. The sum is float64 on every backend, so all draw
-    the same, but for sums that differ in the last bits of float64.
+    ties to the first. The noise is a pure function of the seed
+    :math:`s_b + (k + 1) \cdot \text{0x5851F42D4C957F2D}` (in 64 bits), the candidate's prefix and the entry's
+    token. The sum is float64 on every backend, so all draw the same, save where two sums differ in the last
+    bits of float64.
 
     Args:
-        logp: float32 ``[R, C]``, the lists of the prefixes, as ``expand_topk`` returns them for ``R`` requests
-            of one prefix. They need not be normalized. Entries at -inf or NaN are never drawn. The reference
-            implementation takes float64 too.
+        logp: float32 or float64 ``[R, C]``, the lists of the prefixes, as ``expand_topk`` returns them for
+            ``R`` requests of one prefix. They need not be normalized. Entries at -inf or NaN are never drawn.
+            float64 is taken by the reference implementation.
         token, node: int32 or int64 ``[R, C]``, the children. Entries with a node below 0 are never drawn.
         sequence: int32 or int64 ``[B, K, l]``, the tokens of the candidates so far; ``l`` may be 0.
-        row: int32 or int64 ``[B, K]``, the list of each candidate, ``b`` for None. A candidate without one (-1, or
-            out of range) is lost, as is one with nothing to draw.
+        row: int32 or int64 ``[B, K]``, the list of each candidate, ``b`` for None. A candidate without one
+            (-1, or out of range) is lost, as is one with nothing to draw.
         prefix: int32 or int64 ``[B, K]``, the trie node of each candidate, the root for None.
         cum_logp: float32 ``[B, K]``, the log-probability of each candidate (0).
         seed: int64 seeds ``[B]``, or one int for seeds derived from it and ``b``
@@ -105,8 +106,8 @@ def draw_children(
         A request's draws are the same alone and in any batch. No gradient flows.
 
     Raises:
-        TypeError, ValueError: an argument's type, shape, device or value, by name. Values of ``row`` are checked
-            only under :func:`vstar_ops.validation`.
+        TypeError, ValueError: an argument's type, shape, device or value, by name. Values of ``row`` are
+            checked only under :func:`vstar_ops.validation`.
 
     Example:
         >>> lists = torch.tensor([[0.0, -1.0]]), torch.tensor([[3, 5]]), torch.tensor([[1, 2]])
@@ -159,8 +160,8 @@ def distinct_rows(node: Tensor, token: Tensor, slot: Tensor, *, row: Tensor | No
         No gradient flows.
 
     Raises:
-        TypeError, ValueError: an argument's type, shape or device, by name. Values of ``row`` are checked only
-            under :func:`vstar_ops.validation`.
+        TypeError, ValueError: an argument's type, shape or device, by name. Values of ``row`` are checked
+            only under :func:`vstar_ops.validation`.
 
     Example:
         >>> rows = vstar_ops.distinct_rows(torch.tensor([[9, 8, 9, -1]]), torch.tensor([[5, 4, 5, -1]]),

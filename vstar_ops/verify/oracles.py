@@ -455,7 +455,8 @@ def distinct_rows(
     rows += [(-1, 0, -1)] * (node.size - len(rows))
     parent, its_token, its_node = np.array(rows, np.int64).reshape(-1, 3).T
     return {
-        "row": own, "parent": parent, "token": its_token, "node": its_node, "num_rows": total, "num_tokens": number,
+        "row": own, "parent": parent, "token": its_token, "node": its_node, "num_rows": total,
+        "num_tokens": number,
     }  # fmt: skip
 
 
