@@ -20,7 +20,8 @@ ALIGNED = tl.int32  # an integer that the compiler looks at: a stride decides ho
 FLOATS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _NOTATION = {  # of annotations as they are spelled
     "ANY": "", "F32": "*fp32", "F64": "*fp64", "I32": "*i32", "I64": "*i64", "BOOL": "*u1",
-    "ADDRESS": "i64", "LONG": "i64", "ALIGNED": "i32:16", "tl.float32": "fp32", "tl.float64": "fp64", "tl.constexpr": "constexpr",
+    "ADDRESS": "i64", "LONG": "i64", "ALIGNED": "i32:16", "tl.float32": "fp32",
+    "tl.float64": "fp64", "tl.constexpr": "constexpr",
 }  # fmt: skip
 _BOUND = {
     "ADDRESS": "tl.int64",
