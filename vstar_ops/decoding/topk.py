@@ -80,7 +80,7 @@ def topk_sampling(
         )
         if last:
             break
-        sequence, prefix, logp = drawn.sequence, drawn.node, drawn.logp
+        sequence, prefix, logp = drawn.sequence, drawn.node, drawn.logp.float()
         rows = distinct_rows(prefix, sequence[..., -1], slot, row=row)
         number = int(rows.num_rows)  # the host waits for it, once per level
         row, node, slot = rows.row, rows.node[:number], rows.parent[:number]
@@ -88,4 +88,4 @@ def topk_sampling(
         if number > 0:
             logits, slot = model.extend(state, slot, rows.token[:number])
         forward_tokens += rows.num_tokens
-    return SampleResult(*drawn, forward_tokens)
+    return SampleResult(drawn.sequence, drawn.node, drawn.logp.float(), drawn.num_valid, forward_tokens)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._checks import INTS, check, check_range, check_seed, validating
+from ._checks import INTS, check, check_floats, check_range, check_seed, validating
 from ._registry import define
 
 
@@ -41,7 +41,7 @@ def _draw_fake(logp: Tensor, token: Tensor, node: Tensor, sequence: Tensor, *_: 
     tokens = logp.new_empty((batch, candidates, length + 1), dtype=torch.int32)
     child = logp.new_empty((batch, candidates), dtype=torch.int32)
     number = logp.new_empty((batch,), dtype=torch.int32)
-    return tokens, child, torch.empty_like(child, dtype=torch.float32), number
+    return tokens, child, torch.empty_like(child, dtype=logp.dtype), number
 
 
 def _rows_fake(node: Tensor, *_: object) -> tuple[Tensor, ...]:
@@ -84,13 +84,13 @@ def draw_children(
     Args:
         logp: float32 or float64 ``[R, C]``, the lists of the prefixes, as ``expand_topk`` returns them for
             ``R`` requests of one prefix. They need not be normalized. Entries at -inf or NaN are never drawn.
-            float64 is taken by the reference implementation.
+            float64 is taken by the reference implementation, and the results are float64 then.
         token, node: int32 or int64 ``[R, C]``, the children. Entries with a node below 0 are never drawn.
         sequence: int32 or int64 ``[B, K, l]``, the tokens of the candidates so far; ``l`` may be 0.
         row: int32 or int64 ``[B, K]``, the list of each candidate, ``b`` for None. A candidate without one
             (-1, or out of range) is lost, as is one with nothing to draw.
         prefix: int32 or int64 ``[B, K]``, the trie node of each candidate, the root for None.
-        cum_logp: float32 ``[B, K]``, the log-probability of each candidate (0).
+        cum_logp: float ``[B, K]``, the log-probability of each candidate (0).
         seed: int64 seeds ``[B]``, or one int for seeds derived from it and ``b``
             (:func:`vstar_ops.derive_seeds`).
         pack: whether lost candidates come last. The others keep their order.
@@ -123,8 +123,7 @@ def draw_children(
     for name, value in (("row", row), ("prefix", prefix)):
         if value is not None:
             check(name, value, (batch, number), "[B, K]", INTS, device)
-    if cum_logp is not None:
-        check("cum_logp", cum_logp, (batch, number), "[B, K]", (torch.float32,), device)
+    cum_logp = check_floats("cum_logp", cum_logp, (batch, number), "[B, K]", logp)
     seeds, base_seed = None, 0
     if isinstance(seed, Tensor):
         seeds = check("seed", seed, (batch,), "[B]", (torch.int64,), device)

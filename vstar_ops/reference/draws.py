@@ -42,15 +42,12 @@ def draw_children(
     if cum_logp is not None:
         logps = logps + cum_logp.double()[..., None]
     logps = torch.where(lost, float("-inf"), logps)
-    results = (
-        torch.cat([torch.where(lost, -1, sequence), tokens], 2).int(),
-        nodes[..., 0].int(),
-        logps[..., 0],
-    )
+    sequence, num_valid = torch.cat([torch.where(lost, -1, sequence), tokens], 2), (~lost).sum((1, 2))
     if pack:
-        order = lost[..., 0].int().argsort(dim=1, stable=True)
-        results = tuple(x[torch.arange(batch, device=device)[:, None], order] for x in results)
-    return results[0], results[1], results[2].float(), (~lost).sum((1, 2)).int()
+        order = lost.int().argsort(dim=1, stable=True)
+        sequence = sequence.gather(1, order.expand(sequence.shape))
+        nodes, logps = nodes.gather(1, order), logps.gather(1, order)
+    return sequence.int(), nodes[..., 0].int(), logps[..., 0].to(logp.dtype), num_valid.int()
 
 
 def distinct_rows(
