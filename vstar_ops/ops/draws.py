@@ -113,7 +113,7 @@ def draw_children(
         >>> lists = torch.tensor([[0.0, -1.0]]), torch.tensor([[3, 5]]), torch.tensor([[1, 2]])
         >>> drawn = vstar_ops.draw_children(*lists, torch.empty(1, 4, 0, dtype=torch.int32))
         >>> drawn.sequence[0, :, 0].tolist(), drawn.node.tolist()
-        ([3, 3, 3, 3], [[1, 1, 1, 1]])
+        ([3, 5, 3, 3], [[1, 2, 1, 1]])
     """
     lists = check("logp", logp, (None, None), "[R, C]", (torch.float32, torch.float64)).shape
     device = logp.device
