@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vstar_ops import Trie
+from vstar_ops.noise import gumbel
 
 
 def child_tables(trie: Trie, depth: int) -> tuple[Tensor, Tensor]:
@@ -144,6 +145,67 @@ def prefix_tree(tokens: Tensor) -> tuple[Tensor, ...]:
         above, used = own, used + size
         nodes.append(own[node])
     return parent, token, depth, first, count, torch.stack(nodes, 1).view(tokens.shape)
+
+
+def advance_beams(
+    parent: Tensor, token: Tensor, node: Tensor, sequence: Tensor, slot: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gather what the winners' beams hold, mask what is dead."""
+    above, dead = parent.clamp(min=0).long(), node < 0
+    tokens = sequence.gather(1, above[:, :, None].expand(-1, -1, sequence.shape[2]))
+    grown = torch.cat([tokens.masked_fill(dead[:, :, None], -1), token[:, :, None]], 2)
+    return grown, slot.gather(1, above).masked_fill(dead, -1), token.clamp(min=0).long(), None
+
+
+def rows_to_run(
+    trie: Trie, node: Tensor, sequence: Tensor, slot: Tensor, evaluated: Tensor
+) -> tuple[Tensor | None, ...]:
+    """One ``nonzero`` per stage, as many waits of the host."""
+    length, lists = sequence.shape[2], []
+    branching = trie.num_children(node) > 1
+    for stage in range(length):
+        picked = (branching & (evaluated <= stage)).nonzero(as_tuple=True)
+        lists.append((sequence[..., stage][picked].long(), picked))
+    number = len(lists[-1][0])
+    row, index = torch.full_like(node, -1), torch.arange(number, device=node.device)
+    row[lists[-1][1]] = index.to(row.dtype)
+
+    def padded(values: list[Tensor], fill: int) -> Tensor:
+        return torch.stack(
+            [torch.nn.functional.pad(x, (0, node.numel() - len(x)), value=fill) for x in values]
+        )
+
+    (parent,) = padded([slot[lists[-1][1]]], -1)
+    token = padded([x for x, _ in lists], 0)
+    place = padded([row[picked].long() for _, picked in lists], -1)
+    return row, parent, token, place, None, ((length - evaluated) * branching).sum(1)
+
+
+def draw_children(
+    logp: Tensor, token: Tensor, node: Tensor, sequence: Tensor, row: Tensor, prefix: Tensor, seed: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gumbel noise by torch operations, argmax, gather."""
+    position = torch.arange(1, sequence.shape[1] + 1, device=logp.device)
+    key = seed[:, None] + position * 0x5851F42D4C957F2D
+    tokens = token[row].long()
+    perturbed = logp[row] + gumbel(key[..., None], prefix[..., None].long(), tokens)
+    pick = perturbed.masked_fill(node[row] < 0, -torch.inf).argmax(2, keepdim=True)
+    drawn, grown = node[row].gather(2, pick)[..., 0], torch.cat([sequence, tokens.gather(2, pick)], 2)
+    return grown, drawn, logp[row].gather(2, pick)[..., 0], (drawn >= 0).sum(1)
+
+
+def distinct_rows(node: Tensor, token: Tensor, slot: Tensor, row: Tensor) -> tuple[Tensor | None, ...]:
+    """``unique`` of packed requests and nodes; all candidates are there."""
+    request = torch.arange(len(node), device=node.device)[:, None]
+    key, own = torch.unique(request * 2**32 + node, return_inverse=True)
+    first = torch.zeros_like(key).scatter_(0, own.flatten(), torch.arange(node.numel(), device=node.device))
+    rows = slot[row.flatten()[first]], token.flatten()[first].long(), node.flatten()[first].long()
+    parent, tokens, nodes = (
+        torch.nn.functional.pad(x, (0, node.numel() - len(key)), value=fill)
+        for x, fill in zip(rows, (-1, 0, -1))
+    )
+    number = torch.bincount(request.expand(node.shape).flatten()[first], minlength=len(node))
+    return own, parent, tokens, nodes, number.sum()[None], number
 
 
 def token_logp(logits: Tensor, target: Tensor) -> Tensor:

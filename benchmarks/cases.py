@@ -251,6 +251,59 @@ def prefix_tree(items: Tensor, batch: int, group: int) -> Case:
     return Case(f"prefix_tree B={batch} G={group} L={tokens.shape[2]}", variants, [(tokens,)])
 
 
+def advance_beams(items: Tensor, batch: int, width: int) -> Case:
+    """The winners of random logits at depth 2, as beams."""
+    trie, columns, node, cum_logp = beams(items, batch, width, 1)
+    out = vstar_ops.expand_topk(torch.randn(*node.shape, columns), trie, node, width, cum_logp=cum_logp)
+    tokens, slot = trie.sequences(node)[..., :1].contiguous(), torch.randint(2**31, node.shape)
+    variants: dict[str, Function] = {"ours": vstar_ops.advance_beams, "gather, mask": baselines.advance_beams}
+    return Case(
+        f"advance_beams B={batch} W={width}", variants, [(out.parent, out.token, out.node, tokens, slot)]
+    )
+
+
+def rows_to_run(items: Tensor, batch: int, width: int) -> Case:
+    """Of the same beams, after the first level has been run where it branches."""
+    trie, _, node, _ = beams(items, batch, width, 2)
+    tokens, slot = trie.sequences(node)[..., :2].contiguous(), torch.randint(2**31, node.shape)
+    evaluated = (trie.num_children(trie.parent(node)) > 1).int()
+    variants = {"ours": partial(vstar_ops.rows_to_run, trie), "nonzero": partial(baselines.rows_to_run, trie)}
+    return Case(f"rows_to_run B={batch} W={width}", variants, [(node, tokens, slot, evaluated)])
+
+
+def draw_children(items: Tensor, batch: int, candidates: int) -> Case:
+    """At depth 1, out of the 50 most probable tokens of the prefixes that random logits leave."""
+    trie, columns, node, _ = beams(items, batch, candidates, 1)
+    lists = vstar_ops.expand_topk(torch.randn(node.numel(), 1, columns), trie, node.reshape(-1, 1), 50)
+    row = torch.arange(node.numel()).view(node.shape)
+    inputs = (
+        lists.logp,
+        lists.token,
+        lists.node,
+        trie.sequences(node)[..., :1],
+        row,
+        node,
+        torch.arange(batch),
+    )
+
+    def ours(*a: Tensor) -> Any:
+        return vstar_ops.draw_children(*a[:4], row=a[4], prefix=a[5], seed=a[6])
+
+    variants = {"ours": ours, "noise, argmax, gather": baselines.draw_children}
+    return Case(f"draw_children B={batch} K={candidates} C=50", variants, [inputs])
+
+
+def distinct_rows(items: Tensor, batch: int, candidates: int) -> Case:
+    """Of candidates drawn at random, at depth 1."""
+    tokens = random_items(items, batch, candidates)[..., 0].int()
+    inputs = tokens + 1, tokens, torch.arange(batch), torch.arange(batch)[:, None].repeat(1, candidates)
+    variants: dict[str, Function] = {
+        "ours": lambda *a: vstar_ops.distinct_rows(*a[:3], row=a[3]),
+        "unique, scatter": baselines.distinct_rows,
+    }
+    return Case(f"distinct_rows B={batch} K={candidates}", variants, [inputs])
+
+
 def all_columns(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
     return vstar_ops.token_logp(logits, target).logp
 
@@ -374,6 +427,7 @@ def ved_candidates_of(items: Tensor, batch: int, budget: int) -> Case:
     return Case(name, {"ours": ours}, [()], nbytes(lists), rtol=1.3e-6, atol=1e-5)
 
 
+STEPS = (advance_beams, rows_to_run, draw_children, distinct_rows)
 SIZES: dict[str, list[tuple[Any, ...]]] = {
     "cpu": [
         (expand_legal, 64, 16, 16, 1, FP32),
@@ -384,6 +438,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         *((prefix_returns, *size, 64) for size in ((64, 16), (256, 64))),
         *((make, *size) for make in (prefix_tree, sibling_grpo_loss) for size in ((64, 16), (256, 64))),
         (group_advantage, 256, 64),
+        *((make, 64, 16) for make in STEPS),
         *((make, 64, 129) for make in (ved_round, ved_candidates_of)),
         (token_logp, 1024, 152_064, FP32),
         (token_logp_legal, 1024, 152_064, FP32),
@@ -398,6 +453,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (group_advantage, 1024, 64),
         (prefix_returns, 256, 64, 64),
         (prefix_tree, 256, 64),
+        *((make, 64, 128) for make in STEPS),
         *((token_logp, 4096, columns, BF16) for columns in (151_936, 152_437)),
         (token_logp_legal, 4096, 151_936, BF16),
         *((sibling_grpo_loss, *size) for size in ((64, 16), (1024, 64), (64, 512, 8))),
@@ -409,6 +465,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (expand_legal, 2, 4, 4, 2, BF16, 0, "vocab"),
         *((make, 2, 8) for make in (sibling_advantage, group_advantage, prefix_tree, sibling_grpo_loss)),
         (prefix_returns, 2, 8, 16),
+        *((make, 2, 8) for make in STEPS),
         *((make, 4, 5000, BF16) for make in (token_logp, token_logp_legal)),
         *((make, 2, 13) for make in (ved_round, ved_candidates_of)),
     ],

@@ -15,13 +15,19 @@ from torch import Tensor
 F32, F64, I32, I64, BOOL = map(tl.pointer_type, (tl.float32, tl.float64, tl.int32, tl.int64, tl.int1))
 ANY = tl.pointer_type(tl.void)  # of a dtype that a specialization names
 ADDRESS = tl.int64  # of an array whose element type the kernel looks up; see _array.py
+LONG = tl.int64  # an integer of 64 bits
 ALIGNED = tl.int32  # an integer that the compiler looks at: a stride decides how much is read at once
 FLOATS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _NOTATION = {  # of annotations as they are spelled
-    "ANY": "", "F32": "*fp32", "F64": "*fp64", "I32": "*i32", "I64": "*i64", "BOOL": "*u1", "ADDRESS": "i64",
-    "ALIGNED": "i32:16", "tl.float32": "fp32", "tl.float64": "fp64", "tl.constexpr": "constexpr",
+    "ANY": "", "F32": "*fp32", "F64": "*fp64", "I32": "*i32", "I64": "*i64", "BOOL": "*u1",
+    "ADDRESS": "i64", "LONG": "i64", "ALIGNED": "i32:16", "tl.float32": "fp32",
+    "tl.float64": "fp64", "tl.constexpr": "constexpr",
 }  # fmt: skip
-_BOUND = {"ADDRESS": "tl.int64", **{x: x for x in ("tl.float32", "tl.float64", "tl.constexpr")}}
+_BOUND = {
+    "ADDRESS": "tl.int64",
+    "LONG": "tl.int64",
+    **{x: x for x in ("tl.float32", "tl.float64", "tl.constexpr")},
+}
 
 BLOCKS = (32, 64, 128, 256, 512, 1024)
 
@@ -32,7 +38,8 @@ def kernel(function: Callable[..., Any]) -> Any:
     A kernel is compiled once for all values of its integers, but for those that are ``ALIGNED``.
     """
     spelled = function.__annotations__
-    integers = [x for x in inspect.signature(function).parameters if spelled.get(x, "ADDRESS") == "ADDRESS"]
+    whole = "ADDRESS", "LONG"
+    integers = [x for x in inspect.signature(function).parameters if spelled.get(x, "LONG") in whole]
     # Triton finds the types of tensors and of ALIGNED integers by itself.
     function.__annotations__ = {name: _BOUND[x] for name, x in spelled.items() if x in _BOUND}
     made = triton.jit(do_not_specialize=integers)(function)

@@ -242,9 +242,9 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("decoder", "most"),
     [
-        (lambda *a: beam_search(*a, skip_forced=False), 52),
-        (beam_search, 100),
-        (topk_sampling, 740),  # its noise is torch's
+        (lambda *a: beam_search(*a, skip_forced=False), 13),
+        (beam_search, 15),
+        (topk_sampling, 17),
         (lambda *a: ved(*a, VEDConfig(skip_forced=False)), 310),
         (ved, 620),
     ],

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 VARIANTS = tuple(map(Variant.parse, ("beam+grpo", "ved+joint", "topk+joint")))
 # Waits of one step: for the averages that are logged, and for the shapes of what a search found.
-WAITS = {"sft": 1, "beam+grpo": 9, "ved+joint": 7, "topk+joint": 12}
+WAITS = {"sft": 1, "beam+grpo": 8, "ved+joint": 7, "topk+joint": 8}
 
 
 def config(**changes: Any) -> Config:

@@ -152,6 +152,25 @@ def test_a_beam_search_in_a_graph(gpu: str) -> None:
             assert torch.equal(got, want)
 
 
+def test_a_whole_beam_search_in_a_graph(gpu: str) -> None:
+    """With constant shapes ``beam_search`` never looks at the host: with its model it is one graph."""
+    trie, model = catalogue(), StaticModel(64)
+    context = torch.zeros(32, dtype=torch.int64, device="cuda")
+
+    def search() -> Any:
+        return beam_search(model, context, trie, 24, skip_forced=False)
+
+    search()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = search()
+    for _ in range(3):
+        context.random_(64)
+        graph.replay()
+        for name, want in search()._asdict().items():
+            assert torch.equal(getattr(captured, name), want), name
+
+
 @pytest.mark.parametrize(
     "config",
     [VEDConfig.paper(beam_width=4), VEDConfig(beam_width=4, child_values=False, num_value_beams=0)],

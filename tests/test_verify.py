@@ -136,6 +136,23 @@ def evaluated_leaves_last(run, *a):
     return run(*a[:4], a[4] * 0, *a[5:])
 
 
+def dead_beams_keep_their_slot(run, parent, token, node, sequence, slot, *a):
+    found, its_slot, *others = run(parent, token, node, sequence, slot, *a)
+    return found, torch.where(its_slot < 0, slot.new_zeros(()).long(), its_slot), *others
+
+
+def skipped_prefixes_are_forgotten(run, offset, node, sequence, slot, evaluated):
+    return run(offset, node, sequence, slot, evaluated.clamp(min=sequence.shape[2] - 1))
+
+
+def noise_of_the_root(run, *a):
+    return run(*a[:5], None, *a[6:])
+
+
+def the_same_prefix_twice(run, node, token, slot, row):
+    return run(node + torch.arange(node.shape[1]) % 2 * (node > 0), token, slot, row)
+
+
 class Fault(NamedTuple):
     """A function that stands in for an op on a backend, and the kind of failure that it is found as."""
 
@@ -160,6 +177,10 @@ FAULTS = [
     Fault(depends_on_threads, "group_advantage", kind="threads"),
     Fault(differs_from_run_to_run, "prefix_returns", kind="runs"),
     Fault(tokens_of_32_bits, "prefix_tree", "reference"),
+    Fault(dead_beams_keep_their_slot, "advance_beams"),
+    Fault(skipped_prefixes_are_forgotten, "rows_to_run", "reference"),
+    Fault(noise_of_the_root, "draw_children"),
+    Fault(the_same_prefix_twice, "distinct_rows", "reference"),
     Fault(bias_in_bfloat16, "token_logp"),
     Fault(wrong_gradient, "token_logp", found_in="token_logp_backward"),
     Fault(normalizer_ignored, "sibling_grpo_loss"),

@@ -2,6 +2,8 @@
 // "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and -log(-log(1 - u)), u = (bits + 1/2) / 2^32.
 #pragma once
 
+#include <cmath>
+
 #include "macros.h"
 
 namespace vstar {
@@ -53,6 +55,19 @@ VSTAR_INLINE float gumbel_from_bits(uint32_t bits) {
   const float near_zero = (rounded - 1.0f + u) / rounded - log_positive(rounded);
   const float near_one = -log_positive((float(~bits) + 0.5f) * 2.3283064365386963e-10f);
   return -log_positive(bits < 0x80000000u ? near_zero : near_one);
+}
+
+// The same in double: 1 - u is exact, and its logarithm as good as log1p(-u).
+VSTAR_INLINE double exact_gumbel(uint32_t bits) {
+  return -log(-log((double(~bits) + 0.5) * 2.3283064365386963e-10));
+}
+
+// The n-th output of SplitMix64 from the state `seed`, n from 0.
+VSTAR_INLINE uint64_t split_mix(uint64_t seed, uint64_t n) {
+  uint64_t x = seed + (n + 1) * 0x9E3779B97F4A7C15u;
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+  return x ^ x >> 31;
 }
 
 }  // namespace vstar

@@ -175,6 +175,11 @@ template <class View>
 Sized<View> sized(View& view, int64_t* first, int64_t* second = nullptr, int64_t* third = nullptr) {
   return {view, {first, second, third}};
 }
+// Where a `Tensor?` is absent, sizes stay as they are.
+template <class View>
+struct OptionalSized : Sized<View> {};
+template <class View>
+OptionalSized<View> optional(Sized<View> view) { return {view}; }
 
 // A call by the dispatcher: takes the arguments from its stack and leaves the results there.
 template <class Device>
@@ -252,8 +257,14 @@ class Call {
     if (tensor) tensor.read(field.view);
   }
   template <class View>
-  void read(Sized<View>& field) {
-    const Tensor& tensor = next_tensor(false);
+  void read(Sized<View>& field) { read_sized(field, next_tensor(false)); }
+  template <class View>
+  void read(OptionalSized<View>& field) {
+    const Tensor& tensor = next_tensor(true);
+    if (tensor) read_sized(field, tensor);
+  }
+  template <class View>
+  void read_sized(Sized<View>& field, const Tensor& tensor) {
     tensor.read(field.view);
     for (int64_t i = 0; i < 3; ++i) {
       if (field.size[i]) *field.size[i] = tensor.size(i);

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._deprecated import renamed_arguments, renamed_field
-from ..ops import ExpandTopK, expand_topk
+from ..ops import RowsToRun, advance_beams, expand_topk, rows_to_run
 from ..ops._checks import check_int, validating
 from ..trie import Trie
 from .protocol import PrefixModel, can_skip_forced, check_finite_logits, check_normalize
@@ -76,20 +75,25 @@ def beam_search(
     skip_forced = skip_forced and can_skip_forced(model, normalize)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
-    root = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    empty = torch.empty(batch, 1, 0, dtype=torch.int32, device=device)
-    beams = _Beams(model, state, trie, root, empty, torch.arange(batch, device=device)[:, None], root)
-    frontier, row = logits[:, None], None
-    logp = torch.zeros(batch, 1, device=device)
-    forward_tokens = torch.ones(batch, dtype=torch.int64, device=device)
+    # The empty prefix of request b is in slot b.
+    node = token = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+    sequence, slot = node.new_empty(batch, 1, 0), torch.arange(batch, device=device)[:, None]
+    frontier = logits[:, None]
+    evaluated = row = row_slot = logp = None
+    forward_tokens = torch.ones(batch, dtype=torch.int32, device=device)
     for depth in range(trie.length):
-        if depth > 0:
-            frontier, row, spent = beams.run_branching(depth, logits) if skip_forced else beams.run_all()
-            forward_tokens += spent
+        if depth > 0 and evaluated is not None:
+            rows = rows_to_run(trie, node, sequence, slot, evaluated)
+            frontier, row_slot = _run(model, state, rows, logits)
+            row = rows.row
+            forward_tokens += rows.num_tokens
+        elif depth > 0:
+            frontier, slot = model.extend(state, slot.flatten(), token.flatten())
+            frontier, slot = frontier.unflatten(0, node.shape), slot.view_as(node)
         out = expand_topk(
             frontier,
             trie,
-            beams.node,
+            node,
             beam_width,
             row=row,
             cum_logp=logp,
@@ -97,59 +101,31 @@ def beam_search(
             temperature=temperature,
         )
         if skip_forced and validating():
-            legal = trie.num_children(beams.node).sum(1).clamp(max=beam_width)
+            legal = trie.num_children(node).sum(1).clamp(max=beam_width)
             check_finite_logits(out.num_valid, legal)
-        beams.move(out)
-        logp = out.logp
-    return BeamResult(beams.sequence, out.node, logp, out.num_valid, forward_tokens.int())
+        winners = out.parent, out.token, out.node
+        sequence, slot, token, evaluated = advance_beams(
+            *winners, sequence, slot, evaluated=evaluated, row=row, row_slot=row_slot
+        )
+        if not skip_forced:
+            evaluated = None  # all of every beam will be
+            if depth + 1 < trie.length:
+                forward_tokens += out.num_valid
+        node, logp = out.node, out.logp
+    return BeamResult(sequence, out.node, out.logp, out.num_valid, forward_tokens)
 
 
-@dataclass
-class _Beams:
-    """Prefixes of one length, int64 ``[B, W]``, and how far the model has seen each of them."""
-
-    model: PrefixModel
-    state: Any
-    trie: Trie
-    node: Tensor
-    sequence: Tensor  # int32 [B, W, length], -1 of dead beams
-    slot: Tensor  # of the longest evaluated prefix
-    evaluated: Tensor  # its length
-
-    def move(self, out: ExpandTopK) -> None:
-        """To the winners."""
-        parent = out.parent.clamp(min=0).long()
-        above = self.sequence.gather(1, parent[:, :, None].expand(-1, -1, self.sequence.shape[2]))
-        self.sequence = torch.cat([above.masked_fill(out.node[:, :, None] < 0, -1), out.token[:, :, None]], 2)
-        self.node = out.node.long()
-        self.slot, self.evaluated = self.slot.gather(1, parent), self.evaluated.gather(1, parent)
-
-    def run_all(self) -> tuple[Tensor, None, Tensor]:
-        """Logits ``[B, W, V]`` of all prefixes, and the tokens spent ``[B]``. Its shapes are constant."""
-        live = self.node >= 0
-        parent, token = self.slot.masked_fill(~live, -1), self.sequence[..., -1].clamp(min=0).long()
-        logits, slot = self.model.extend(self.state, parent.flatten(), token.flatten())
-        self.slot = slot.view_as(self.node)
-        return logits.unflatten(0, self.node.shape), None, live.sum(1)
-
-    def run_branching(self, depth: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[R, V]`` of prefixes with several legal children, their rows ``[B, W]``, the spent tokens.
-
-        They may grow out of skipped ones, which are caught up first, one length after the other. Other
-        prefixes have no row.
-        """
-        branching = self.trie.num_children(self.node) > 1
-        logits, row = like[:0], torch.full_like(self.node, -1)
-        spent = torch.zeros_like(self.node[:, 0])
-        for length in range(depth):
-            rows = branching & (self.evaluated == length)
-            picked = rows.nonzero(as_tuple=True)
-            if len(picked[0]) == 0:
-                continue
-            token = self.sequence[..., length][picked].long()
-            logits, slot = self.model.extend(self.state, self.slot[picked], token)
-            self.slot[picked], self.evaluated[picked] = slot, length + 1
-            spent += rows.sum(1)
-            if length == depth - 1:
-                row[picked] = torch.arange(len(logits), device=row.device)
-        return logits, row, spent
+def _run(model: PrefixModel, state: Any, rows: RowsToRun, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits ``[R, V]`` and slots ``[R]`` of the rows. Skipped prefixes are caught up, length by length."""
+    numbers = rows.num_rows.cpu().tolist()  # the host waits for them, once per level
+    logits, slot = like[:0], rows.parent[: numbers[-1]]
+    for stage, number in enumerate(numbers):
+        if number == 0:
+            continue
+        token = rows.token[stage, :number]
+        if number == len(slot):
+            logits, slot = model.extend(state, slot, token)
+        else:
+            place = rows.place[stage, :number]
+            slot[place] = model.extend(state, slot[place], token)[1]
+    return logits, slot

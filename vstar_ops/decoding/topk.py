@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .._deprecated import renamed_arguments, renamed_field
-from ..noise import gumbel
-from ..ops import expand_topk
-from ..ops._checks import check_int, check_seeds
+from ..ops import distinct_rows, draw_children, expand_topk
+from ..ops._checks import check_int
 from ..trie import Trie
 from .protocol import PrefixModel
 
@@ -67,35 +66,26 @@ def topk_sampling(
         check_int(name, number, 1)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
-    seeds = check_seeds("seed", seed, batch, device)
-    # Far apart for each candidate, whatever the requests' own seeds are; int64 wraps around.
-    noise = (
-        seeds[:, None] + torch.arange(1, num_candidates + 1, device=device) * 0x5851F42D4C957F2D
-    ).flatten()
-    request = torch.arange(batch, device=device).repeat_interleave(num_candidates)
-    node = torch.zeros(batch * num_candidates, dtype=torch.int64, device=device)
-    logp = torch.zeros(batch * num_candidates, device=device)
-    # Each distinct prefix is one row of logits: the row of every candidate, and one candidate of every row.
-    row, slot = request, torch.arange(batch, device=device)
-    first = slot * num_candidates
-    forward_tokens = torch.ones(batch, dtype=torch.int64, device=device)
+    # Each distinct prefix is one row of logits: its node, and its slot; the root of request b is in slot b.
+    node, slot = torch.zeros(batch, dtype=torch.int32, device=device), torch.arange(batch, device=device)
+    sequence = node.new_empty(batch, num_candidates, 0)
+    row = prefix = logp = None  # of the candidates
+    forward_tokens = torch.ones_like(node)
     for depth in range(trie.length):
-        out = expand_topk(logits[:, None], trie, node[first, None], top_k, temperature=temperature)
-        perturbed = out.logp[row] + gumbel(noise[:, None], node[:, None], out.token[row].long())
-        pick = perturbed.masked_fill(out.node[row] < 0, -torch.inf).argmax(1, keepdim=True)
-        logp += out.logp[row].gather(1, pick)[:, 0]
-        parent = slot[row]
-        node = out.node[row].gather(1, pick)[:, 0].long().masked_fill(node < 0, -1)
-        if depth + 1 < trie.length:
-            live = (node >= 0).nonzero()[:, 0]
-            if len(live) == 0:
-                break
-            key, its_row = torch.unique((request * trie.num_nodes + node)[live], return_inverse=True)
-            row = torch.zeros_like(node).index_copy_(0, live, its_row)  # a lost candidate may look at any
-            first = torch.zeros_like(key).scatter_(0, its_row, live)
-            logits, slot = model.extend(state, parent[first], trie.token[node[first] - 1].long())
-            forward_tokens += torch.bincount(request[first], minlength=batch)
-    node, logp = (x.view(batch, num_candidates) for x in (node.int(), logp.masked_fill(node < 0, -torch.inf)))
-    order = (node < 0).int().argsort(dim=1, stable=True)
-    node, logp = node.gather(1, order), logp.gather(1, order)
-    return SampleResult(trie.sequences(node), node, logp, (node >= 0).sum(1).int(), forward_tokens.int())
+        last = depth + 1 == trie.length
+        out = expand_topk(logits[:, None], trie, node[:, None], top_k, temperature=temperature)
+        children = out.logp, out.token, out.node
+        drawn = draw_children(
+            *children, sequence, row=row, prefix=prefix, cum_logp=logp, seed=seed, pack=last
+        )
+        if last:
+            break
+        sequence, prefix, logp = drawn.sequence, drawn.node, drawn.logp.float()
+        rows = distinct_rows(prefix, sequence[..., -1], slot, row=row)
+        number = int(rows.num_rows)  # the host waits for it, once per level
+        row, node, slot = rows.row, rows.node[:number], rows.parent[:number]
+        logits = logits[:0]
+        if number > 0:
+            logits, slot = model.extend(state, slot, rows.token[:number])
+        forward_tokens += rows.num_tokens
+    return SampleResult(drawn.sequence, drawn.node, drawn.logp.float(), drawn.num_valid, forward_tokens)

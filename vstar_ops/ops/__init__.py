@@ -2,6 +2,8 @@
 
 from ._checks import validation
 from ._registry import OPS
+from .beams import AdvancedBeams, RowsToRun, advance_beams, rows_to_run
+from .draws import DistinctRows, DrawnChildren, distinct_rows, draw_children
 from .expand_topk import ExpandTopK, expand_topk
 from .group_advantage import group_advantage
 from .prefix_returns import PrefixReturns, prefix_returns
@@ -21,21 +23,29 @@ from .ved import (
 
 __all__ = [
     "OPS",
+    "AdvancedBeams",
+    "DistinctRows",
+    "DrawnChildren",
     "ExpandTopK",
     "LeafCandidates",
     "NodeEvaluation",
     "PrefixReturns",
     "PrefixTree",
+    "RowsToRun",
     "SearchTrees",
     "SelectedRows",
     "SiblingAdvantage",
     "SiblingGRPOLoss",
     "TokenLogp",
+    "advance_beams",
+    "distinct_rows",
+    "draw_children",
     "expand_topk",
     "group_advantage",
     "loss_counts",
     "prefix_returns",
     "prefix_tree",
+    "rows_to_run",
     "sibling_advantage",
     "sibling_grpo_loss",
     "sibling_grpo_loss_from_logits",

@@ -100,12 +100,17 @@ def check_seeds(name: str, value: Any, batch: int, device: torch.device, optiona
     """int64 seeds ``[B]``: given, or derived from one int."""
     if isinstance(value, Tensor):
         return check(name, value, (batch,), "[B]", (torch.int64,), device)
+    return derive_seeds(check_seed(name, value, optional), batch, device)
+
+
+def check_seed(name: str, value: Any, optional: bool = False) -> int:
+    """Return the int that seeds are derived from."""
     if isinstance(value, bool) or not isinstance(value, int):
         expected = "None, an int" if optional else "an int"
         raise TypeError(f"{name} must be {expected} or int64 seeds [B], got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit in int64, got {value}")
-    return derive_seeds(value, batch, device)
+    return value
 
 
 def check_int(name: str, value: Any, low: int) -> int:

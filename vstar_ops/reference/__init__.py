@@ -5,6 +5,8 @@ faster was built, and what the other backends are tested against.
 """
 
 from ..noise import derive_seeds, gumbel, philox
+from .beams import advance_beams, rows_to_run
+from .draws import distinct_rows, draw_children
 from .expand_topk import expand_topk
 from .group_advantage import group_advantage
 from .prefix_returns import prefix_returns
@@ -15,13 +17,17 @@ from .token_logp import token_logp, token_logp_backward
 from .ved import ved_candidates, ved_insert, ved_select
 
 __all__ = [
+    "advance_beams",
     "derive_seeds",
+    "distinct_rows",
+    "draw_children",
     "expand_topk",
     "group_advantage",
     "gumbel",
     "philox",
     "prefix_returns",
     "prefix_tree",
+    "rows_to_run",
     "sibling_advantage",
     "sibling_grpo_loss",
     "token_logp",

@@ -49,9 +49,11 @@ class Call(NamedTuple):
 
     def request(self, index: int) -> Call:
         """The call of one request alone; its first dimension is that of every tensor but these."""
-        shared = {"normalizer", "depth_weights"}
+        shared = {"normalizer", "depth_weights", "row_slot"}
         if self.arguments.get("row") is not None:
             shared |= {"logits", "child_value"}
+            if self.function is vstar_ops.draw_children:
+                shared |= {"logp", "token", "node"}
         return self._replace(
             arguments={
                 k: x if k in shared else map_tensors(lambda x: x[index : index + 1], x)

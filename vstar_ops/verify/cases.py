@@ -134,6 +134,67 @@ def tree(batch: int, group: int = 12, tokens: int = 4, **masks: bool) -> Call:
     return Call(vstar_ops.prefix_tree, arguments)
 
 
+def winners(batch: int, width: int = 5, k: int = 7, length: int = 3, *, options: bool = False) -> Call:
+    """``advance_beams``."""
+    random = seeded(14)
+
+    def ints(low: int, end: int, *shape: int) -> Tensor:
+        return torch.randint(low, end, shape, generator=random)
+
+    arguments = {name: ints(-1, width, batch, k).int() for name in ("parent", "token", "node")}
+    arguments |= {"sequence": ints(0, 9, batch, width, length).int(), "slot": ints(0, 99, batch, width)}
+    if options:
+        arguments |= {"evaluated": ints(0, length, batch, width).int(), "row_slot": ints(0, 99, 6)}
+        arguments["row"] = ints(-1, 6, batch, width).int()
+    return Call(vstar_ops.advance_beams, arguments)
+
+
+def pending(batch: int, width: int = 6, length: int = 3) -> Call:
+    """``rows_to_run``."""
+    given = winners(batch, width, 1, length, options=True).arguments
+    trie = prefixes(1)[1]
+    node = torch.randint(-1, trie.num_nodes, (batch, width), generator=seeded(15))
+    arguments = {name: given[name] for name in ("sequence", "slot", "evaluated")}
+    return Call(vstar_ops.rows_to_run, {"trie": trie, "node": node, **arguments})
+
+
+def draws(
+    batch: int,
+    candidates: int = 9,
+    children: int = 8,
+    length: int = 2,
+    *,
+    options: bool = False,
+    **given: Any,
+) -> Call:
+    """``draw_children``, out of five lists or of one per request."""
+    random, shape = seeded(16), (batch, candidates)
+    lists = (5, children) if options else (batch, children)
+    logp = torch.randn(lists, generator=random).log_softmax(1)
+    token = torch.arange(children, dtype=torch.int32).expand(lists)
+    node = torch.randint(-1, 99, lists, generator=random).int()
+    arguments: dict[str, Any] = {"logp": logp, "token": token, "node": node}
+    arguments["sequence"] = torch.randint(9, (*shape, length), generator=random)
+    arguments["seed"] = torch.arange(batch)
+    if options:
+        arguments |= {"row": torch.randint(-1, 5, shape, generator=random).int(), "pack": True}
+        arguments |= {"prefix": torch.randint(99, shape, generator=random), "cum_logp": torch.zeros(shape)}
+    return Call(vstar_ops.draw_children, arguments | given)
+
+
+def distinct(batch: int, candidates: int = 9, nodes: int = 6, *, options: bool = False) -> Call:
+    """``distinct_rows``."""
+    random, shape = seeded(17), (batch, candidates)
+    node = torch.randint(-1, nodes, shape, generator=random)
+    arguments = {"node": node, "token": node % 4, "slot": torch.arange(10, 10 + batch)}
+    if options:
+        arguments |= {
+            "slot": torch.arange(10, 15),
+            "row": torch.randint(-1, 5, shape, generator=random).int(),
+        }
+    return Call(vstar_ops.distinct_rows, arguments)
+
+
 def policies(seed: int, batch: int, group: int, length: int) -> dict[str, Tensor]:
     """Log-probabilities, tokens and rewards as the loss takes them."""
     random, shape = seeded(seed), (batch, group, length)
@@ -282,6 +343,10 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
         "options": partial(tree, masked=True),
         "tokens": partial(tree, by_token=True),
     },
+    "advance_beams": {"plain": winners, "options": partial(winners, options=True)},
+    "rows_to_run": {"plain": pending},
+    "draw_children": {"plain": draws, "options": partial(draws, options=True)},
+    "distinct_rows": {"plain": distinct, "options": partial(distinct, options=True)},
     "token_logp": {"plain": partial(scored, targets=1, **BFLOAT16), "legal": partial(scored, legal=True)},
     "token_logp_backward": {
         "plain": partial(differentiated, **BFLOAT16),
@@ -338,6 +403,13 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
         partial(tree, group=300, by_token=True),
         partial(tree, group=2200),
     ],
+    "advance_beams": [partial(winners, k=100)],
+    "rows_to_run": [partial(pending, width=700)],
+    "draw_children": [
+        partial(draws, candidates=300, children=70, options=True),
+        partial(draws, candidates=0),
+    ],
+    "distinct_rows": [partial(distinct, candidates=300)],
     "token_logp": [
         partial(scored, columns=2100, targets=300, dtype=torch.bfloat16),
         *(partial(scored, dtype=dtype) for dtype in DTYPES),
@@ -376,6 +448,10 @@ LARGE: dict[str, dict[str, Callable[[], Call]]] = {
     },
     "prefix_returns": {"many": partial(embedded, 70, 40, 24, masked=True)},
     "prefix_tree": {"many": partial(tree, 400, 16, 5, masked=True)},
+    "advance_beams": {"many": partial(winners, 500, k=40, options=True)},
+    "rows_to_run": {"many": partial(pending, 500)},
+    "draw_children": {"many": partial(draws, 300, 16, 50, options=True)},
+    "distinct_rows": {"many": partial(distinct, 500)},
     "token_logp": {
         f"{rows} rows{', legal' * legal}": partial(scored, rows, 20_000, legal=legal)
         for rows in (1, 3, 200)

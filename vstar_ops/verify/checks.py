@@ -103,9 +103,11 @@ def _part(b: int) -> Callable[[Tensor], Tensor]:
 
 def separable(op: str, call: Call) -> bool:
     """Whether a request's results are its own."""
+    if op in ("rows_to_run", "distinct_rows"):  # which number them over all requests
+        return False
     if op == "sibling_grpo_loss":
         return call.arguments.get("normalizer") is not None
-    return not isinstance(call.arguments.get("gumbel_seed"), int)
+    return not any(isinstance(call.arguments.get(name), int) for name in ("gumbel_seed", "seed"))
 
 
 def different(got: Any, want: Any, part: str = "") -> Problem | None:

@@ -321,6 +321,145 @@ def prefix_tree(tokens: np.ndarray, mask: np.ndarray | None) -> dict[str, np.nda
     return out
 
 
+# ---------------------------------------------------------------- beams
+
+
+def advance_beams(
+    parent: np.ndarray,
+    token: np.ndarray,
+    node: np.ndarray,
+    sequence: np.ndarray,
+    slot: np.ndarray,
+    evaluated: np.ndarray | None = None,
+    row: np.ndarray | None = None,
+    row_slot: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """The fields of the new beams by name, one beam after the other."""
+    (batch, winners), (_, width, length) = parent.shape, sequence.shape
+    out = {
+        name: np.full((batch, winners), fill) for name, fill in (("slot", -1), ("token", 0), ("evaluated", 0))
+    }
+    out["sequence"] = np.full((batch, winners, length + 1), -1)
+    for b, k in np.ndindex(batch, winners):
+        w = int(parent[b, k])
+        if node[b, k] < 0 or not 0 <= w < width:
+            continue
+        out["sequence"][b, k] = [*sequence[b, w], token[b, k]]
+        out["token"][b, k] = token[b, k]
+        if row is not None and row_slot is not None and 0 <= row[b, w] < len(row_slot):
+            out["slot"][b, k], out["evaluated"][b, k] = row_slot[row[b, w]], length
+        else:
+            known = length if evaluated is None else evaluated[b, w]
+            out["slot"][b, k], out["evaluated"][b, k] = slot[b, w], known
+    return out
+
+
+def rows_to_run(
+    children: Sequence[Sequence[Any]],
+    node: np.ndarray,
+    sequence: np.ndarray,
+    slot: np.ndarray,
+    evaluated: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """The fields by name, from lists of what each stage runs."""
+    batch, width, length = sequence.shape
+    row, spent = np.full((batch, width), -1), np.zeros(batch, np.int64)
+    parents: list[int] = []
+    stages: list[list[tuple[int, int]]] = [[] for _ in range(length)]
+    for b, w in np.ndindex(batch, width):
+        n, known = int(node[b, w]), max(int(evaluated[b, w]), 0)
+        if not 0 <= n < len(children) or len(children[n]) < 2 or known >= length:
+            continue
+        row[b, w] = len(parents)
+        for s in range(known, length):
+            stages[s].append((int(sequence[b, w, s]), len(parents)))
+        spent[b] += length - known
+        parents.append(int(slot[b, w]))
+    unused = batch * width
+    token, place = np.zeros((length, unused), np.int64), np.full((length, unused), -1)
+    for s, stage in enumerate(stages):
+        for i, (its_token, its_row) in enumerate(stage):
+            token[s, i], place[s, i] = its_token, its_row
+    parent = np.array(parents + [-1] * (unused - len(parents)), np.int64)
+    number = np.array([len(stage) for stage in stages], np.int64)
+    return {
+        "row": row, "parent": parent, "token": token, "place": place, "num_rows": number, "num_tokens": spent,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- draws
+
+
+def draw_children(
+    logp: np.ndarray,
+    token: np.ndarray,
+    node: np.ndarray,
+    sequence: np.ndarray,
+    seeds: Sequence[int],
+    row: np.ndarray | None = None,
+    prefix: np.ndarray | None = None,
+    cum_logp: np.ndarray | None = None,
+    pack: bool = False,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The fields by name, one draw after the other, and by how much each draw beats the second best."""
+    (batch, candidates, length), (rows, children) = sequence.shape, logp.shape
+    out: dict[str, np.ndarray] = {"sequence": np.full((batch, candidates, length + 1), -1)}
+    out |= {"node": np.full((batch, candidates), -1), "logp": np.full((batch, candidates), NEG_INF)}
+    margin = np.full((batch, candidates), math.inf)
+    out["num_valid"] = np.zeros(batch, np.int64)
+    for b in range(batch):
+        drawn: list[tuple[Any, ...]] = []
+        for k in range(candidates):
+            r, n = b if row is None else int(row[b, k]), 0 if prefix is None else int(prefix[b, k])
+            key = int(seeds[b]) + (k + 1) * 0x5851F42D4C957F2D
+            there = range(children if 0 <= r < rows else 0)
+            scores = [
+                (float(logp[r, c]) + gumbel(key, n, int(token[r, c])), -c)
+                for c in there
+                if node[r, c] >= 0 and logp[r, c] > NEG_INF
+            ]
+            if not scores:
+                continue
+            best = max(scores)
+            others = [score for score, c in scores if c != best[1]]
+            c, total = (
+                -best[1],
+                (0.0 if cum_logp is None else float(cum_logp[b, k])) + float(logp[r, -best[1]]),
+            )
+            won = best[0] - max(others) if others and best[0] < math.inf else math.inf
+            drawn.append((k, [*sequence[b, k], token[r, c]], node[r, c], total, won))
+        for to, (k, *fields) in enumerate(drawn):
+            at = b, to if pack else k
+            out["sequence"][at], out["node"][at], out["logp"][at], margin[at] = fields
+        out["num_valid"][b] = len(drawn)
+    return out, margin
+
+
+def distinct_rows(
+    node: np.ndarray, token: np.ndarray, slot: np.ndarray, row: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The fields by name, from sorted sets of nodes."""
+    batch, candidates = node.shape
+    own, number = np.full(node.shape, -1), np.zeros(batch, np.int64)
+    rows: list[tuple[int, int, int]] = []
+    for b in range(batch):
+        nodes = sorted({int(n) for n in node[b] if n >= 0})
+        for k in range(candidates):
+            own[b, k] = len(rows) + nodes.index(node[b, k]) if node[b, k] >= 0 else -1
+        for n in nodes:
+            k = node[b].tolist().index(n)
+            r = b if row is None else int(row[b, k])
+            rows.append((int(slot[r]) if 0 <= r < len(slot) else -1, int(token[b, k]), n))
+        number[b] = len(nodes)
+    total = np.array([len(rows)])
+    rows += [(-1, 0, -1)] * (node.size - len(rows))
+    parent, its_token, its_node = np.array(rows, np.int64).reshape(-1, 3).T
+    return {
+        "row": own, "parent": parent, "token": its_token, "node": its_node, "num_rows": total,
+        "num_tokens": number,
+    }  # fmt: skip
+
+
 # ---------------------------------------------------------------- token_logp
 
 

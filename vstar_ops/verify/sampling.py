@@ -25,7 +25,7 @@ TEMPERATURES = (1.0, 0.7, 3.0, 1e-3, 1e3, 1e-39, 1e30)
 
 
 def draw(op: str, rng: Random, dtype: torch.dtype) -> Call:
-    """A call of an op, with its floats (of ``prefix_tree``: its integers) of a dtype."""
+    """A call of an op, with its floats (of what has only integers: these) of a dtype."""
     return DRAWS[op](rng, dtype)
 
 
@@ -33,6 +33,10 @@ def dtypes(op: str) -> tuple[torch.dtype, ...]:
     """What :func:`draw` takes."""
     if op == "prefix_tree":
         return INTEGERS
+    if op in ("advance_beams", "rows_to_run", "distinct_rows"):
+        return INTEGERS[:2]
+    if op == "draw_children":
+        return torch.float32, torch.float64
     return (torch.float32,) if op.startswith("ved") else FLOATS
 
 
@@ -239,6 +243,71 @@ def prefix_tree(rng: Random, dtype: torch.dtype) -> Call:
     return strided(rng, Call(vstar_ops.prefix_tree, {"tokens": tokens, "mask": masks(rng, *shape)}))
 
 
+def integers(rng: Random, dtype: torch.dtype, low: int, end: int, *shape: int) -> Tensor:
+    """Integers from ``low`` to ``end``, now and then far outside."""
+    values = rng.integers(low, max(end, low) + 1, shape)
+    odd = rng.choice(np.array([-(2**31), 2**31 - 1]), shape)
+    return torch.from_numpy(np.where(rng.random(shape) < 0.05, odd, values)).reshape(shape).to(dtype)
+
+
+def advance_beams(rng: Random, dtype: torch.dtype) -> Call:
+    batch, width, winners, length = (
+        size(rng, 1, 2, 3),
+        size(rng, 1, 3, 5),
+        wide(rng, 1, 4, 9),
+        size(rng, 0, 1, 3),
+    )
+    winner, beams = (batch, winners), (batch, width)
+    a: dict[str, Any] = {name: integers(rng, dtype, -1, 9, *winner) for name in ("token", "node")}
+    a["parent"] = integers(rng, dtype, -1, width, *winner)
+    a["sequence"], a["slot"] = integers(rng, dtype, 0, 9, *beams, length), integers(rng, dtype, 0, 99, *beams)
+    if rng.random() < 0.6:
+        a["evaluated"] = integers(rng, dtype, 0, length, *beams)
+    if rng.random() < 0.6:
+        rows = size(rng, 1, 4)
+        a |= {"row": integers(rng, dtype, -1, rows, *beams), "row_slot": integers(rng, dtype, 0, 99, rows)}
+    return strided(rng, Call(vstar_ops.advance_beams, a))
+
+
+def rows_to_run(rng: Random, dtype: torch.dtype) -> Call:
+    batch, width, length = size(rng, 1, 2, 3), wide(rng, 1, 4, 9), size(rng, 1, 3)
+    beams, trie = (batch, width), catalogue(rng, 7)
+    a = {"sequence": integers(rng, dtype, 0, 9, *beams, length), "slot": integers(rng, dtype, 0, 99, *beams)}
+    a["evaluated"] = integers(rng, dtype, 0, length, *beams)
+    node = nodes(rng, trie, *beams)
+    return strided(rng, Call(vstar_ops.rows_to_run, {"trie": trie, "node": node, **a}))
+
+
+def draw_children(rng: Random, dtype: torch.dtype) -> Call:
+    batch, number, length = size(rng, 1, 2, 3), size(rng, 1, 4, 9), size(rng, 0, 1, 3)
+    rows, candidates = size(rng, 1, 2, 5), (batch, number)
+    lists, ints = (rows, wide(rng, 1, 7, 16)), one(rng, *INTEGERS[:2])
+    if rng.random() < 0.3:
+        lists = (batch, lists[1])
+    a: dict[str, Any] = {"logp": floats(rng, *lists, kinds=LOGITS).to(dtype)}
+    a["token"] = torch.from_numpy(rng.permuted(np.tile(np.arange(lists[1]), (rows, 1)), axis=1))
+    if lists[0] != rows:
+        a["token"] = torch.arange(lists[1]).repeat(lists[0], 1)
+    a["token"], a["node"] = a["token"].to(ints), integers(rng, ints, -1, 9, *lists)
+    a["sequence"] = integers(rng, ints, 0, 9, *candidates, length)
+    if lists[0] == rows:
+        a["row"] = integers(rng, ints, -1, rows, *candidates)
+    if rng.random() < 0.6:
+        a["prefix"] = integers(rng, ints, 0, 99, *candidates)
+        a["cum_logp"] = floats(rng, *candidates, kinds=("normal", "ties")).float()
+    a["seed"] = one(rng, 7, -(2**63), torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, batch)))
+    return strided(rng, Call(vstar_ops.draw_children, a | some(rng, pack=(True,))))
+
+
+def distinct_rows(rng: Random, dtype: torch.dtype) -> Call:
+    shape, rows = (size(rng, 1, 2, 3), wide(rng, 1, 4, 9)), size(rng, 1, 2, 5)
+    a = {"node": integers(rng, dtype, -1, int(one(rng, 1, 4, 99)), *shape)}
+    a |= {"token": integers(rng, dtype, 0, 9, *shape), "slot": integers(rng, dtype, 0, 99, rows)}
+    if rng.random() < 0.7:
+        a["row"] = integers(rng, dtype, -1, rows, *shape)
+    return strided(rng, Call(vstar_ops.distinct_rows, a))
+
+
 def sibling_grpo_loss(rng: Random, dtype: torch.dtype) -> Call:
     batch, candidates, length = (*group(rng), size(rng, 1, 3))
     mask = masks(rng, batch, candidates, length)
@@ -311,6 +380,7 @@ DRAWS: dict[str, Callable[[Random, torch.dtype], Call]] = {
     f.__name__: f
     for f in (
         expand_topk, token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns,
-        prefix_tree, sibling_grpo_loss, ved_select, ved_insert, ved_candidates,
+        prefix_tree, advance_beams, rows_to_run, draw_children, distinct_rows, sibling_grpo_loss, ved_select,
+        ved_insert, ved_candidates,
     )
 }  # fmt: skip

@@ -23,6 +23,8 @@ _CANDIDATES |= {"rewards": "BG", "embedding": "BGE", "target": "BL", "target_emb
 _CANDIDATES |= {"weights": "L", "depth_weights": "L"}
 _SEARCH = {"trees": "B", "rows": "BP", "evaluation": "BP"}
 _BEAMS = {"node": "BW", "row": "BW", "cum_logp": "BW", "value": "BW", "bonus": "BW", "gumbel_seed": "B"}
+_STEP = {"parent": "BK", "token": "BK", "node": "BK", "sequence": "BWT", "slot": "BW", "evaluated": "BW"}
+_STEP |= {"row": "BW", "row_slot": "R"}
 
 
 def axes(op: str, arguments: dict[str, Any]) -> dict[str, str]:
@@ -35,6 +37,14 @@ def axes(op: str, arguments: dict[str, Any]) -> dict[str, str]:
         targets = rows + "T" * (arguments["targets"].dim() - len(rows))
         of_rows = {"logits": rows + "V", "node": rows, "grad_entropy": rows}
         return of_rows | {"targets": targets, "grad_logp": targets}
+    if op == "draw_children":
+        lists = "RC" if arguments.get("row") is not None else "BC"
+        of_lists = {"logp": lists, "token": lists, "node": lists, "sequence": "BKT", "seed": "B"}
+        return of_lists | dict.fromkeys(("row", "prefix", "cum_logp"), "BK")
+    if op == "distinct_rows":
+        return {"node": "BK", "token": "BK", "row": "BK", "slot": "R"}
+    if op in ("advance_beams", "rows_to_run"):
+        return _STEP if op == "advance_beams" else _STEP | {"node": "BW"}
     return _SEARCH if op.startswith("ved") else _CANDIDATES
 
 

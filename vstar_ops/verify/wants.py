@@ -148,6 +148,30 @@ def prefix_tree(call: Call, a: dict[str, Any]) -> Wants:
         yield "." + name, Want(x)
 
 
+def advance_beams(call: Call, a: dict[str, Any]) -> Wants:
+    for name, x in oracles.advance_beams(**a).items():
+        yield "." + name, Want(x)
+
+
+def rows_to_run(call: Call, a: dict[str, Any]) -> Wants:
+    for name, x in oracles.rows_to_run(Children.of(a.pop("trie")).children, **a).items():
+        yield "." + name, Want(x)
+
+
+def draw_children(call: Call, a: dict[str, Any]) -> Wants:
+    seed = a.pop("seed")
+    seeds = oracles.splitmix64(seed, len(a["sequence"])) if isinstance(seed, int) else seed.tolist()
+    want, _ = oracles.draw_children(**a, seeds=seeds)
+    for name, x in want.items():
+        floats = name == "logp"
+        yield "." + name, Want(x, np.maximum(np.nan_to_num(np.abs(x)), 1.0) if floats else None, 1e-6)
+
+
+def distinct_rows(call: Call, a: dict[str, Any]) -> Wants:
+    for name, x in oracles.distinct_rows(**a).items():
+        yield "." + name, Want(x)
+
+
 FORMS = {
     "centered": {"baseline": "parent", "scale": "group", "ddof": 1},
     "paper": {"baseline": "sibling", "scale": "siblings", "ddof": 0},
@@ -227,6 +251,7 @@ ORACLES: dict[str, Callable[[Call, dict[str, Any]], Wants]] = {
     f.__name__: f
     for f in (
         token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns, prefix_tree,
-        sibling_grpo_loss, ved_select, ved_insert, ved_candidates,
+        advance_beams, rows_to_run, draw_children, distinct_rows, sibling_grpo_loss, ved_select, ved_insert,
+        ved_candidates,
     )
 }  # fmt: skip
