@@ -18,11 +18,13 @@ from .ved import (
     ved_insert,
     ved_select,
 )
+from .ved_rows import ModelInputs, ved_beams, ved_evaluate, ved_inputs
 
 __all__ = [
     "OPS",
     "ExpandTopK",
     "LeafCandidates",
+    "ModelInputs",
     "NodeEvaluation",
     "PrefixReturns",
     "PrefixTree",
@@ -41,7 +43,10 @@ __all__ = [
     "sibling_grpo_loss_from_logits",
     "token_logp",
     "validation",
+    "ved_beams",
     "ved_candidates",
+    "ved_evaluate",
+    "ved_inputs",
     "ved_insert",
     "ved_select",
 ]
