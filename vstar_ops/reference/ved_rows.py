@@ -91,10 +91,12 @@ def ved_evaluate(
 
 def _first(kept: Tensor, width: int, *lists: tuple[Tensor, float]) -> list[Tensor]:
     """Of each list ``[N, K]`` the first ``width`` entries that are kept, then what its unused places hold."""
+    kept, *rest = (
+        torch.nn.functional.pad(x, (0, width), value=unused) for x, unused in ((kept, False), *lists)
+    )
     order = torch.sort((~kept).byte(), dim=1, stable=True).indices[:, :width]
-    order = torch.nn.functional.pad(order, (0, width - order.shape[1]))
     there = torch.arange(width, device=kept.device) < kept.sum(1, keepdim=True)
-    return [torch.where(there, x.gather(1, order), unused) for x, unused in lists]
+    return [torch.where(there, x.gather(1, order), unused) for x, (_, unused) in zip(rest, lists)]
 
 
 def ved_beams(

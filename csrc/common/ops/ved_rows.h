@@ -56,8 +56,7 @@ struct VedEvaluateArgs {
 
   // The leaf that a child stands for; -1: none.
   VSTAR_INLINE_MEMBER int32_t leaf_of(int64_t child) const {
-    if (only_leaf) return only_leaf.at_or(-1, child);
-    return child >= first_leaf ? int32_t(child) : -1;
+    return child >= first_leaf ? int32_t(child) : only_leaf.at_or(-1, child);
   }
   // Whether a child belongs to the list of leaves, or to that of children.
   VSTAR_INLINE_MEMBER bool listed(int64_t child, bool among_leaves) const {
