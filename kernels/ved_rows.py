@@ -1,9 +1,9 @@
 """What surrounds the model's forward in a round of value-guided decoding.
 
-``ved_inputs``: rows side by side. ``ved_evaluate``: every row is a request of ``expand_topk`` with one prefix,
-once with noise and once in the order of the leaves; one program per row then keeps what belongs to each list.
-Five launches, and of ``expand_topk`` the limits and workspaces. ``ved_beams``: one program per request. What was
-kept of the first list is read again, to leave it out of the other.
+``ved_inputs``: rows side by side. ``ved_evaluate``: every row is a request of ``expand_topk`` with one
+prefix, once with noise and once in the order of the leaves; one program per row then keeps what belongs to
+each list. Five launches, and of ``expand_topk`` the limits and workspaces. ``ved_beams``: one program per
+request. What was kept of the first list is read again, to leave it out of the other.
 """
 
 from __future__ import annotations

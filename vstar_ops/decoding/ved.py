@@ -231,10 +231,10 @@ class _Search:
             node, every = rows.node.reshape(-1, 1), max(1, self.trie.max_children)
             found = expand_topk(logits.flatten(0, 1)[:, None], self.trie, node, every).num_valid
             check_finite_logits(found, self.trie.num_children(node[:, 0]))
-        weights = {"value_weight": config.value_weight, "logp_weight": config.logp_weight}
         evaluation = ved_evaluate(
             self.trees, self.trie, rows, logits, slot, self.seeds, value=value, child_value=child_value,
-            skip_forced=self.skip_forced, expand_root=config.expand_root, **weights, **self.policy,
+            value_weight=config.value_weight, logp_weight=config.logp_weight, skip_forced=self.skip_forced,
+            expand_root=config.expand_root, **self.policy,
         )  # fmt: skip
         priority = {"entropy_weight": config.entropy_weight, "logp_weight": config.logp_weight}
         ved_insert(self.trees, rows, evaluation, **priority)

@@ -133,7 +133,7 @@ def ved_evaluate(
       a sample without replacement in proportion to :math:`\pi`. None below nodes of the trees' last level.
     - leaves: children that are leaves, by :math:`w_p \log\pi + w_v \, \text{child\_value}`, or by
       :math:`\log\pi` without child values, descending. Their ``leaf_score`` is the row's value plus
-      :math:`w_p \log\pi + w_v \, \text{child\_value}`. Where :math:`w_v` is 0, child values have the weight 1.
+      :math:`w_p \log\pi + w_v \, \text{child\_value}`. Where :math:`w_v` is 0, child values have weight 1.
 
     With ``skip_forced`` a child from which only one leaf can be reached stands for that leaf: it is
     listed, as the leaf, among the leaves and not among the children. Ties go to lower tokens. A child whose
@@ -175,16 +175,21 @@ def ved_evaluate(
     if normalize not in ("legal", "vocab"):
         raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
     value_weight = check_finite("value_weight", value_weight)
+    logp_weight, temperature = (
+        check_finite("logp_weight", logp_weight),
+        check_positive("temperature", temperature),
+    )
     if validating():
         check_nodes(node, trie)
     levels = trees.depth_sum.shape[1] - 1
     if levels > trie.length:
         raise ValueError(f"trees must have at most the trie's {trie.length} levels, got {levels}")
+    first_of_level = trie.level_offset
     lists = _evaluate(
         device, logits, trie.offset, trie.token, trie._only_leaf if skip_forced else None, node, logp, value,
         child_value, seeds, trees.child_node.shape[2], trees.leaf_node.shape[2], value_weight,
-        value_weight or 1.0, check_finite("logp_weight", logp_weight), check_positive("temperature", temperature),
-        normalize == "vocab", trie.max_children, trie.level_offset[levels], trie.level_offset[-2], expand_root,
+        value_weight or 1.0, logp_weight, temperature, normalize == "vocab", trie.max_children,
+        first_of_level[levels], first_of_level[-2], expand_root,
     )  # fmt: skip
     return NodeEvaluation(slot, *lists)
 

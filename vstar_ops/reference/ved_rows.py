@@ -11,7 +11,9 @@ from torch import Tensor
 from .expand_topk import expand_topk
 
 
-def ved_inputs(tree_slot: Tensor, token: Tensor, parent: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ved_inputs(
+    tree_slot: Tensor, token: Tensor, parent: Tensor, node: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The slots and tokens that the model extends, and which rows are unused."""
     used = node >= 0
     inside = used & (parent >= 0) & (parent < tree_slot.shape[1])
