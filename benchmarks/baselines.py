@@ -66,7 +66,7 @@ def ved_rows(
     only_leaf: Tensor,
     width: int,
 ) -> tuple[Tensor | None, ...]:
-    """Gather, log_softmax and noise of the legal children; top-k of those that stand for a leaf and of the others.
+    """Gather, log_softmax and noise of legal children; top-k of those that stand for a leaf and of others.
 
     Children in the order of the noise are computed, but equal only up to near ties, and not compared.
     """
