@@ -254,30 +254,13 @@ class _Search:
         return best
 
 
-# What a search reads of a list, and what its unused places hold.
-_UNUSED = {"node": -1, "parent": -1, "logp": -torch.inf, "score": -torch.inf}
-
-
-def _first_then(first: Any, others: Any) -> Any:
-    """The nodes of ``first``, then those of ``others`` that are not among them; as many as ``others`` has.
-
-    Both are of one type, :class:`ExpandTopK` or :class:`LeafCandidates`. Unused places come last.
-    """
+def _first_then(first: LeafCandidates, others: LeafCandidates) -> LeafCandidates:
+    """The nodes of ``first``, then those of ``others`` that are not among them; as many as ``others`` has."""
     again = (others.node[:, :, None] == first.node[:, None]).any(2)
-    width, others = others.node.shape[1], others._replace(node=others.node.masked_fill(again, -1))
-    fields = [name for name in _UNUSED if hasattr(first, name)]
-    return _dense(
-        first._replace(**{x: torch.cat([getattr(first, x), getattr(others, x)], 1) for x in fields}), width
-    )
-
-
-def _dense(found: Any, width: int) -> Any:
-    """The first ``width`` entries whose node is not -1, in their order. Unused places come last."""
-    rows, columns = found.node.shape
-    seen = (found.node >= 0).cumsum(1)
-    rank = torch.arange(1, width + 1, device=seen.device).repeat(rows, 1)
-    place = torch.searchsorted(seen, rank)  # of the entry of that rank; behind all if there is none
-    unused, place = place == columns, place.clamp(max=columns - 1)
-    fields = [name for name in _UNUSED if hasattr(found, name)]
-    kept = {x: getattr(found, x).gather(1, place).masked_fill(unused, _UNUSED[x]) for x in fields}
-    return found._replace(**kept, num_valid=(~unused).sum(1).int())
+    others = others._replace(node=others.node.masked_fill(again, -1))
+    node, logp, score = (torch.cat(pair, 1) for pair in zip(first[:3], others[:3]))
+    order = torch.sort((node < 0).byte(), dim=1, stable=True).indices[:, : others.node.shape[1]]
+    node = node.gather(1, order)
+    unused = node < 0
+    logp, score = (x.gather(1, order).masked_fill(unused, -torch.inf) for x in (logp, score))
+    return LeafCandidates(node, logp, score, (~unused).sum(1).int())
