@@ -226,7 +226,7 @@ def _ved_beams(
     found = _take(
         Array(node, node_type, n0, n1, 0), Array(parent, parent_type, p0, p1, 0),
         Array(logp, logp_type, l0, l1, 0), first_size, only_leaf, num_nodes, out_node, out_parent, out_logp,
-        b, start, 0, 0, num_first, BLOCK,
+        b, start, start * 0, start * 0, num_first, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()  # what was stored is read
     found = _take(
