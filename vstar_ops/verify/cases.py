@@ -428,7 +428,7 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
         *(partial(evaluation, columns=1300, items=4000, rows=2, dtype=dtype) for dtype in DTYPES),
         partial(evaluation, columns=1300, items=4000, rows=2, options=True),
     ],
-    "ved_beams": [partial(beams, 3, width=40, both=True)],
+    "ved_beams": [partial(beams, width=40, both=True)],
 }
 
 # Enough work for several threads: many requests, or a single one that is divided.
