@@ -55,6 +55,39 @@ def expand_legal(
     return top, logp.flatten(1).gather(1, index), parent, token, child, None, entropy
 
 
+def ved_rows(
+    logits: Tensor,
+    child_value: Tensor,
+    tables: tuple[Tensor, Tensor],
+    node: Tensor,
+    logp: Tensor,
+    value: Tensor,
+    seed: Tensor,
+    only_leaf: Tensor,
+    width: int,
+) -> tuple[Tensor | None, ...]:
+    """Gather, log_softmax and noise of legal children; top-k of those that stand for a leaf and of others.
+
+    Children in the order of the noise are computed, but equal only up to near ties, and not compared.
+    """
+    tokens, children = tables[0][node], tables[1][node]
+    illegal, columns = tokens < 0, tokens.clamp(min=0)
+    z = logits.gather(2, columns).float().masked_fill_(illegal, float("-inf"))
+    own = torch.log_softmax(z, -1)
+    entropy = -(own.exp() * own.masked_fill(illegal, 0)).sum(-1)
+    own += logp.unsqueeze(2)
+    leaf = only_leaf[children.clamp(min=0)].masked_fill(illegal, -1)
+    noisy = own + gumbel(seed[:, None, None], node.unsqueeze(2), columns).float()
+    _, order = noisy.masked_fill(illegal | (leaf >= 0), float("-inf")).topk(width)
+    children.gather(2, order), own.gather(2, order)
+    score = value.unsqueeze(2) + child_value.gather(2, columns)
+    score, order = score.masked_fill(leaf < 0, float("-inf")).topk(width)
+    there = score > float("-inf")
+    its_leaf = leaf.gather(2, order).masked_fill(~there, -1)
+    its_logp = own.gather(2, order).masked_fill(~there, float("-inf"))
+    return value, entropy, None, None, None, its_leaf, its_logp, score, there.sum(2)
+
+
 def expand_dense(logits: Tensor, node: Tensor, cum_logp: Tensor, k: int) -> tuple[Tensor, ...]:
     """log_softmax over all columns, all of them legal, top-k."""
     score = torch.log_softmax(logits.float(), -1).add_(cum_logp.unsqueeze(2)).flatten(1)

@@ -415,6 +415,54 @@ def ved_round(items: Tensor, batch: int, budget: int) -> Case:
     return Case(name, {"ours": ours}, [()], nbytes(fields), rtol=1.3e-6, atol=1e-5, reset=reset, calls=10)
 
 
+def ved_rows(items: Tensor, batch: int, width: int, dtype: torch.dtype) -> Case:
+    """Both lists of the first level's beams, of which half the children stand for a leaf.
+
+    Child values, which alone rank the leaves, are well apart: no two of a row nearly tie.
+    """
+    trie, columns, node, logp = beams(items, batch, width, 1)
+    children, seeds = trie.max_children, torch.arange(batch)
+    trees = SearchTrees.empty(batch, 1, 2, children=children, leaves=children, device=items.device)
+    rows, value = SelectedRows(node, node, logp), torch.randint(9, node.shape).float()
+    tables, index, slot = baselines.child_tables(trie, 1), node.long(), torch.zeros(node.shape).long()
+    logits, others = (random_logits(*node.shape, columns, dtype=dtype) for _ in range(2))
+
+    def ours(z: Tensor, child_value: Tensor) -> tuple[Tensor, ...]:
+        given = {"value": value, "child_value": child_value, "skip_forced": True}
+        return vstar_ops.ved_evaluate(trees, trie, rows, z, slot, seeds, **given)[1:]
+
+    def composed(z: Tensor, child_value: Tensor) -> tuple[Tensor | None, ...]:
+        given = tables, index, logp, value, seeds, trie.only_leaf, children
+        return baselines.ved_rows(z, child_value, *given)
+
+    edges = int(trie.num_children(node).sum())
+    return Case(
+        f"ved_evaluate {short(dtype)} B={batch} P={width} V={columns}",
+        {"ours": ours, "gather, log_softmax, noise, top-k": composed},
+        [(z, x.argsort(2).float()) for z, x in zip(logits, others)],
+        (dtype.itemsize + 4 + 4 + 4) * edges + nbytes((node, logp, value)),
+    )
+
+
+def ved_level(items: Tensor, batch: int, width: int) -> Case:
+    """The beams of a level from two lists, and what the model extends."""
+    trie, columns, node, logp = beams(items, batch, width, 1)
+    trees = SearchTrees.empty(batch, 1 + width, 2, children=1, leaves=1, device=items.device)
+    trees.size.fill_(1 + width)
+    rows, value = SelectedRows(node, node, logp), torch.randn(*node.shape, columns)
+    lists = [
+        vstar_ops.expand_topk(value, trie, node, 2 * width, cum_logp=logp, temperature=x) for x in (1.0, 2.0)
+    ]
+
+    def ours() -> tuple[Tensor, ...]:
+        options: dict[str, Any] = {"num_first": width // 2, "others": lists[1], "skip_forced": True}
+        chosen = vstar_ops.ved_beams(trees, trie, rows, lists[0], width, **options)
+        return *chosen, *vstar_ops.ved_inputs(trees, trie, chosen)
+
+    read = [getattr(x, name) for x in lists for name in ("node", "parent", "logp")]
+    return Case(f"ved_beams, ved_inputs B={batch} P={width}", {"ours": ours}, [()], nbytes(read))
+
+
 def ved_candidates_of(items: Tensor, batch: int, budget: int) -> Case:
     """The best leaves of the same trees."""
     trees, _ = _search(batch, budget, items.device)
@@ -440,6 +488,8 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (group_advantage, 256, 64),
         *((make, 64, 16) for make in STEPS),
         *((make, 64, 129) for make in (ved_round, ved_candidates_of)),
+        (ved_rows, 64, 12, FP32),
+        (ved_level, 64, 12),
         (token_logp, 1024, 152_064, FP32),
         (token_logp_legal, 1024, 152_064, FP32),
     ],
@@ -458,6 +508,8 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (token_logp_legal, 4096, 151_936, BF16),
         *((sibling_grpo_loss, *size) for size in ((64, 16), (1024, 64), (64, 512, 8))),
         *((make, 1024, 129) for make in (ved_round, ved_candidates_of)),
+        (ved_rows, 256, 12, BF16),
+        (ved_level, 1024, 12),
     ],
     "small": [
         (expand_dense, 2, 4, 64, 8, BF16),
@@ -468,6 +520,8 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         *((make, 2, 8) for make in STEPS),
         *((make, 4, 5000, BF16) for make in (token_logp, token_logp_legal)),
         *((make, 2, 13) for make in (ved_round, ved_candidates_of)),
+        (ved_rows, 2, 4, BF16),
+        (ved_level, 2, 4),
     ],
 }
 

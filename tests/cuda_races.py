@@ -12,7 +12,8 @@ from helpers import map_tensors, op_arguments
 from vstar_ops.verify import cases
 
 SEEDS = 2
-SEVERAL_PER_BLOCK = {"token_logp": 9, "ved_select": 5, "ved_insert": 5}  # requests, for a second block
+# Requests, for a second block.
+SEVERAL_PER_BLOCK = {"token_logp": 9, "ved_select": 5, "ved_insert": 5, "ved_beams": 5}
 
 library = cuda_emulator.load()
 for name, found in cases.CASES.items():

@@ -245,10 +245,11 @@ class Launches(TorchDispatchMode):
         (lambda *a: beam_search(*a, skip_forced=False), 13),
         (beam_search, 15),
         (topk_sampling, 17),
-        (lambda *a: ved(*a, VEDConfig(skip_forced=False)), 310),
-        (ved, 620),
+        (lambda *a: ved(*a, VEDConfig(skip_forced=False)), 150),
+        (ved, 155),
+        (lambda *a: ved(*a, VEDConfig.paper()), 170),
     ],
-    ids=["beam, all prefixes", "beam", "topk", "ved, all prefixes", "ved"],
+    ids=["beam, all prefixes", "beam", "topk", "ved, all prefixes", "ved", "ved, paper"],
 )
 def test_the_ops_of_a_whole_decode(cpu, decoder, most):
     """Three levels, 16 candidates. On a GPU each op is a launch, on a CPU a small model waits for them."""
@@ -258,3 +259,41 @@ def test_the_ops_of_a_whole_decode(cpu, decoder, most):
     with Launches() as launches:
         decoder(Constant(64, 8), None, trie, 16)
     assert 0.8 * most < launches.number <= most
+
+
+class Marked(Constant):
+    """It notes how many ops there were before each of its forwards."""
+
+    def __init__(self, launches: Launches) -> None:
+        super().__init__(64, 8)
+        self.launches, self.before = launches, []
+
+    def extend(self, state: Any, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        self.before.append(self.launches.number)
+        return super().extend(state, parent, token)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VEDConfig(),
+        VEDConfig(skip_forced=False),
+        VEDConfig(num_value_beams=0),
+        VEDConfig(**WITHOUT_VALUES),
+        VEDConfig.paper(),
+        VEDConfig.training(),
+    ],
+    ids=["default", "all prefixes", "no value beams", "no values", "paper", "training"],
+)
+@pytest.mark.parametrize("num_rounds", [None, 3])
+def test_the_ops_of_a_round_of_ved(cpu, config, num_rounds):
+    """Between two forwards: of a level of beams at most 8, of a round 7, and 5 if the host never looks."""
+    random = torch.Generator().manual_seed(1)
+    trie = Trie.from_sequences(torch.randint(64, (5000, 3), generator=random))
+    with Launches() as launches:
+        model = Marked(launches)
+        ved(model, None, trie, 16, config, num_rounds=num_rounds)
+    levels = 3 if config.evaluate_leaves else 2
+    ops = [after - before for before, after in zip(model.before, model.before[1:])]
+    assert max(ops[: levels - 1]) <= 8
+    assert set(ops[levels:]) == ({5} if num_rounds else {7} if len(ops) > levels else set())

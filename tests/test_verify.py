@@ -153,6 +153,20 @@ def the_same_prefix_twice(run, node, token, slot, row):
     return run(node + torch.arange(node.shape[1]) % 2 * (node > 0), token, slot, row)
 
 
+def forced_prefixes_are_children(run, *a):
+    return run(*a[:3], None, *a[4:])
+
+
+def tokens_of_dead_rows(run, tree_slot, token, parent, node):
+    slot, _, unused = run(tree_slot, token, parent, node)
+    return slot, run(tree_slot, token, parent, node.clamp(min=1))[1], unused
+
+
+def beams_twice(run, *a):
+    node, parent, logp = run(*a)
+    return node.where(node != node[:, :1], a[4][:, :1]) if a[4].shape[1] else node, parent, logp
+
+
 class Fault(NamedTuple):
     """A function that stands in for an op on a backend, and the kind of failure that it is found as."""
 
@@ -188,6 +202,9 @@ FAULTS = [
     Fault(exploration_ignored, "ved_select"),
     Fault(nan_value_counts_as_zero, "ved_insert"),
     Fault(evaluated_leaves_last, "ved_candidates"),
+    Fault(forced_prefixes_are_children, "ved_evaluate"),
+    Fault(tokens_of_dead_rows, "ved_inputs"),
+    Fault(beams_twice, "ved_beams"),
 ]
 
 

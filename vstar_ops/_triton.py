@@ -84,7 +84,7 @@ def warmup(*names: str, device: torch.device | str = "cuda") -> float:
     Args:
         names: some of ``"beams"``, ``"draws"``, ``"expand_topk"``, ``"group_advantage"``,
             ``"prefix_returns"``, ``"prefix_tree"``, ``"sibling_advantage"``, ``"sibling_grpo_loss"``,
-            ``"token_logp"``, ``"ved"``; all if none is given.
+            ``"token_logp"``, ``"ved"``, ``"ved_rows"``; all if none is given.
         device: the GPU to compile for.
 
     Returns:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +87,7 @@ class Trie:
         self.max_children = max_children
         self.max_token = max_token
         self.length = len(level_offset) - 2
+        self._leaf: Tensor | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -114,9 +114,14 @@ class Trie:
         """The leaf that each node leads to without a choice, else -1; see the class."""
         return self._only_leaf[:-1]
 
-    @cached_property
+    @property
     def _only_leaf(self) -> Tensor:
-        """:attr:`only_leaf`, and -1 behind it, which the dead node -1 finds as the last one."""
+        """:attr:`only_leaf`, and -1 behind it, which the dead node -1 finds as the last one; made once."""
+        if self._leaf is None:  # no cached_property, which torch.compile does not read
+            self._leaf = self._find_only_leaf()
+        return self._leaf
+
+    def _find_only_leaf(self) -> Tensor:
         leaf = torch.arange(self.num_nodes + 1, dtype=torch.int32, device=self.device)
         leaf[-1] = -1
         for first, end in zip(self.level_offset[-3::-1], self.level_offset[-2::-1]):  # bottom-up

@@ -40,6 +40,16 @@ struct StridedView : Strides {
   VSTAR_INLINE_MEMBER T at_or(T absent, Index... i) const { return data ? at(i...) : absent; }
 };
 
+// A contiguous vector, which is not read past its ends.
+template <class T>
+struct Vector {
+  const T* data;
+  int64_t size;
+
+  VSTAR_INLINE_MEMBER explicit operator bool() const { return data != nullptr; }
+  VSTAR_INLINE_MEMBER T at_or(T absent, int64_t i) const { return i >= 0 && i < size ? load(data + i) : absent; }
+};
+
 // Which entries are valid: all without a mask.
 struct MaskView : StridedView<bool> {
   template <class... Index>

@@ -14,6 +14,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/prefix_row.h"
 #include "cpu/selector.h"
 #include "torch/cpu.h"
 
@@ -22,8 +23,6 @@ namespace {
 
 constexpr float kInf = INFINITY;
 constexpr int64_t kWork = 2048;  // logits that are worth another thread: a few microseconds
-
-const TypedLoops& loops_of(const FloatView& view) { return simd().typed[int(view.type)]; }
 
 struct Scratch {
   std::vector<EdgeRange> ranges, next_ranges;
@@ -137,18 +136,8 @@ class Expansion {
     for (int64_t r = 0; r < count; ++r) {
       PrefixRow& row = rows[r];
       const int64_t w = row.parent;
-      float entropy = 0;
-      if (row.children > 1) {
-        const double log_sum = std::log(row.sums.mass);
-        row.log_mass = float(log_sum);
-        a.entropy[b * a.width + w] = entropy = float(std::max(0.0, log_sum - row.sums.weighted / row.sums.mass));
-      }
-      if (a.vocab && row.children < a.columns && row.sums.top > -kInf) {
-        const SoftmaxSums all =
-            row.logits ? loops_of(a.logits).vocab_softmax(row.logits, a.logits.stride[2], a.columns, a.inv_temperature)
-                       : SoftmaxSums{0, double(a.columns), 0};
-        row.log_mass = float(std::log(all.mass) + (double(all.top) - row.sums.top) * a.inv_temperature);
-      }
+      const float entropy = finish_row(row, a.logits, a.columns, a.vocab, a.inv_temperature);
+      a.entropy[b * a.width + w] = entropy;
       row.constant = a.constant(b, w, entropy);
       alive = alive || has_extra || a.logp_weight < 0 || !(best_score(row, a.logp_weight) <= threshold);
     }

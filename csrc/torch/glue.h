@@ -87,6 +87,11 @@ class Tensor {
     view.wide = type == dtype_of<int64_t>();
     if (!view.wide) check<int32_t>(type);
   }
+  template <class T>
+  void read(Vector<T>& vector) const {
+    read(vector.data);
+    vector.size = numel();
+  }
   // The elements of a contiguous tensor.
   template <class T>
   void read(T*& elements) const {
@@ -222,7 +227,7 @@ class Call {
   }
 
  private:
-  static constexpr uint64_t kMaxTensors = 40, kMaxOutputs = 8;
+  static constexpr uint64_t kMaxTensors = 40, kMaxOutputs = 9;
 
   template <class T>
   T next() {

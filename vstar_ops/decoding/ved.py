@@ -12,16 +12,19 @@ from .._deprecated import renamed_arguments, renamed_field
 from ..ops import (
     ExpandTopK,
     LeafCandidates,
-    NodeEvaluation,
+    ModelInputs,
     SearchTrees,
     SelectedRows,
     expand_topk,
+    ved_beams,
     ved_candidates,
+    ved_evaluate,
+    ved_inputs,
     ved_insert,
     ved_select,
 )
 from ..ops._checks import check_int, check_seeds, validating
-from ..trie import Trie, pick
+from ..trie import Trie
 from .protocol import PrefixModel, can_skip_forced, check_finite_logits, check_normalize
 from .ved_config import VEDConfig
 
@@ -151,80 +154,47 @@ class _Search:
     skip_forced: bool
 
     @property
-    def weights(self) -> dict[str, float]:
-        """What ranks children by value. Where V has no weight, child values have weight 1."""
-        return {"value_weight": self.config.value_weight or 1.0, "logp_weight": self.config.logp_weight}
-
-    def expand(self, logits: Tensor, node: Tensor, k: int, logp: Tensor, **options: Any) -> ExpandTopK:
-        """The best children of nodes, by the policy."""
-        policy: dict[str, Any] = {"normalize": self.config.normalize, "temperature": self.config.temperature}
-        return expand_topk(logits, self.trie, node, k, cum_logp=logp, **policy, **options)
-
-    def leaf_of(self, node: Tensor) -> Tensor:
-        """The leaf that a prefix stands for, so that it is not evaluated; -1 for others."""
-        if not self.skip_forced:
-            return torch.full_like(node, -1)
-        return self.trie._only_leaf[node.long()]
-
-    def children(
-        self, logits: Tensor, node: Tensor, width: int, logp: Tensor, *, leaves: bool, **ranking: Any
-    ) -> ExpandTopK:
-        """The best children of nodes ``[N, 1]``: those that stand for a leaf, as this leaf, or the others."""
-        if not self.skip_forced:
-            return self.expand(logits, node, width, logp, **ranking)
-        listed = self.expand(logits, node, max(1, self.trie.max_children), logp, **ranking)
-        if validating() and not leaves:
-            check_finite_logits(listed.num_valid, self.trie.num_children(node[:, 0]))
-        if not leaves:
-            return self.without_leaves(listed, width)
-        return _dense(listed._replace(node=self.leaf_of(listed.node)), width)
-
-    def without_leaves(self, found: ExpandTopK, width: int) -> ExpandTopK:
-        """The first ``width`` prefixes that do not stand for a leaf."""
-        return _dense(found._replace(node=found.node.masked_fill(self.leaf_of(found.node) >= 0, -1)), width)
+    def policy(self) -> dict[str, Any]:
+        """How log-probabilities are computed."""
+        return {"normalize": self.config.normalize, "temperature": self.config.temperature}
 
     def plant(self, logits: Tensor, budget: int) -> None:
         """The initial beam search, all nodes of which are evaluated."""
-        trees, batch, device = self.trees, len(logits), logits.device
+        batch, device = len(logits), logits.device
         root = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         rows = SelectedRows(root - 1, root, torch.zeros(batch, 1, device=device))
-        slot = torch.arange(batch, device=device)
-        position = root
-        values = self.evaluate(rows, logits, slot)
+        logits = logits[:, None]
+        values = self.evaluate(rows, logits, torch.arange(batch, device=device)[:, None])
         width, spent = min(self.config.beam_width, max(1, (budget - 1) // max(self.levels, 1))), 1
         for _ in range(self.levels):
             width = min(width, budget - spent)
             if width < 1:
                 break
-            beams = self.best_extensions(logits, rows, width, values)
-            above = position.gather(1, beams.parent.clamp(min=0).long())
-            rows = SelectedRows(above.masked_fill(beams.node < 0, -1), beams.node, beams.logp)
-            # Beams come first in their list, so that a place in it says where they go in the tree.
-            position = trees.size[:, None] + torch.arange(width, dtype=torch.int32, device=device)
-            logits, slot = self.forward(rows)
+            rows = self.next_beams(rows, logits, width, *values)
+            logits, slot = self.forward(ved_inputs(self.trees, self.trie, rows))
             values = self.evaluate(rows, logits, slot)
             spent += width
 
-    def best_extensions(
-        self, logits: Tensor, rows: SelectedRows, width: int, values: dict[str, Tensor]
-    ) -> ExpandTopK:
-        """The next beams, whose parents are positions among the last ones, ``rows``."""
-        logits = logits.unflatten(0, rows.node.shape)
-        num_value_beams = min(self.config.num_value_beams, width)
+    def next_beams(
+        self, rows: SelectedRows, logits: Tensor, width: int, value: Tensor, child_value: Tensor | None
+    ) -> SelectedRows:
+        """The best extensions of the beams ``rows``: by probability, then by value."""
+        config, of_value = self.config, min(self.config.num_value_beams, width)
 
         def best(count: int, **ranking: Any) -> ExpandTopK:
-            if not self.skip_forced:
-                return self.expand(logits, rows.node, count, rows.logp, **ranking)
             # What stands for a leaf is a candidate already, and takes no place.
-            found = self.expand(logits, rows.node, self.config.LISTED_PER_BEAM * count, rows.logp, **ranking)
-            return self.without_leaves(found, count)
+            count *= config.LISTED_PER_BEAM if self.skip_forced else 1
+            return expand_topk(
+                logits, self.trie, rows.node, count, cum_logp=rows.logp, **self.policy, **ranking
+            )
 
-        if not num_value_beams:
-            return best(width)
-        valuable = best(width, **values, **self.weights)
-        if num_value_beams == width:
-            return valuable
-        return _first_then(best(width - num_value_beams), valuable)
+        lists = [best(width - of_value)] if of_value < width else []
+        if of_value:
+            weight = config.value_weight or 1.0  # where V has no weight, child values have weight 1
+            ranking = {"value_weight": weight, "logp_weight": config.logp_weight}
+            lists.append(best(width, value=value / weight, child_value=child_value, **ranking))
+        options: dict[str, Any] = {"num_first": width - of_value or width, "skip_forced": self.skip_forced}
+        return ved_beams(self.trees, self.trie, rows, lists[0], width, others=lists[-1], **options)
 
     def grow(self, num_rounds: int | None) -> None:
         """Rounds of traversals, each with one forward of the nodes that they add."""
@@ -236,77 +206,39 @@ class _Search:
                 traversals=config.traversals_per_round,
                 max_idle=config.max_idle,
             )
+            inputs = ved_inputs(self.trees, self.trie, rows)
             if num_rounds is not None:
                 num_rounds -= 1
-            elif not bool((rows.node >= 0).any()):
+            elif bool(inputs.unused.all()):
                 break
-            self.evaluate(rows, *self.forward(rows))
+            self.evaluate(rows, *self.forward(inputs))
 
-    def forward(self, rows: SelectedRows) -> tuple[Tensor, Tensor]:
-        """Logits ``[B * P, V]`` and slots ``[B * P]`` of the rows."""
-        live = rows.node >= 0
-        parent = self.trees.slot.gather(1, rows.parent.clamp(min=0).long()).masked_fill(~live, -1)
-        token = pick(self.trie.token, rows.node.long() - 1, live).clamp(min=0).long()
-        logits, slot = self.model.extend(self.state, parent.flatten(), token.flatten())
-        return logits, slot.masked_fill(~live.flatten(), -1)
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, P, V]`` and slots ``[B, P]`` of new rows."""
+        shape = inputs.slot.shape
+        logits, slot = self.model.extend(self.state, inputs.slot.flatten(), inputs.token.flatten())
+        return logits.unflatten(0, shape), slot.long().unflatten(0, shape).masked_fill(inputs.unused, -1)
 
-    def evaluate(self, rows: SelectedRows, logits: Tensor, slot: Tensor) -> dict[str, Tensor]:
-        """Insert the rows with their values, entropies and lists of children into the trees.
-
-        Returns what ranks the children by value, if the search has beams that are chosen so.
-        """
-        trees, config, shape = self.trees, self.config, rows.node.shape
-        node, logp = rows.node.reshape(-1, 1), rows.logp.reshape(-1, 1)
-        logits = logits.unsqueeze(1)
-        value = logp.new_zeros(len(node))
+    def evaluate(self, rows: SelectedRows, logits: Tensor, slot: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Insert the rows with all that the model says about them; returns values and child values."""
+        config, shape, asked = self.config, slot.shape, slot.flatten()
+        value = child_value = None
         if config.value_weight != 0:
-            value = config.value_weight * self.model.value(self.state, slot).float()
-
-        # The Gumbel order is a sample without replacement, so "draw an unexpanded child" is "take the next".
-        seeds = self.seeds.repeat_interleave(shape[1])
-        width = trees.child_node.shape[2]
-        drawn = self.children(logits, node, width, logp, leaves=False, gumbel_seed=seeds)
-        closed = node[:, 0] >= self.trie.level_offset[self.levels]
-        if not config.expand_root:
-            closed |= node[:, 0] == 0
-        child_value = self.model.child_value(self.state, slot).unsqueeze(1) if config.child_values else None
-        evaluation = {
-            "slot": slot.long(),
-            "value": value,
-            "entropy": drawn.entropy,
-            "num_children": drawn.num_valid.masked_fill(closed, 0),
-            "child_node": drawn.node,
-            "child_logp": drawn.logp,
-            **self.leaves_below(node, logp, logits, value[:, None], child_value),
-        }
-        shaped = {name: x.reshape(*shape, *getattr(trees, name).shape[2:]) for name, x in evaluation.items()}
+            value = self.model.value(self.state, asked).float().unflatten(0, shape)
+        if config.child_values:
+            child_value = self.model.child_value(self.state, asked).unflatten(0, shape)
+        if self.skip_forced and validating():
+            node, every = rows.node.reshape(-1, 1), max(1, self.trie.max_children)
+            found = expand_topk(logits.flatten(0, 1)[:, None], self.trie, node, every).num_valid
+            check_finite_logits(found, self.trie.num_children(node[:, 0]))
+        evaluation = ved_evaluate(
+            self.trees, self.trie, rows, logits, slot, self.seeds, value=value, child_value=child_value,
+            value_weight=config.value_weight, logp_weight=config.logp_weight, skip_forced=self.skip_forced,
+            expand_root=config.expand_root, **self.policy,
+        )  # fmt: skip
         priority = {"entropy_weight": config.entropy_weight, "logp_weight": config.logp_weight}
-        ved_insert(trees, rows, NodeEvaluation(**shaped), **priority)
-        if child_value is None or not config.num_value_beams:
-            return {}
-        value = shaped["value"] / self.weights["value_weight"]
-        return {"value": value, "child_value": child_value[:, 0].unflatten(0, shape)}
-
-    def leaves_below(
-        self, node: Tensor, logp: Tensor, logits: Tensor, value: Tensor, child_value: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The leaves that the nodes ``[N, 1]`` list, best first."""
-        if not self.skip_forced:  # below those of depth L - 1
-            first, end = self.trie.level_offset[-3:-1]
-            node = node.masked_fill((node < first) | (node >= end), -1)
-        weight = self.config.logp_weight
-        ranking = {} if child_value is None else {"child_value": child_value, **self.weights}
-        width = self.trees.leaf_node.shape[2]
-        listed = self.children(logits, node, width, logp, leaves=True, **ranking)
-        score = listed.score
-        if child_value is None:
-            score = weight * listed.logp if weight != 0 else torch.zeros_like(listed.logp)
-        return {
-            "leaf_node": listed.node,
-            "leaf_logp": listed.logp,
-            "leaf_score": value + score,
-            "num_leaves": listed.num_valid,
-        }
+        ved_insert(self.trees, rows, evaluation, **priority)
+        return evaluation.value, child_value
 
     def candidates(self, k: int) -> LeafCandidates:
         """The ``k`` best leaves: the policy's own, those of distinct prefixes, the others."""
@@ -322,30 +254,13 @@ class _Search:
         return best
 
 
-# What a search reads of a list, and what its unused places hold.
-_UNUSED = {"node": -1, "parent": -1, "logp": -torch.inf, "score": -torch.inf}
-
-
-def _first_then(first: Any, others: Any) -> Any:
-    """The nodes of ``first``, then those of ``others`` that are not among them; as many as ``others`` has.
-
-    Both are of one type, :class:`ExpandTopK` or :class:`LeafCandidates`. Unused places come last.
-    """
+def _first_then(first: LeafCandidates, others: LeafCandidates) -> LeafCandidates:
+    """The nodes of ``first``, then those of ``others`` that are not among them; as many as ``others`` has."""
     again = (others.node[:, :, None] == first.node[:, None]).any(2)
-    width, others = others.node.shape[1], others._replace(node=others.node.masked_fill(again, -1))
-    fields = [name for name in _UNUSED if hasattr(first, name)]
-    return _dense(
-        first._replace(**{x: torch.cat([getattr(first, x), getattr(others, x)], 1) for x in fields}), width
-    )
-
-
-def _dense(found: Any, width: int) -> Any:
-    """The first ``width`` entries whose node is not -1, in their order. Unused places come last."""
-    rows, columns = found.node.shape
-    seen = (found.node >= 0).cumsum(1)
-    rank = torch.arange(1, width + 1, device=seen.device).repeat(rows, 1)
-    place = torch.searchsorted(seen, rank)  # of the entry of that rank; behind all if there is none
-    unused, place = place == columns, place.clamp(max=columns - 1)
-    fields = [name for name in _UNUSED if hasattr(found, name)]
-    kept = {x: getattr(found, x).gather(1, place).masked_fill(unused, _UNUSED[x]) for x in fields}
-    return found._replace(**kept, num_valid=(~unused).sum(1).int())
+    others = others._replace(node=others.node.masked_fill(again, -1))
+    node, logp, score = (torch.cat(pair, 1) for pair in zip(first[:3], others[:3]))
+    order = torch.sort((node < 0).byte(), dim=1, stable=True).indices[:, : others.node.shape[1]]
+    node = node.gather(1, order)
+    unused = node < 0
+    logp, score = (x.gather(1, order).masked_fill(unused, -torch.inf) for x in (logp, score))
+    return LeafCandidates(node, logp, score, (~unused).sum(1).int())

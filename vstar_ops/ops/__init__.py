@@ -20,6 +20,7 @@ from .ved import (
     ved_insert,
     ved_select,
 )
+from .ved_rows import ModelInputs, ved_beams, ved_evaluate, ved_inputs
 
 __all__ = [
     "OPS",
@@ -28,6 +29,7 @@ __all__ = [
     "DrawnChildren",
     "ExpandTopK",
     "LeafCandidates",
+    "ModelInputs",
     "NodeEvaluation",
     "PrefixReturns",
     "PrefixTree",
@@ -51,7 +53,10 @@ __all__ = [
     "sibling_grpo_loss_from_logits",
     "token_logp",
     "validation",
+    "ved_beams",
     "ved_candidates",
+    "ved_evaluate",
+    "ved_inputs",
     "ved_insert",
     "ved_select",
 ]

@@ -15,6 +15,7 @@ from .sibling_advantage import sibling_advantage
 from .sibling_grpo_loss import sibling_grpo_loss
 from .token_logp import token_logp, token_logp_backward
 from .ved import ved_candidates, ved_insert, ved_select
+from .ved_rows import ved_beams, ved_evaluate, ved_inputs
 
 __all__ = [
     "advance_beams",
@@ -32,7 +33,10 @@ __all__ = [
     "sibling_grpo_loss",
     "token_logp",
     "token_logp_backward",
+    "ved_beams",
     "ved_candidates",
+    "ved_evaluate",
+    "ved_inputs",
     "ved_insert",
     "ved_select",
 ]

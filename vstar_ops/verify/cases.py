@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 import vstar_ops
-from vstar_ops import NodeEvaluation, SearchTrees, SelectedRows, Trie, ved_candidates, ved_insert, ved_select
+from vstar_ops import (
+    NodeEvaluation,
+    SearchTrees,
+    SelectedRows,
+    Trie,
+    ved_beams,
+    ved_candidates,
+    ved_evaluate,
+    ved_inputs,
+    ved_insert,
+    ved_select,
+)
 
 from .calls import Call, insert, select, token_logp_gradient
 
@@ -315,6 +326,65 @@ def ranking(batch: int, rounds: int = 4, **options: Any) -> Call:
     return Call(ved_candidates, {"trees": grown(batch, rounds)[0], "length": 3, "k": 5, **options})
 
 
+def rows_to_run(
+    batch: int, rows: int = 4, seed: int = 0, **sizes: int
+) -> tuple[Tensor, Trie, dict[str, Any]]:
+    """Logits, a trie of three levels, and trees of one node with rows of any depth below it."""
+    logits, trie, _ = prefixes(batch, rows, seed=seed, **sizes)
+    rng = np.random.default_rng(14)
+    node = torch.from_numpy(rng.integers(-1, trie.level_offset[3], (batch, rows))).int()
+    node[:, :1] = 0
+    logp = -torch.rand(batch, rows, generator=seeded(15))
+    trees = SearchTrees.empty(batch, rows, 2, children=5, leaves=7)
+    trees.size.fill_(rows)
+    trees.slot.copy_(torch.arange(batch * rows).view(batch, rows))
+    return (
+        logits,
+        trie,
+        {"trees": trees, "rows": SelectedRows(torch.where(node < 0, -1, 0).int(), node, logp)},
+    )
+
+
+def inputs(batch: int) -> Call:
+    _, trie, given = rows_to_run(batch)
+    return Call(ved_inputs, {**given, "trie": trie})
+
+
+def evaluation(
+    batch: int, *, options: bool = False, dtype: torch.dtype = torch.float32, **sizes: int
+) -> Call:
+    """``ved_evaluate``, with every option or none."""
+    logits, trie, given = rows_to_run(batch, **sizes)
+    random = seeded(16)
+    given |= {
+        "trie": trie,
+        "logits": logits.to(dtype),
+        "slot": torch.zeros(logits.shape[:2], dtype=torch.int64),
+    }
+    given["seeds"] = torch.arange(batch)
+    if options:
+        given["value"] = torch.randn(logits.shape[:2], generator=random)
+        given["child_value"] = torch.randn(logits.shape, generator=random).half()
+        given |= {"value_weight": 0.5, "logp_weight": 0.3, "temperature": 0.7, "normalize": "vocab"}
+        given |= {"skip_forced": True, "expand_root": False}
+    return Call(ved_evaluate, given)
+
+
+def beams(batch: int, width: int = 6, *, both: bool = False, **sizes: int) -> Call:
+    """``ved_beams`` of one list or of two."""
+    logits, trie, given = rows_to_run(batch, **sizes)
+    given |= {"trie": trie, "width": width}
+    lists = (("first", 0.0), ("others", 0.5)) if both else (("first", 0.0),)
+    for name, weight in lists:
+        value = torch.randn(logits.shape, generator=seeded(17))
+        given[name] = vstar_ops.expand_topk(
+            logits, trie, given["rows"].node, 2 * width, child_value=value, value_weight=weight
+        )
+    if both:
+        given |= {"num_first": width // 2, "skip_forced": True}
+    return Call(ved_beams, given)
+
+
 # ---------------------------------------------------------------- by name
 
 BFLOAT16: dict[str, Any] = {"dtype": torch.bfloat16}
@@ -365,6 +435,9 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     },
     "ved_insert": {"plain": insertion, "options": partial(insertion, entropy_weight=0.5, logp_weight=0.3)},
     "ved_candidates": {"plain": ranking, "options": partial(ranking, logp_weight=0.5)},
+    "ved_inputs": {"plain": inputs},
+    "ved_evaluate": {"plain": evaluation, "options": partial(evaluation, options=True)},
+    "ved_beams": {"plain": beams, "options": partial(beams, both=True)},
 }
 
 # Further ways in which CUDA C++ kernels are launched: sizes and dtypes that decide on a kernel, a loop, or
@@ -427,6 +500,13 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
     "ved_select": [partial(selection, rounds=8, traversals=3)],
     "ved_insert": [partial(insertion, rounds=8)],
     "ved_candidates": [partial(ranking, rounds=8)],
+    "ved_inputs": [],
+    "ved_evaluate": [
+        *(partial(evaluation, options=True, dtype=dtype) for dtype in HALVES),
+        *(partial(evaluation, columns=1300, items=4000, rows=2, dtype=dtype) for dtype in DTYPES),
+        partial(evaluation, columns=1300, items=4000, rows=2, options=True),
+    ],
+    "ved_beams": [partial(beams, width=40, both=True)],
 }
 
 # Enough work for several threads: many requests, or a single one that is divided.
@@ -469,4 +549,7 @@ LARGE: dict[str, dict[str, Callable[[], Call]]] = {
     "ved_select": {"many": partial(selection, 500, traversals=2)},
     "ved_insert": {"many": partial(insertion, 500)},
     "ved_candidates": {"many": partial(ranking, 500)},
+    "ved_inputs": {"many": partial(inputs, 500)},
+    "ved_evaluate": {"many": partial(evaluation, 500, options=True)},
+    "ved_beams": {"many": partial(beams, 500, both=True)},
 }

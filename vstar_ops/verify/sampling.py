@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import vstar_ops
-from vstar_ops import NodeEvaluation, SearchTrees, SelectedRows, Trie
+from vstar_ops import ExpandTopK, NodeEvaluation, SearchTrees, SelectedRows, Trie
 
 from . import search
 from .calls import Call, insert, loss_and_gradient, select, token_logp_gradient
@@ -376,11 +376,71 @@ def ved_candidates(rng: Random, _: torch.dtype) -> Call:
     return Call(vstar_ops.ved_candidates, a | some(rng, logp_weight=(0.5, -1.0)))
 
 
+def rows_of(rng: Random, trie: Trie) -> tuple[SearchTrees, SelectedRows]:
+    """Trees of one node and any rows, empty ones too."""
+    batch, count, capacity = size(rng, 1, 2, 3), size(rng, 1, 3, 5), one(rng, 1, 3)
+    lists = {"children": one(rng, 1, 3, 40), "leaves": one(rng, 1, 2, 40)}
+    trees = SearchTrees.empty(batch, capacity, int(rng.integers(0, trie.length + 1)), **lists)
+    trees.slot.copy_(torch.from_numpy(rng.integers(0, 9, (batch, capacity))))
+    trees.size.copy_(torch.from_numpy(rng.integers(0, 9, batch)))
+    parent = torch.from_numpy(rng.integers(-2, capacity + 2, (batch, count))).int()
+    logp = floats(rng, batch, count, kinds=("normal", "ties", "special")).float()
+    return trees, SelectedRows(parent, nodes(rng, trie, batch, count).int(), logp)
+
+
+def ved_inputs(rng: Random, _: torch.dtype) -> Call:
+    trie = catalogue(rng, wide(rng, 7, 16))
+    trees, rows = rows_of(rng, trie)
+    return Call(vstar_ops.ved_inputs, {"trees": trees, "trie": trie, "rows": rows})
+
+
+def ved_evaluate(rng: Random, dtype: torch.dtype) -> Call:
+    columns = wide(rng, 7, 16, 33)
+    trie = catalogue(rng, columns)
+    trees, rows = rows_of(rng, trie)
+    shape = rows.node.shape
+    a: dict[str, Any] = {"trees": trees, "trie": trie, "rows": rows}
+    logits = floats(rng, *shape, columns, kinds=LOGITS).to(other(rng, dtype))
+    a["logits"] = one(rng, logits, torch.stack([logits, logits], -1)[..., 1])
+    a["slot"] = torch.from_numpy(rng.integers(-1, 9, shape)).reshape(shape)
+    a["seeds"] = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, shape[0]))
+    if rng.random() < 0.5:
+        a["value"] = floats(rng, *shape, kinds=("normal", "ties")).to(other(rng, dtype))
+    if rng.random() < 0.5:
+        a["child_value"] = floats(rng, *shape, columns, kinds=("normal", "ties", "special")).to(
+            other(rng, dtype)
+        )
+    a |= some(
+        rng, value_weight=(0.0, 0.5, -1.0), logp_weight=(0.5, 1.0), temperature=TEMPERATURES,
+        normalize=("vocab",), skip_forced=(True,), expand_root=(False,),
+    )  # fmt: skip
+    return Call(vstar_ops.ved_evaluate, a)
+
+
+def ved_beams(rng: Random, _: torch.dtype) -> Call:
+    trie = catalogue(rng, wide(rng, 7, 16))
+    trees, rows = rows_of(rng, trie)
+    batch, count = rows.node.shape
+
+    def extensions() -> ExpandTopK:
+        """Distinct nodes, and what is no node."""
+        k = size(rng, 3, 9, 40)
+        order = rng.random((batch, trie.num_nodes + k)).argsort(1)[:, :k]
+        node = torch.from_numpy(np.where(order < trie.num_nodes, order, -1)).int()
+        parent = torch.from_numpy(rng.integers(0, count + 1, (batch, k))).reshape(batch, k).int()
+        logp = floats(rng, *node.shape).float()
+        return ExpandTopK(logp, logp, parent, parent, node, trees.size, rows.logp)
+
+    a = {"trees": trees, "trie": trie, "rows": rows, "first": extensions(), "width": one(rng, 1, 4, 30)}
+    a |= {"others": extensions()} if rng.random() < 0.7 else {}
+    return Call(vstar_ops.ved_beams, a | some(rng, num_first=(0, 1, 3, 50), skip_forced=(True,)))
+
+
 DRAWS: dict[str, Callable[[Random, torch.dtype], Call]] = {
     f.__name__: f
     for f in (
         expand_topk, token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns,
         prefix_tree, advance_beams, rows_to_run, draw_children, distinct_rows, sibling_grpo_loss, ved_select,
-        ved_insert, ved_candidates,
+        ved_insert, ved_candidates, ved_inputs, ved_evaluate, ved_beams,
     )
 }  # fmt: skip

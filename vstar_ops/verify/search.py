@@ -143,3 +143,36 @@ def candidates(trees: Arrays, length: int, k: int, *, logp_weight: float) -> Arr
             out["node"][b, i] = leaf if tier else node
             out["logp"][b, i], out["score"][b, i] = logp, -score
     return out
+
+
+def inputs(trees: Arrays, token: np.ndarray, rows: Arrays) -> Arrays:
+    """``ved_inputs``."""
+    shape = rows["node"].shape
+    out = {"slot": np.full(shape, -1), "token": np.zeros(shape, np.int64), "unused": rows["node"] < 0}
+    for b, p in np.argwhere(rows["node"] >= 0):
+        parent, node = int(rows["parent"][b, p]), int(rows["node"][b, p])
+        if 0 <= parent < trees["slot"].shape[1]:
+            out["slot"][b, p] = trees["slot"][b, parent]
+        if 1 <= node <= len(token):
+            out["token"][b, p] = token[node - 1]
+    return out
+
+
+def beams(
+    trees: Arrays, rows: Arrays, lists: list[Arrays], num_first: int, width: int, leaf: np.ndarray | None
+) -> Arrays:
+    """``ved_beams``; ``leaf`` says which nodes stand for a leaf."""
+    batch = len(trees["size"])
+    out: Arrays = {x: np.full((batch, width), -1) for x in ("parent", "node")}
+    out["logp"] = np.full((batch, width), -math.inf)
+    for b in range(batch):
+        start, n = int(trees["size"][b]) - int((rows["node"][b] >= 0).sum()), 0
+        for found, most in zip(lists, (num_first, width)):
+            for node, parent, logp in zip(*(found[x][b] for x in ("node", "parent", "logp"))):
+                skipped = leaf is not None and 0 <= node < len(leaf) and leaf[node] >= 0
+                if node < 0 or skipped or n >= min(most, width):
+                    continue
+                if found is lists[0] or node not in out["node"][b, : min(n, num_first)]:
+                    out["parent"][b, n], out["node"][b, n], out["logp"][b, n] = start + parent, node, logp
+                    n += 1
+    return out

@@ -21,7 +21,8 @@ from .judge import Problem
 _CANDIDATES = dict.fromkeys(("tokens", "mask", "logp", "old_logp", "ref_logp"), "BGL")
 _CANDIDATES |= {"rewards": "BG", "embedding": "BGE", "target": "BL", "target_embedding": "BE"}
 _CANDIDATES |= {"weights": "L", "depth_weights": "L"}
-_SEARCH = {"trees": "B", "rows": "BP", "evaluation": "BP"}
+_SEARCH = {"trees": "B", "rows": "BP", "evaluation": "BP", "logits": "BPV", "child_value": "BPV"}
+_SEARCH |= {"slot": "BP", "value": "BP", "seeds": "B", "first": "BK", "others": "BJ"}
 _BEAMS = {"node": "BW", "row": "BW", "cum_logp": "BW", "value": "BW", "bonus": "BW", "gumbel_seed": "B"}
 _STEP = {"parent": "BK", "token": "BK", "node": "BK", "sequence": "BWT", "slot": "BW", "evaluated": "BW"}
 _STEP |= {"row": "BW", "row_slot": "R"}

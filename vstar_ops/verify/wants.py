@@ -19,7 +19,7 @@ from . import oracles, search
 from .calls import Call, map_tensors
 from .judge import Verdict, Want, limit_of, results
 from .loss import whole_loss
-from .winners import Children, expand_topk
+from .winners import Children, expand_topk, ved_evaluate
 
 
 def expectation(op: str, call: Call) -> Callable[[Any], Verdict]:
@@ -28,8 +28,8 @@ def expectation(op: str, call: Call) -> Callable[[Any], Verdict]:
     defaults = inspect.signature(public).parameters.values()
     arguments = {x.name: x.default for x in defaults if x.default is not x.empty}
     arguments |= {k: map_tensors(_array, x) for k, x in call.arguments.items()}
-    if op == "expand_topk":
-        compare_winners = expand_topk(call, arguments)
+    if op in RANKED:
+        compare_winners = RANKED[op](call, arguments)
         return lambda out: compare_winners(results(out))
     want = dict(ORACLES[op](call, arguments))
 
@@ -247,11 +247,26 @@ def ved_candidates(call: Call, a: dict[str, Any]) -> Wants:
     yield from _trees(search.candidates(_searches(a.pop("trees")), **a), ".")
 
 
+def ved_inputs(call: Call, a: dict[str, Any]) -> Wants:
+    yield from _trees(search.inputs(_searches(a["trees"]), a["trie"].token.numpy(), a["rows"]._asdict()), ".")
+
+
+def ved_beams(call: Call, a: dict[str, Any]) -> Wants:
+    leaf = None
+    if a["skip_forced"]:
+        leaf = a["trie"].only_leaf.numpy()
+    lists = [x._asdict() for x in (a["first"], a["others"]) if x is not None]
+    num_first = a["width"] if a["num_first"] is None else a["num_first"]
+    trees, rows = _searches(a["trees"]), a["rows"]._asdict()
+    yield from _trees(search.beams(trees, rows, lists, num_first, a["width"], leaf), ".")
+
+
+RANKED = {"expand_topk": expand_topk, "ved_evaluate": ved_evaluate}
 ORACLES: dict[str, Callable[[Call, dict[str, Any]], Wants]] = {
     f.__name__: f
     for f in (
         token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns, prefix_tree,
         advance_beams, rows_to_run, draw_children, distinct_rows, sibling_grpo_loss, ved_select, ved_insert,
-        ved_candidates,
+        ved_candidates, ved_inputs, ved_beams,
     )
 }  # fmt: skip

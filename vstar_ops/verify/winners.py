@@ -129,5 +129,100 @@ def _twins(
         first[key] = c
 
 
+def ved_evaluate(call: Call, a: dict[str, Any]) -> Callable[[Results], Verdict]:
+    """What compares both lists of every row with what belongs to them in order, and the other results."""
+    logits, trie, rows, trees = (a[name] for name in ("logits", "trie", "rows", "trees"))
+    children, count, limit = Children.of(trie), math.prod(logits.shape[:2]), 1e-5
+    levels, value = trees.depth_sum.shape[1] - 1, np.zeros(rows.node.shape)
+    if a["value"] is not None:
+        value = a["value_weight"] * a["value"]
+    each = {
+        "logits": logits.reshape(count, 1, logits.shape[2]),
+        "trie": children,
+        "node": rows.node.reshape(count, 1),
+    }
+    each |= {"cum_logp": rows.logp.reshape(count, 1)} | {x: a[x] for x in ("temperature", "normalize")}
+    rank: dict[str, Any] = {}
+    if a["child_value"] is not None:
+        rank = {
+            "child_value": a["child_value"].reshape(count, 1, logits.shape[2]),
+            "logp_weight": a["logp_weight"],
+        }
+        rank["value_weight"] = a["value_weight"] or 1.0
+
+    def leaf_of(node: int, follow: bool) -> int | None:
+        while follow and len(children.children[node]) == 1:
+            ((_, node),) = children.children[node]
+        return node if node >= trie.level_offset[-2] else None
+
+    with np.errstate(all="ignore"):
+        drawn, entropy = oracles.expand_topk(**each, gumbel_seeds=a["seeds"].repeat(rows.node.shape[1]))
+        listed, _ = oracles.expand_topk(**each, **rank)
+    for n, node in enumerate(rows.node.reshape(count)):
+        is_open = node < trie.level_offset[levels] and (node != 0 or a["expand_root"])
+        skip = a["skip_forced"]
+        drawn[n] = [c for c in drawn[n] if is_open and (not skip or leaf_of(c.node, True) is None)]
+        listed[n] = [c._replace(node=leaf) for c in listed[n] if (leaf := leaf_of(c.node, skip)) is not None]
+
+    def compare(got: Results) -> Verdict:
+        verdict = Verdict()
+        verdict.exactly(".slot", got[".slot"], a["slot"])
+        verdict.floats(".value", got[".value"], Want(value, np.maximum(np.abs(value), 1.0), limit))
+        verdict.floats(".entropy", got[".entropy"], Want(entropy.reshape(rows.node.shape), 1.0, limit))
+        for kind, number, every in (("child", "children", drawn), ("leaf", "leaves", listed)):
+            node, logp = got[f".{kind}_node"], got[f".{kind}_logp"]
+            width = getattr(trees, f"{kind}_node").shape[2]
+            counts = np.array([min(width, len(x)) for x in every]).reshape(rows.node.shape)
+            verdict.exactly(f".num_{number}", got[f".num_{number}"], counts)
+            if tuple(node.shape) != (*rows.node.shape, width):
+                verdict.choice(f".{kind}_node.shape", tuple(node.shape), (*rows.node.shape, width))
+                continue
+            own = [_entries(verdict, f".{kind}_node", node, i, x, limit) for i, x in enumerate(every)]
+            of_logp = np.array([[x.logp for x in row] for row in own]).reshape(node.shape)
+            verdict.floats(f".{kind}_logp", logp, Want(of_logp, _scale(of_logp), limit))
+            if kind == "leaf":
+                score = (
+                    of_logp * a["logp_weight"]
+                    if a["logp_weight"] != 0
+                    else np.where(of_logp == -np.inf, of_logp, 0)
+                )
+                if rank:
+                    score = np.array([[x.score for x in row] for row in own]).reshape(node.shape)
+                scale = np.array([[x.scale for x in row] for row in own]).reshape(node.shape)
+                score = np.where(of_logp == -np.inf, of_logp, value[:, :, None] + score)
+                verdict.floats(
+                    ".leaf_score", got[".leaf_score"], Want(score, np.maximum(scale, _scale(score)), limit)
+                )
+        return verdict
+
+    return compare
+
+
+NOTHING = oracles.Candidate(-math.inf, -math.inf, -1, -1, -1, 1.0, (0.0, 0.0))
+
+
+def _scale(x: np.ndarray) -> np.ndarray:
+    return np.maximum(np.nan_to_num(np.abs(x), posinf=1.0), 1.0)
+
+
+def _entries(
+    verdict: Verdict, name: str, got: torch.Tensor, n: int, best: list[oracles.Candidate], limit: float
+) -> list[oracles.Candidate]:
+    """What row ``n`` lists, by its nodes; whether they are the best, in order, and equal ones by token."""
+    index, b, p = {c.node: c for c in best}, *divmod(n, got.shape[1])
+    found: list[oracles.Candidate] = []
+    last: dict[Any, int] = {}
+    for i, node in enumerate(got[b, p].tolist()):
+        want = best[i] if i < len(best) else NOTHING
+        own = index.pop(node, NOTHING)
+        allowed = limit * max(want.scale, own.scale)
+        twins = own.twin, own.score
+        if node != own.node or not _near(own.score, want.score, allowed) or last.get(twins, -1) > own.token:
+            verdict.choice(f"{name}[{b}, {p}, {i}].item()", node, want.node)
+        last[twins] = own.token
+        found.append(own)
+    return found
+
+
 def _near(a: float, b: float, tolerance: float) -> bool:
     return a == b or abs(a - b) <= tolerance
