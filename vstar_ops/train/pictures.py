@@ -92,7 +92,7 @@ def level_shares(tokens: Tensor, reward: Tensor, mask: Tensor) -> list[float]:
     """
     split = sibling_advantage(tokens, reward, mask, baseline="parent", scale="none")
     by_level = split.advantage.square().sum((0, 1))
-    return (by_level / by_level.sum()).tolist()
+    return (by_level / by_level.sum()).cpu().tolist()
 
 
 def levels(path: Path, shares: list[float], candidates: str) -> None:
@@ -116,8 +116,11 @@ def search_tree(
     Edges carry tokens.
     """
     trees, size = found.trees, int(found.trees.size[b])
-    position = {int(node): i for i, node in enumerate(trees.node[b, :size].tolist())}
-    ranked = [int(node) for node in found.node[b, : int(found.num_valid[b])].tolist()]
+    evaluated, value, visits, entropy = (
+        getattr(trees, name)[b, :size].cpu().tolist() for name in ("node", "value", "visits", "entropy")
+    )
+    position = {node: i for i, node in enumerate(evaluated)}
+    ranked = found.node[b, : int(found.num_valid[b])].cpu().tolist()
     above: dict[int, int] = {}
     for node in [*position, *ranked]:
         parent = int(trie.parent(torch.tensor(node))) if node else -1
@@ -157,9 +160,9 @@ def search_tree(
             label = " ".join(map(str, tokens))
             axis.annotate(label, (middle, at), fontsize=6, ha="center", va="center", color="#555555")
         inner = list(position)
-        values = [float(trees.value[b, position[node]]) for node in inner]
-        area = [70 + 14 * float(trees.visits[b, position[node]]) for node in inner]
-        ring = [0.5 * float(trees.entropy[b, position[node]]) for node in inner]
+        values = [value[position[node]] for node in inner]
+        area = [70 + 14 * visits[position[node]] for node in inner]
+        ring = [0.5 * entropy[position[node]] for node in inner]
         x, y = [depth[node] for node in inner], [height[node] for node in inner]
         dots = axis.scatter(x, y, s=area, c=values, lw=ring, edgecolors="#d95f02", cmap="viridis", zorder=2)
         axis.figure.colorbar(dots, ax=axis, label="V, weighted", shrink=min(1.0, 8 / rows), pad=0.01)
