@@ -28,19 +28,20 @@ Multiplications and additions are not fused: both launches must give a score the
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton import cdiv, next_power_of_2
 
 from .._triton import Unsupported
 from ._array import Array, load_float, load_int, strided
 from ._floats import LOWEST, InverseTemperature, cleaned, divided, from_ordered, inverse_of, ordered
-from ._kernel import ADDRESS, ALIGNED, ANY, F32, FLOATS, I32, I64, Specialization, kernel, options, workspace
+from ._kernel import ADDRESS, ALIGNED, ANY, F32, FLOATS, I32, I64, NUMBERS, Specialization, kernel, workspace
 from ._trie import edges
 
 _TILES = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children per block and per segment; warps
@@ -56,7 +57,49 @@ def expand_topk(
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.expand_topk`."""
     batch, width = node.shape
-    columns = logits.shape[2]
+    columns, device = logits.shape[2], logits.device
+    if value_weight == 0:
+        value = child_value = None
+    extra = seed is not None or child_value is not None or logp_weight < 0
+    plan = _plan(batch, width, columns, k, vocab, max_children, extra)
+    score = torch.empty((batch, k), device=device)
+    parent = torch.empty((batch, k), dtype=torch.int32, device=device)
+    logp, chosen, child = torch.empty_like(score), torch.empty_like(parent), torch.empty_like(parent)
+    count, entropy = parent.new_empty(batch), score.new_empty((batch, width))
+    outputs = score, logp, parent, chosen, child, count, entropy
+    if batch == 0:
+        return outputs
+    memory = workspace(device, *plan.workspace)
+    terms = (
+        *strided(cum_logp, 2), *strided(value, 2), *strided(bonus, 2), *strided(child_value, 3),
+        *strided(seed, 1), Weights(logp_weight, value_weight, entropy_weight, inverse_of(temperature)),
+    )  # fmt: skip
+    if width:
+        _rows.launch(
+            plan.grid, plan.warps, logits, *logits.stride(), *strided(row, 2), logits.shape[1], *terms,
+            offset, token, *strided(node, 2), *memory[:4], entropy, width, columns, offset.numel() - 1,
+            token.numel(), *plan.rows,
+        )  # fmt: skip
+    _select.launch(
+        (batch,), plan.select_warps, *strided(logits, 3), *terms, token, *memory, *outputs, width, columns,
+        *plan.select,
+    )  # fmt: skip
+    return outputs
+
+
+class Plan(NamedTuple):
+    """What of a call follows from sizes and options alone: workspace, grid, warps, last arguments."""
+
+    workspace: tuple[tuple[int, torch.dtype], ...]
+    grid: tuple[int, int]
+    warps: int
+    rows: tuple[int, ...]
+    select_warps: int
+    select: tuple[int, ...]
+
+
+@functools.lru_cache(1024)
+def _plan(batch, width, columns, k, vocab, max_children, extra) -> Plan:
     children = width * max_children
     winners = min(k, children)
     if winners > _MOST_WINNERS:
@@ -65,62 +108,36 @@ def expand_topk(
     if children >= 2**31:
         most = "fewer than 2^31 children per request"
         raise Unsupported(f"expand_topk: the Triton backend takes {most}, got {children:,}")
-    device, rows = logits.device, batch * width
-    score, logp = (torch.empty(batch, k, device=device) for _ in range(2))
-    parent, chosen, child = (torch.empty(batch, k, dtype=torch.int32, device=device) for _ in range(3))
-    count = torch.empty(batch, dtype=torch.int32, device=device)
-    entropy = torch.empty(batch, width, device=device)
-    outputs = score, logp, parent, chosen, child, count, entropy
-    if batch == 0:
-        return outputs
-    if value_weight == 0:
-        value = child_value = None
-    extra = seed is not None or child_value is not None or logp_weight < 0
-    max_children = max(max_children, 1)
+    rows, max_children = batch * width, max(max_children, 1)
     longest = max(columns if vocab else 0, max_children)
     block, segment, warps = next((tile for tile in _TILES if longest <= tile[0]), _TILES[-1])
-    segments = cdiv(max_children, segment)
-    splits = max(1, min(cdiv(longest, block), _PROGRAMS // max(rows, 1)))
+    segments = -(-max_children // segment)
+    splits = max(1, min(-(-longest // block), _PROGRAMS // max(rows, 1)))
     parts = 0 if extra or splits == 1 else splits
-    list_size, keys, select_warps = _selection(winners, width * segments)
-    stats, trie, best, part, picked = workspace(
-        device, (4 * rows, torch.float32), (4 * rows, torch.int32), (rows * segments, torch.float32),
-        (5 * rows * parts, torch.float32), (batch * list_size, torch.int64),
+    size, keys, select_warps = _selection(winners, width * segments)
+    chunk, column_chunk = (-(-total // (splits * block)) * block for total in (max_children, columns))
+    return Plan(
+        workspace=(
+            (4 * rows, torch.float32), (4 * rows, torch.int32), (rows * segments, torch.float32),
+            (5 * rows * parts, torch.float32), (batch * size, torch.int64),
+        ),
+        grid=(rows, splits),
+        warps=warps,
+        rows=(max_children, int(vocab), segments, splits, chunk, column_chunk, extra, block, segment),
+        select_warps=select_warps,
+        select=(
+            max_children, segments, segment, min(size, width * segments), parts, int(extra), k, size, keys,
+        ),
     )  # fmt: skip
-
-    terms = (
-        *strided(cum_logp, 2), *strided(value, 2), *strided(bonus, 2), *strided(child_value, 3),
-        *strided(seed, 1), Weights(logp_weight, value_weight, entropy_weight, inverse_of(temperature)),
-    )  # fmt: skip
-    if rows:
-        _rows[(rows, splits)](
-            logits, *logits.stride(), *strided(row, 2), logits.shape[1], *terms, offset, token,
-            *strided(node, 2), stats, trie, best, part, entropy, width=width, columns=columns,
-            num_nodes=offset.numel() - 1, num_edges=token.numel(), max_children=max_children,
-            vocab=int(vocab), segments=segments, splits=splits, chunk=_chunk(max_children, splits, block),
-            column_chunk=_chunk(columns, splits, block), EXTRA=extra, BLOCK=block, SEGMENT=segment,
-            **options(warps),
-        )  # fmt: skip
-    _select[(batch,)](
-        *strided(logits, 3), *terms, token, stats, trie, best, part, picked, *outputs, width=width,
-        columns=columns, max_children=max_children, segments=segments, segment=segment,
-        segment_count=min(list_size, width * segments), parts=parts, extra=int(extra), k=k, LIST=list_size,
-        KEYS=keys, **options(select_warps),
-    )  # fmt: skip
-    return outputs
 
 
 def _selection(winners: int, segments: int) -> tuple[int, int, int]:
     """Length of the list of the best, keys per block, warps."""
-    size = max(16, next_power_of_2(winners))
+    size = max(16, 1 << (winners - 1).bit_length())
     if size <= 64 and segments <= 4 * _FEW[0]:
         return size, *_FEW
     keys, warps = _MANY if size < _MANY[0] else _MORE
     return max(64, size), max(size, keys), 16 if size == 256 else warps
-
-
-def _chunk(total: int, splits: int, block: int) -> int:
-    return cdiv(cdiv(total, splits), block) * block
 
 
 # What a score is made of besides the logits: arrays and numbers.
@@ -290,9 +307,9 @@ def _rows(
     logits: ANY, s0: ALIGNED, s1: ALIGNED, s2: ALIGNED, index: ADDRESS, index_type, i0, i1, num_rows,
     cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS, value_type, v0, v1, bonus: ADDRESS, bonus_type,
     o0, o1, child_value: ADDRESS, child_value_type, c0, c1, c2, seed: ADDRESS, seed_type, seed_stride,
-    weights, offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, stats: F32, trie: I32, best: F32,
-    part: F32, entropies: F32, width, columns, num_nodes, num_edges, max_children, vocab, segments, splits,
-    chunk, column_chunk, EXTRA: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    weights: NUMBERS, offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, stats: F32, trie: I32,
+    best: F32, part: F32, entropies: F32, width, columns, num_nodes, num_edges, max_children, vocab,
+    segments, splits, chunk, column_chunk, EXTRA: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     terms = Terms(
         Array(cum_logp, cum_logp_type, a0, a1, 0), Array(value, value_type, v0, v1, 0),
@@ -475,10 +492,10 @@ def _write(
 def _select(
     logits: ADDRESS, logits_type, s0, s1, s2, cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS,
     value_type, v0, v1, bonus: ADDRESS, bonus_type, o0, o1, child_value: ADDRESS, child_value_type, c0, c1,
-    c2, seed: ADDRESS, seed_type, seed_stride, weights, token: I32, stats: F32, trie: I32, best: F32,
-    part: F32, picked: I64, out_score: F32, out_logp: F32, out_parent: I32, out_token: I32, out_child: I32,
-    out_count: I32, entropies: F32, width, columns, max_children, segments, segment, segment_count, parts,
-    extra, k, LIST: tl.constexpr, KEYS: tl.constexpr,
+    c2, seed: ADDRESS, seed_type, seed_stride, weights: NUMBERS, token: I32, stats: F32, trie: I32,
+    best: F32, part: F32, picked: I64, out_score: F32, out_logp: F32, out_parent: I32, out_token: I32,
+    out_child: I32, out_count: I32, entropies: F32, width, columns, max_children, segments, segment,
+    segment_count, parts, extra, k, LIST: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     terms = Terms(
         Array(cum_logp, cum_logp_type, a0, a1, 0), Array(value, value_type, v0, v1, 0),

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from ._array import Array, load_int, strided
-from ._kernel import ADDRESS, ALIGNED, ANY, F32, F64, FLOATS, I32, Specialization, kernel, options, workspace
-from .sibling_advantage import number_prefixes, sizes
+from ._kernel import ADDRESS, ALIGNED, ANY, F32, F64, FLOATS, I32, Specialization, kernel, workspace
+from .sibling_advantage import number_prefixes
 
 # Rows and columns of a tile of embeddings; candidates that are compared together.
 _TILE = {"ROWS": 16, "COLUMNS": 64, "MEMBERS": 128}
@@ -28,12 +28,13 @@ def prefix_returns(tokens, embedding, target, target_embedding, mask, weights):
     returns, similarity = (torch.empty(tokens.shape, device=tokens.device) for _ in range(2))
     node, count = (torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device) for _ in range(2))
     if tokens.numel():
-        earlier, prefix = workspace(tokens.device, *((size, torch.int32) for size in sizes(tokens, mask)))
-        number_prefixes(tokens, mask, earlier, prefix, node, count)
-        _prefix_returns[(batch * group, length)](
+        (earlier,) = workspace(tokens.device, (batch * group, torch.int32))
+        number_prefixes(tokens, mask, earlier, node, count)
+        _prefix_returns.launch(
+            (batch * group, length), 1,
             *strided(tokens, 3), *strided(target, 2), embedding, *embedding.stride(), target_embedding,
             *target_embedding.stride(), weights, weights.stride(0), node, returns, similarity, group, length,
-            embedding.shape[2], **_TILE, **options(1),
+            embedding.shape[2], **_TILE,
         )  # fmt: skip
     return returns, similarity, node, count
 

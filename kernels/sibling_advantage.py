@@ -17,23 +17,23 @@ exactly 0, and since that mean is one of the sample, its distance from the cente
 times the variance, so nothing cancels.
 
 Workspace: float64 ``[2, B, G]``, the earlier members and the mean of each candidate's bucket; for
-``scale="group"`` float64 ``[B]``, what a request is divided by; for a mask of tokens int32 ``[B, G, L]``, the
-numbers of all prefixes.
+``scale="group"`` float64 ``[B]``, what a request is divided by. With a mask of tokens int32 ``[B, G, L]``
+more, the numbers of all prefixes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import next_power_of_2
 
 from ._array import Array, load_float, load_int, strided
-from ._kernel import ADDRESS, ANY, BLOCKS, F64, I32, Specialization, block_for, kernel, options, workspace
+from ._kernel import ADDRESS, ANY, BLOCKS, F64, I32, Specialization, block_for, kernel, workspace
 from .group_advantage import divisor_of, statistics
 
 FUSED = 128  # candidates that one program can hold
@@ -50,71 +50,67 @@ def sibling_advantage(tokens, rewards, mask, eps, ddof, std_floor, min_siblings,
     node = tokens.new_empty(batch, group, length, dtype=torch.int32)
     count = torch.empty_like(node)
     if advantage.numel():
-        members, prefixes = sizes(tokens, mask)
-        earlier, mean, request, prefix = workspace(
-            tokens.device, *[(members, torch.float64)] * 2,
-            (batch if scale == "group" else 0, torch.float64), (prefixes, torch.int32),
-        )  # fmt: skip
+        per_request = batch if scale == "group" else 0
+        earlier, mean, request = workspace(
+            tokens.device, *((size, torch.float64) for size in (batch * group, batch * group, per_request))
+        )
         if scale == "group":
             block, warps = block_for(group)
-            present = mask.any(2) if prefixes else mask
-            _request_divisors[(batch,)](
+            present = mask.any(2) if by_token(mask) else mask
+            _request_divisors.launch(
+                (batch,), warps,
                 *strided(rewards, 2), *strided(present, 2), request, group, eps, std_floor, ddof, BLOCK=block,
-                **options(warps),
             )  # fmt: skip
         enough = min(min_siblings, group + 1)  # any more are as many, and this fits in int32
         _launch(
-            tokens, rewards, mask, earlier, mean, request, prefix, advantage, valid, node, count, eps=eps,
+            tokens, rewards, mask, earlier, mean, request, advantage, valid, node, count, eps=eps,
             std_floor=std_floor, ddof=ddof, min_siblings=enough, baseline=_BASELINES[baseline],
             scale=_SCALES[scale], STATISTICS=True,
         )  # fmt: skip
     return advantage, valid, node, count
 
 
-def number_prefixes(
-    tokens: Tensor, mask: Tensor | None, earlier: Tensor, prefix: Tensor, node: Tensor, count: Tensor
-) -> None:
-    """Only ``node`` and ``count``; of workspace :func:`sizes` int32."""
+def number_prefixes(tokens: Tensor, mask: Tensor | None, earlier: Any, node: Tensor, count: Any) -> None:
+    """Only ``node`` and ``count``; of workspace int32 ``[B, G]``."""
     # Nothing reads the rewards, nothing writes the mean and the advantage.
     _launch(
-        tokens, None, mask, earlier, earlier, earlier, prefix, earlier, earlier, node, count, eps=0.0,
-        std_floor=0.0, ddof=0, min_siblings=0, baseline=0, scale=0, STATISTICS=False,
+        tokens, None, mask, earlier, earlier, earlier, earlier, earlier, node, count, eps=0.0, std_floor=0.0,
+        ddof=0, min_siblings=0, baseline=0, scale=0, STATISTICS=False,
     )  # fmt: skip
 
 
-def sizes(tokens: Tensor, mask: Tensor | None) -> tuple[int, int]:
-    """Of ``earlier`` and ``prefix``."""
-    batch, group, _length = tokens.shape
-    return batch * group, tokens.numel() if mask is not None and mask.dim() == 3 else 0
+def by_token(mask: Tensor | None) -> bool:
+    """Whether it is a mask of tokens."""
+    return mask is not None and mask.dim() == 3
 
 
-def _launch(tokens, rewards, mask, earlier, mean, request, prefix, advantage, valid, node, count, **rest):
+def _launch(tokens, rewards, mask, earlier, mean, request, advantage, valid, node, count, **rest):
     batch, group, length = tokens.shape
-    by_token = mask is not None and mask.dim() == 3
-    if by_token:
-        number_prefixes(tokens, None, earlier.view(torch.int32), prefix, prefix, count)
+    prefix, masked = node, by_token(mask)
+    if masked:
+        prefix = torch.empty_like(node)
+        number_prefixes(tokens, None, earlier.view(torch.int32), prefix, count)
         # The number of a prefix is read by the tokens behind it alone.
-        prefix[: tokens.numel()].view(tokens.shape)[:, :, :-1].masked_fill_(~mask[:, :, 1:], -1)
+        prefix[:, :, :-1].masked_fill_(~mask[:, :, 1:], -1)
         mask = mask[:, :, 0]
-    else:
-        prefix = node
     block, chunk, warps, fused = _plan(group)
-    blocks = triton.cdiv(group, block)
+    blocks = -(-group // block)
     launches = [(3, 0, length)] if fused else [(p, d, d + 1) for d in range(length) for p in (1, 2)]
     for phases, first, last in launches:
-        _siblings[(batch * blocks,)](
+        _siblings.launch(
+            (batch * blocks,), warps,
             *strided(tokens, 3), *strided(rewards, 2), *strided(mask, 2), prefix, earlier, mean, request,
             advantage, valid, node, count, group, length, blocks, first, last, **rest, PHASES=phases,
-            BLOCK=block, CHUNK=chunk, **options(warps),
+            BLOCK=block, CHUNK=chunk,
         )  # fmt: skip
-    if by_token:
+    if masked:
         width, warps = block_for(group)
-        _renumber[(batch,)](node, group, length, BLOCK=width, **options(warps))
+        _renumber.launch((batch,), warps, node, group, length, BLOCK=width)
 
 
 def _plan(group: int) -> tuple[int, int, int, bool]:
     """Columns and rows of a tile, warps, and whether one launch does. Every thread has whole columns."""
-    block, fused = min(FUSED, max(16, next_power_of_2(group))), group <= FUSED
+    block, fused = min(FUSED, max(16, 1 << (group - 1).bit_length())), group <= FUSED
     return block, 16 if fused else 4, max(1, block // 32), fused
 
 

@@ -28,10 +28,10 @@ from ._kernel import (
     F32,
     FLOATS,
     I32,
+    NUMBERS,
     Specialization,
     block_for,
     kernel,
-    options,
 )
 from ._trie import edges
 
@@ -52,16 +52,16 @@ def token_logp(logits, targets, offset, token, node, temperature, max_children):
     inv_temperature = inverse_of(temperature)
     sizes = (*results, width, columns, number, inv_temperature)
     if offset is None or token is None or node is None:
-        _vocab_statistics[(batch * width,)](
+        _vocab_statistics.launch(
+            (batch * width,), _WARPS,
             logits, *logits.stride(), *strided(targets, 3), *sizes, BLOCK=_BLOCK, TARGETS=_TARGETS,
-            **options(_WARPS),
         )  # fmt: skip
     else:
         block, warps = block_for(max_children)
-        _legal_statistics[(batch * width,)](
+        _legal_statistics.launch(
+            (batch * width,), warps,
             *strided(logits, 3), *strided(targets, 3), offset, token, *strided(node, 2), *sizes,
             offset.numel() - 1, token.numel(), max_children.bit_length(), BLOCK=block, TARGETS=_TARGETS,
-            **options(warps),
         )  # fmt: skip
     return results
 
@@ -85,19 +85,20 @@ def token_logp_backward(
     arrays = [part for x in given for part in array(x)]
     common = (*arrays, *saved, width, columns, number, inv_temperature)
     if offset is None or token is None or node is None:
-        blocks = triton.cdiv(columns, _GRADIENT_BLOCK)
-        _vocab_gradient[(batch * width * blocks,)](
+        blocks = -(-columns // _GRADIENT_BLOCK)
+        _vocab_gradient.launch(
+            (batch * width * blocks,), _GRADIENT_WARPS,
             logits, *logits.stride(), *common, gradient, blocks, BLOCK=_GRADIENT_BLOCK, TARGETS=_TARGETS,
-            **options(_GRADIENT_WARPS),
         )  # fmt: skip
     else:
         block, warps = block_for(max_children)
-        _legal_gradient[(batch * width,)](
+        _legal_gradient.launch(
+            (batch * width,), warps,
             *strided(logits, 3), *common, *array(gradient), offset, token, *strided(node, 2),
-            offset.numel() - 1, token.numel(), BLOCK=block, TARGETS=_TARGETS, **options(warps),
+            offset.numel() - 1, token.numel(), BLOCK=block, TARGETS=_TARGETS,
         )  # fmt: skip
     if number:
-        _target_gradient[(batch * width,)](*common, *array(gradient), TARGETS=_TARGETS, **options(1))
+        _target_gradient.launch((batch * width,), 1, *common, *array(gradient), TARGETS=_TARGETS)
     return gradient
 
 
@@ -141,7 +142,7 @@ def _write_logp(logp, at, inside, target, found, z, max_value, log_total, inv_te
 @kernel
 def _vocab_statistics(
     logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, t0, t1, t2, logp: F32,
-    entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature,
+    entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature: NUMBERS,
     BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     targets = Array(targets, targets_type, t0, t1, t2)
@@ -191,7 +192,7 @@ def _find(token, begin, end, target, bits, TARGETS: tl.constexpr):
 def _legal_statistics(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, t0, t1, t2, offset: I32,
     token: I32, node: ADDRESS, node_type, n0, n1, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width,
-    columns, number, inv_temperature, num_nodes, num_edges, bits, BLOCK: tl.constexpr,
+    columns, number, inv_temperature: NUMBERS, num_nodes, num_edges, bits, BLOCK: tl.constexpr,
     TARGETS: tl.constexpr,
 ):  # fmt: skip
     logits, targets = Array(logits, logits_type, z0, z1, z2), Array(targets, targets_type, t0, t1, t2)
@@ -275,7 +276,7 @@ def _row_grad(z, max_value, log_total, slope, curve, inv_temperature):
 def _vocab_gradient(
     logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
-    log_mass: F32, width, columns: ALIGNED, number, inv_temperature, gradient: ANY, blocks,
+    log_mass: F32, width, columns: ALIGNED, number, inv_temperature: NUMBERS, gradient: ANY, blocks,
     BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
@@ -295,7 +296,7 @@ def _vocab_gradient(
 def _legal_gradient(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
-    log_mass: F32, width, columns, number, inv_temperature, gradient: ADDRESS, gradient_type,
+    log_mass: F32, width, columns, number, inv_temperature: NUMBERS, gradient: ADDRESS, gradient_type,
     offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, num_nodes, num_edges, BLOCK: tl.constexpr,
     TARGETS: tl.constexpr,
 ):  # fmt: skip
@@ -319,7 +320,7 @@ def _legal_gradient(
 def _target_gradient(
     targets: ADDRESS, targets_type, grad_logp: ADDRESS, grad_logp_type, grad_entropy: ADDRESS,
     grad_entropy_type, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width, columns, number,
-    inv_temperature, gradient: ADDRESS, gradient_type, TARGETS: tl.constexpr,
+    inv_temperature: NUMBERS, gradient: ADDRESS, gradient_type, TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
         targets, targets_type, grad_logp, grad_logp_type, grad_entropy, grad_entropy_type, logp, entropy,

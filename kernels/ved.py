@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .._triton import Unsupported
 from ._floats import FLOAT32_MAX, LOWEST, ordered
-from ._kernel import F32, F64, I32, I64, Specialization, kernel, options, workspace
+from ._kernel import F32, F64, I32, I64, Specialization, kernel, workspace
 
 _NODES = ((64, 1), (256, 2), (1024, 16), (2048, 16))  # most nodes, warps
 _COPY, _KEYS, _KEY_WARPS = 64, 1024, 8  # entries of a row copied together; keys looked at together
@@ -49,11 +49,12 @@ def ved_select(
     row_logp = priority.new_empty(batch, rows)
     if batch:
         block, warps = next(x for x in _NODES if capacity <= x[0])
-        _ved_select[(batch,)](
+        _ved_select.launch(
+            (batch,), warps,
             node, parent, priority, visits, next_child, num_children, child_node, child_logp, size, budget,
             depth, depth_sum, depth_count, row_parent, row_node, row_logp, capacity=capacity,
             children=child_node.shape[2], levels=levels, exploration=exploration, paths=paths,
-            max_idle=max_idle, NODES=block, CHUNK=_chunk(block), **options(warps),
+            max_idle=max_idle, NODES=block, CHUNK=_chunk(block),
         )  # fmt: skip
     return row_parent, row_node, row_logp
 
@@ -69,10 +70,11 @@ def ved_insert(*arguments: Any) -> None:
     node, child_node, leaf_node, depth_sum, row_node = (arrays[i] for i in (0, 9, 11, 18, 21))
     batch, capacity = node.shape
     if batch and row_node.shape[1]:
-        _ved_insert[(batch,)](
+        _ved_insert.launch(
+            (batch,), 1,
             *arrays, capacity=capacity, rows=row_node.shape[1], children=child_node.shape[2],
             leaves=leaf_node.shape[2], depths=depth_sum.shape[1], logp_weight=logp_weight,
-            entropy_weight=entropy_weight, COPY=_COPY, **options(1),
+            entropy_weight=entropy_weight, COPY=_COPY,
         )  # fmt: skip
 
 
@@ -85,10 +87,11 @@ def ved_candidates(
     out_logp, out_score = (logp.new_empty(batch, k) for _ in range(2))
     if batch:
         (keys,) = workspace(node.device, (batch * 2 * capacity * (1 + leaves), torch.int64))
-        _ved_candidates[(batch,)](
+        _ved_candidates.launch(
+            (batch,), _KEY_WARPS,
             node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, keys, out_node,
             out_logp, out_score, count, capacity=capacity, leaves=leaves, length=length, k=k,
-            logp_weight=logp_weight, KEYS=_KEYS, **options(_KEY_WARPS),
+            logp_weight=logp_weight, KEYS=_KEYS,
         )  # fmt: skip
     return out_node, out_logp, out_score, count
 
