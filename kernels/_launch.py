@@ -3,8 +3,8 @@
 ``kernel[grid](...)`` looks closely at every argument to find the compiled variant, which takes ten times as
 long as the launch. Here a function is written for each kernel that looks only at what tells its variants
 apart: the device, the warps, the constants, the dtypes of the pointers and which of them are no multiples of
-16, and of an ``ALIGNED`` integer whether it is 1 or a multiple of 16. A first call goes through Triton; so does
-one with an integer beyond 32 bits, which is another variant, and one under a profiler's hooks.
+16, and of an ``ALIGNED`` integer whether it is 1 or a multiple of 16. A first call goes through Triton; so
+does one with an integer beyond 32 bits, which is another variant, and one under a profiler's hooks.
 """
 
 from __future__ import annotations

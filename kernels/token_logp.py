@@ -1,10 +1,11 @@
 """``token_logp`` and its gradient: each pass reads the logits once, and the gradient is written once.
 
 Over the whole vocabulary, one program of the forward pass streams a row through running maximum, mass and
-``sum p log p``; one program of the backward pass takes a block of a row's columns. Over a trie's legal
-children, one program takes a row, whose few logits are gathered, and the gradient is zeroed before. The
-entries of the targets are written last, over the others, in float64 by one program per row: a target's own
-gradient and its part of the row's cancel where it is nearly certain, so they must not be rounded apart.
+``sum p log p``, one of each for every 16 bytes that a thread reads, so that no thread waits for another; one
+program of the backward pass takes some blocks of a row's columns. Over a trie's legal children, one program
+takes a row, whose few logits are gathered, and the gradient is zeroed before. The entries of the targets are
+written last, over the others, in float64 by one program per row: a target's own gradient and its part of the
+row's cancel where it is nearly certain, so they must not be rounded apart.
 
 Two numbers per row, its maximum and the logarithm of its mass, go from one pass to the other. No workspace.
 """
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ._array import Array, array, load_float, load_int, store_float, strided
-from ._floats import InverseTemperature, cleaned, divided, inverse_of
+from ._floats import FLOAT32_MAX, InverseTemperature, cleaned, divided, inverse_of
 from ._kernel import (
     ADDRESS,
     ALIGNED,
@@ -38,6 +39,8 @@ from ._trie import edges
 _BLOCK, _WARPS = 4096, 8  # columns that are streamed together, and warps
 _GRADIENT_BLOCK, _GRADIENT_WARPS = 2048, 4
 _TARGETS = 32
+_PROGRAMS = 8192  # rows are shared until there are about as many
+_LOG2E, _LOG2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 def token_logp(logits, targets, offset, token, node, temperature, max_children):
@@ -53,8 +56,8 @@ def token_logp(logits, targets, offset, token, node, temperature, max_children):
     sizes = (*results, width, columns, number, inv_temperature)
     if offset is None or token is None or node is None:
         _vocab_statistics.launch(
-            (batch * width,), _WARPS,
-            logits, *logits.stride(), *strided(targets, 3), *sizes, BLOCK=_BLOCK, TARGETS=_TARGETS,
+            (batch * width,), _WARPS, logits, *logits.stride(), *strided(targets, 3), *sizes,
+            *_shape(logits, _BLOCK), _TARGETS,
         )  # fmt: skip
     else:
         block, warps = block_for(max_children)
@@ -85,10 +88,11 @@ def token_logp_backward(
     arrays = [part for x in given for part in array(x)]
     common = (*arrays, *saved, width, columns, number, inv_temperature)
     if offset is None or token is None or node is None:
-        blocks = -(-columns // _GRADIENT_BLOCK)
+        blocks = min(-(-columns // _GRADIENT_BLOCK), max(1, _PROGRAMS // (batch * width)))
+        turns = -(-columns // (blocks * _GRADIENT_BLOCK))
         _vocab_gradient.launch(
             (batch * width * blocks,), _GRADIENT_WARPS,
-            logits, *logits.stride(), *common, gradient, blocks, BLOCK=_GRADIENT_BLOCK, TARGETS=_TARGETS,
+            logits, *logits.stride(), *common, gradient, blocks, turns, _GRADIENT_BLOCK, _TARGETS,
         )  # fmt: skip
     else:
         block, warps = block_for(max_children)
@@ -102,32 +106,55 @@ def token_logp_backward(
     return gradient
 
 
-@triton.jit
-def _add(z, row_max, mass, weighted, inv_temperature):
-    """Take a block of logits into a row's running maximum and sums, one sum per lane."""
-    new_max = tl.maximum(row_max, tl.max(z, 0))
-    center = tl.where(new_max == float("-inf"), 0.0, new_max)
-    # What lies far below is 0 either way; bounded, no product is 0 times infinity.
-    shift = tl.where(
-        row_max == float("-inf"), 0.0, tl.maximum(divided(row_max - center, inv_temperature), -100.0)
-    )
-    x = tl.maximum(divided(z - center, inv_temperature), -100.0)
-    power = tl.where(z == float("-inf"), 0.0, tl.exp(x))
-    scale = tl.exp(shift)
-    return new_max, mass * scale + power, (weighted + shift * mass) * scale + power * x
+def _shape(logits: torch.Tensor, block: int) -> tuple[int, int, bool]:
+    """Rows and lanes of a tile of so many columns, and whether 16 bytes can be read at once."""
+    lanes = 16 // logits.element_size()
+    return block // lanes, lanes, logits.shape[2] % 16 == 0
 
 
 @triton.jit
-def _finish(r, max_value, mass, weighted, entropy, row_max, log_mass):
-    """Write a row's statistics."""
-    total = tl.sum(mass.to(tl.float64), 0)
+def _cleaned(z):
+    """``cleaned`` of _floats.py in two instructions; what is not there is loaded as -inf."""
+    return tl.minimum(tl.maximum(z, float("-inf")), FLOAT32_MAX)
+
+
+@triton.jit
+def _in_octaves(x, inv_temperature):
+    """A logit minus a larger one, divided by the temperature and log 2.
+
+    2 to the power of the bound is 0. As it is finite, no product is 0 times infinity.
+    """
+    second = tl.cast(tl.minimum(inv_temperature.second * _LOG2E, FLOAT32_MAX), tl.float32)
+    return tl.maximum(x * inv_temperature.first * second, -200.0)
+
+
+@triton.jit
+def _add(z, most, mass, weighted, inv_temperature):
+    """Take logits ``[R, L]`` into ``R`` running maxima and sums of ``p`` and ``p log2 p``."""
+    new = tl.maximum(most, tl.max(z, 1))
+    shift = _in_octaves(most - new, inv_temperature)
+    x = _in_octaves(z - new[:, None], inv_temperature)
+    power, scale = tl.exp2(x), tl.exp2(shift)
+    weighted = (weighted + shift * mass) * scale + tl.sum(power * x, 1)
+    return new, mass * scale + tl.sum(power, 1), weighted
+
+
+@triton.jit
+def _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass):
+    """Join the running sums and write a row's statistics."""
+    largest = tl.max(most, 0)
+    shift = _in_octaves(most - largest, inv_temperature)
+    scale = tl.exp2(shift)
+    total = tl.sum((mass * scale).to(tl.float64), 0)
+    octaves = tl.sum(((weighted + shift * mass) * scale).to(tl.float64), 0)
+    max_value = tl.where(total > 0, largest, float("-inf"))
     total = tl.where(total > 0, total, 1.0)
     log_total = tl.log(total)
-    h = tl.maximum(log_total - tl.sum(weighted.to(tl.float64), 0) / total, 0.0)
+    h = tl.maximum(log_total - octaves * _LOG2 / total, 0.0)
     tl.store(entropy + r, h.to(tl.float32))
     tl.store(row_max + r, max_value)
     tl.store(log_mass + r, log_total.to(tl.float32))
-    return log_total.to(tl.float32)
+    return max_value, log_total.to(tl.float32)
 
 
 @triton.jit
@@ -139,24 +166,36 @@ def _write_logp(logp, at, inside, target, found, z, max_value, log_total, inv_te
     tl.store(logp + at, tl.where(target < 0, 0.0, value), inside)
 
 
+@triton.jit
+def _tile(ROWS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
+    """Columns of a tile, so that each of its rows lies in one thread: neighbors, or every ``ROWS``-th one."""
+    row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
+    return row * LANES + lane if WIDE else lane * ROWS + row
+
+
 @kernel
 def _vocab_statistics(
     logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, t0, t1, t2, logp: F32,
     entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature: NUMBERS,
-    BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     targets = Array(targets, targets_type, t0, t1, t2)
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
     row = logits + b * z0 + w * z1
-    max_value = tl.full((), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        v = start + tl.arange(0, BLOCK).to(tl.int64)
-        z = cleaned(tl.load(row + v * z2, v < columns, 0.0).to(tl.float32), v < columns)
-        max_value, mass, weighted = _add(z, max_value, mass, weighted, inv_temperature)
-    log_total = _finish(r, max_value, mass, weighted, entropy, row_max, log_mass)
+    most = tl.full((ROWS,), -FLOAT32_MAX, tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    weighted = tl.zeros((ROWS,), tl.float32)
+    tile = _tile(ROWS, LANES, WIDE)
+    whole = columns // (ROWS * LANES) * (ROWS * LANES)
+    for start in range(0, whole, ROWS * LANES):
+        z = tl.load(row + (start + tile.to(tl.int64)) * z2).to(tl.float32)
+        most, mass, weighted = _add(_cleaned(z), most, mass, weighted, inv_temperature)
+    if whole < columns:
+        v = whole + tile.to(tl.int64)
+        z = tl.load(row + v * z2, v < columns, float("-inf")).to(tl.float32)
+        most, mass, weighted = _add(_cleaned(z), most, mass, weighted, inv_temperature)
+    max_value, log_total = _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
         target = load_int(targets, b, w, t, t < number, -1)
@@ -200,13 +239,13 @@ def _legal_statistics(
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
     begin, end = edges(offset, load_int(node, b, w, 0, True, -1), num_nodes, num_edges)
-    max_value = tl.full((), float("-inf"), tl.float32)
+    most = tl.full((BLOCK,), -FLOAT32_MAX, tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
         _, z, _ = _load_children(logits, b, w, token, start, end, columns, BLOCK)
-        max_value, mass, weighted = _add(z, max_value, mass, weighted, inv_temperature)
-    log_total = _finish(r, max_value, mass, weighted, entropy, row_max, log_mass)
+        most, mass, weighted = _add(z[:, None], most, mass, weighted, inv_temperature)
+    max_value, log_total = _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
         target = load_int(targets, b, w, t, t < number, -1)
@@ -259,24 +298,21 @@ def _coefficients(saved, r, inv_temperature, TARGETS: tl.constexpr):
 @triton.jit
 def _row_grad(z, max_value, log_total, slope, curve, inv_temperature):
     """The gradient of a block of logits."""
-    possible = z > float("-inf")
-    logp = divided(tl.where(possible, z, 0.0) - max_value, inv_temperature) - log_total
-    logp = tl.maximum(tl.where(possible, logp, -100.0), -100.0)
-    p = tl.exp(logp)
-    if _divided_last(inv_temperature):
-        value = divided(p * (slope.to(tl.float32) + curve.to(tl.float32) * logp), inv_temperature)
-        value = tl.where(logp > -100.0, value, 0.0)
-    else:
+    if not _divided_last(inv_temperature):
         slope, curve = slope * inv_temperature.first, curve * inv_temperature.first
-        value = p * (slope.to(tl.float32) + curve.to(tl.float32) * logp)
-    return tl.where(possible, value, 0.0)
+    octaves = _in_octaves(z - max_value, inv_temperature) - log_total * _LOG2E
+    p = tl.exp2(octaves)
+    value = p * tl.fma(octaves, (curve * _LOG2).to(tl.float32), slope.to(tl.float32))
+    if _divided_last(inv_temperature):
+        value = divided(value, inv_temperature)
+    return tl.where(p > 0, value, 0.0)
 
 
 @kernel
 def _vocab_gradient(
     logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
-    log_mass: F32, width, columns: ALIGNED, number, inv_temperature: NUMBERS, gradient: ANY, blocks,
+    log_mass: F32, width, columns: ALIGNED, number, inv_temperature: NUMBERS, gradient: ANY, blocks, turns,
     BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
@@ -286,10 +322,13 @@ def _vocab_gradient(
     r = (tl.program_id(0) // blocks).to(tl.int64)
     b, w = r // width, r % width
     slope, curve = _coefficients(saved, r, inv_temperature, TARGETS)
-    v = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    z = cleaned(tl.load(logits + b * z0 + w * z1 + v * z2, v < columns, 0.0).to(tl.float32), v < columns)
-    value = _row_grad(z, tl.load(row_max + r), tl.load(log_mass + r), slope, curve, inv_temperature)
-    tl.store(gradient + r * columns + v, value.to(gradient.dtype.element_ty), v < columns)
+    max_value, log_total = tl.load(row_max + r), tl.load(log_mass + r)
+    first = (tl.program_id(0) % blocks) * turns
+    for turn in range(first, tl.minimum(first + turns, tl.cdiv(columns, BLOCK))):
+        v = tl.cast(turn, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(logits + b * z0 + w * z1 + v * z2, v < columns, 0.0).to(tl.float32)
+        value = _row_grad(_cleaned(z), max_value, log_total, slope, curve, inv_temperature)
+        tl.store(gradient + r * columns + v, value.to(gradient.dtype.element_ty), v < columns)
 
 
 @kernel
@@ -345,12 +384,16 @@ def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for logits whose last stride is 1."""
     inverse = {"inv_temperature": InverseTemperature("fp32", "fp32")}
     targets = {"TARGETS": _TARGETS}
-    statistics, gradient = ({"BLOCK": block, "z2": 1} | targets for block in (_BLOCK, _GRADIENT_BLOCK))
     for dtype, floats in FLOATS.items():
         types = {"logits": floats, "gradient": floats, **inverse}
-        yield Specialization(f"token_logp {dtype}", _vocab_statistics, _WARPS, statistics, types)
+        for wide in (True, False):
+            rows, lanes, _ = _shape(torch.empty(0, 0, 1, dtype=getattr(torch, dtype)), _BLOCK)
+            constants = {"z2": 1, "ROWS": rows, "LANES": lanes, "WIDE": wide} | targets
+            name = f"token_logp {dtype}{'' if wide else ', odd rows'}"
+            yield Specialization(name, _vocab_statistics, _WARPS, constants, types)
         name = f"token_logp gradient {dtype}"
-        yield Specialization(name, _vocab_gradient, _GRADIENT_WARPS, gradient, types)
+        constants = {"z2": 1, "BLOCK": _GRADIENT_BLOCK} | targets
+        yield Specialization(name, _vocab_gradient, _GRADIENT_WARPS, constants, types)
     for block, warps in map(block_for, BLOCKS):
         few = {"BLOCK": block} | targets
         yield Specialization(f"token_logp legal {block}", _legal_statistics, warps, few, inverse)
