@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ._array import Array, load_int, strided
-from ._kernel import ADDRESS, ALIGNED, ANY, F32, F64, FLOATS, I32, Specialization, kernel, workspace
+from ._kernel import ADDRESS, ALIGNED, ANY, F32, F64, FLOATS, I32, Specialization, kernel
 from .sibling_advantage import number_prefixes
 
 # Rows and columns of a tile of embeddings; candidates that are compared together.
@@ -28,8 +28,7 @@ def prefix_returns(tokens, embedding, target, target_embedding, mask, weights):
     returns, similarity = (torch.empty(tokens.shape, device=tokens.device) for _ in range(2))
     node, count = (torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device) for _ in range(2))
     if tokens.numel():
-        (earlier,) = workspace(tokens.device, (batch * group, torch.int32))
-        number_prefixes(tokens, mask, earlier, node, count)
+        number_prefixes(tokens, mask, node, count)
         _prefix_returns.launch(
             (batch * group, length), 1,
             *strided(tokens, 3), *strided(target, 2), embedding, *embedding.stride(), target_embedding,

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._kernel import ANY, I32, Specialization, kernel, workspace
+from ._kernel import ANY, I32, Specialization, kernel
 from .sibling_advantage import number_prefixes
 
 # Candidates per program; candidates that they are compared with together; slots that are cleared together.
@@ -33,8 +33,8 @@ def prefix_tree(
     if not tokens.numel():
         return parent, token, depth, first, count, node, tokens.new_zeros(batch, dtype=torch.int32)
     size = tokens.new_empty(batch, dtype=torch.int32)
-    members, earlier = workspace(tokens.device, (node.numel(), torch.int32), (batch * group, torch.int32))
-    number_prefixes(tokens, mask, earlier, node, members)
+    members = torch.empty_like(node)
+    number_prefixes(tokens, mask, node, members)
     blocks = -(-group // _BLOCK)
     _prefix_tree.launch(
         (batch * blocks,), 1,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ._array import Array, array, load_float, load_int, store_float, strided
-from ._floats import FLOAT32_MAX, InverseTemperature, cleaned, divided, inverse_of
+from ._floats import InverseTemperature, cleaned, divided, inverse_of
 from ._kernel import (
     ADDRESS,
     ALIGNED,
@@ -34,13 +34,13 @@ from ._kernel import (
     block_for,
     kernel,
 )
+from ._softmax import LOG2, LOG2E, add, alike, finite, in_octaves, nothing, tile
 from ._trie import edges
 
 _BLOCK, _WARPS = 4096, 8  # columns that are streamed together, and warps
 _GRADIENT_BLOCK, _GRADIENT_WARPS = 2048, 4
 _TARGETS = 32
 _PROGRAMS = 8192  # rows are shared until there are about as many
-_LOG2E, _LOG2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 def token_logp(logits, targets, offset, token, node, temperature, max_children):
@@ -57,7 +57,7 @@ def token_logp(logits, targets, offset, token, node, temperature, max_children):
     if offset is None or token is None or node is None:
         _vocab_statistics.launch(
             (batch * width,), _WARPS, logits, *logits.stride(), *strided(targets, 3), *sizes,
-            *_shape(logits, _BLOCK), _TARGETS,
+            _BLOCK, columns % 16 == 0, _TARGETS,
         )  # fmt: skip
     else:
         block, warps = block_for(max_children)
@@ -106,51 +106,16 @@ def token_logp_backward(
     return gradient
 
 
-def _shape(logits: torch.Tensor, block: int) -> tuple[int, int, bool]:
-    """Rows and lanes of a tile of so many columns, and whether 16 bytes can be read at once."""
-    lanes = 16 // logits.element_size()
-    return block // lanes, lanes, logits.shape[2] % 16 == 0
-
-
-@triton.jit
-def _cleaned(z):
-    """``cleaned`` of _floats.py in two instructions; what is not there is loaded as -inf."""
-    return tl.minimum(tl.maximum(z, float("-inf")), FLOAT32_MAX)
-
-
-@triton.jit
-def _in_octaves(x, inv_temperature):
-    """A logit minus a larger one, divided by the temperature and log 2.
-
-    2 to the power of the bound is 0. As it is finite, no product is 0 times infinity.
-    """
-    second = tl.cast(tl.minimum(inv_temperature.second * _LOG2E, FLOAT32_MAX), tl.float32)
-    return tl.maximum(x * inv_temperature.first * second, -200.0)
-
-
-@triton.jit
-def _add(z, most, mass, weighted, inv_temperature):
-    """Take logits ``[R, L]`` into ``R`` running maxima and sums of ``p`` and ``p log2 p``."""
-    new = tl.maximum(most, tl.max(z, 1))
-    shift = _in_octaves(most - new, inv_temperature)
-    x = _in_octaves(z - new[:, None], inv_temperature)
-    power, scale = tl.exp2(x), tl.exp2(shift)
-    weighted = (weighted + shift * mass) * scale + tl.sum(power * x, 1)
-    return new, mass * scale + tl.sum(power, 1), weighted
-
-
 @triton.jit
 def _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass):
     """Join the running sums and write a row's statistics."""
-    largest = tl.max(most, 0)
-    shift = _in_octaves(most - largest, inv_temperature)
-    scale = tl.exp2(shift)
-    total = tl.sum((mass * scale).to(tl.float64), 0)
-    octaves = tl.sum(((weighted + shift * mass) * scale).to(tl.float64), 0)
+    largest, mass, weighted = alike(most, mass, weighted, inv_temperature)
+    total = tl.sum(mass.to(tl.float64), 0)
+    octaves = tl.sum(weighted.to(tl.float64), 0)
     max_value = tl.where(total > 0, largest, float("-inf"))
     total = tl.where(total > 0, total, 1.0)
     log_total = tl.log(total)
-    h = tl.maximum(log_total - octaves * _LOG2 / total, 0.0)
+    h = tl.maximum(log_total - octaves * LOG2 / total, 0.0)
     tl.store(entropy + r, h.to(tl.float32))
     tl.store(row_max + r, max_value)
     tl.store(log_mass + r, log_total.to(tl.float32))
@@ -166,35 +131,27 @@ def _write_logp(logp, at, inside, target, found, z, max_value, log_total, inv_te
     tl.store(logp + at, tl.where(target < 0, 0.0, value), inside)
 
 
-@triton.jit
-def _tile(ROWS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of a tile, so that each of its rows lies in one thread: neighbors, or every ``ROWS``-th one."""
-    row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
-    return row * LANES + lane if WIDE else lane * ROWS + row
-
-
 @kernel
 def _vocab_statistics(
     logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, t0, t1, t2, logp: F32,
     entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature: NUMBERS,
-    ROWS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr, TARGETS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     targets = Array(targets, targets_type, t0, t1, t2)
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
     row = logits + b * z0 + w * z1
-    most = tl.full((ROWS,), -FLOAT32_MAX, tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
-    weighted = tl.zeros((ROWS,), tl.float32)
-    tile = _tile(ROWS, LANES, WIDE)
-    whole = columns // (ROWS * LANES) * (ROWS * LANES)
-    for start in range(0, whole, ROWS * LANES):
-        z = tl.load(row + (start + tile.to(tl.int64)) * z2).to(tl.float32)
-        most, mass, weighted = _add(_cleaned(z), most, mass, weighted, inv_temperature)
+    LANES: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    most, mass, weighted = nothing(BLOCK // LANES)
+    column = tile(BLOCK // LANES, LANES, WIDE).to(tl.int64)
+    whole = columns // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        z = tl.load(row + (start + column) * z2).to(tl.float32)
+        most, mass, weighted = add(finite(z), most, mass, weighted, inv_temperature)
     if whole < columns:
-        v = whole + tile.to(tl.int64)
+        v = whole + column
         z = tl.load(row + v * z2, v < columns, float("-inf")).to(tl.float32)
-        most, mass, weighted = _add(_cleaned(z), most, mass, weighted, inv_temperature)
+        most, mass, weighted = add(finite(z), most, mass, weighted, inv_temperature)
     max_value, log_total = _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
@@ -239,12 +196,10 @@ def _legal_statistics(
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
     begin, end = edges(offset, load_int(node, b, w, 0, True, -1), num_nodes, num_edges)
-    most = tl.full((BLOCK,), -FLOAT32_MAX, tl.float32)
-    mass = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
+    most, mass, weighted = nothing(BLOCK)
     for start in range(begin, end, BLOCK):
         _, z, _ = _load_children(logits, b, w, token, start, end, columns, BLOCK)
-        most, mass, weighted = _add(z[:, None], most, mass, weighted, inv_temperature)
+        most, mass, weighted = add(z[:, None], most, mass, weighted, inv_temperature)
     max_value, log_total = _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
@@ -300,9 +255,9 @@ def _row_grad(z, max_value, log_total, slope, curve, inv_temperature):
     """The gradient of a block of logits."""
     if not _divided_last(inv_temperature):
         slope, curve = slope * inv_temperature.first, curve * inv_temperature.first
-    octaves = _in_octaves(z - max_value, inv_temperature) - log_total * _LOG2E
+    octaves = in_octaves(z - max_value, inv_temperature) - log_total * LOG2E
     p = tl.exp2(octaves)
-    value = p * tl.fma(octaves, (curve * _LOG2).to(tl.float32), slope.to(tl.float32))
+    value = p * tl.fma(octaves, (curve * LOG2).to(tl.float32), slope.to(tl.float32))
     if _divided_last(inv_temperature):
         value = divided(value, inv_temperature)
     return tl.where(p > 0, value, 0.0)
@@ -327,7 +282,7 @@ def _vocab_gradient(
     for turn in range(first, tl.minimum(first + turns, tl.cdiv(columns, BLOCK))):
         v = tl.cast(turn, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         z = tl.load(logits + b * z0 + w * z1 + v * z2, v < columns, 0.0).to(tl.float32)
-        value = _row_grad(_cleaned(z), max_value, log_total, slope, curve, inv_temperature)
+        value = _row_grad(finite(z), max_value, log_total, slope, curve, inv_temperature)
         tl.store(gradient + r * columns + v, value.to(gradient.dtype.element_ty), v < columns)
 
 
@@ -387,8 +342,7 @@ def specializations() -> Iterator[Specialization]:
     for dtype, floats in FLOATS.items():
         types = {"logits": floats, "gradient": floats, **inverse}
         for wide in (True, False):
-            rows, lanes, _ = _shape(torch.empty(0, 0, 1, dtype=getattr(torch, dtype)), _BLOCK)
-            constants = {"z2": 1, "ROWS": rows, "LANES": lanes, "WIDE": wide} | targets
+            constants = {"z2": 1, "BLOCK": _BLOCK, "WIDE": wide} | targets
             name = f"token_logp {dtype}{'' if wide else ', odd rows'}"
             yield Specialization(name, _vocab_statistics, _WARPS, constants, types)
         name = f"token_logp gradient {dtype}"
