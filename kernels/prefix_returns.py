@@ -2,8 +2,7 @@
 
 A program whose candidate is not the first of its bucket ends at once. The others add up the embeddings of
 their bucket in float64, in candidate order within fixed tiles, 64 numbers at a time, and write the result to
-all of its members. Two launches; every embedding is read once per level. The one workspace
-is the numbering's.
+all of its members. Two launches; every embedding is read once per level. Workspace: what the numbering needs.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A program looks, level by level, for the first candidate of each of its candidates' nodes; where that is the
 candidate itself it writes the node, so every slot has one writer. The slots past the last node are cleared by
-all programs of the request, each a share. Two launches, and more for a mask of tokens. The one workspace
-holds the size of every candidate's nodes, int32 ``[B, G, L]``, and what the numbering needs.
+all programs of the request, each a share. Two launches, and more for a mask of tokens. Workspace: the size of
+every candidate's nodes, int32 ``[B, G, L]``, and what the numbering needs.
 """
 
 from __future__ import annotations

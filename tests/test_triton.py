@@ -97,6 +97,16 @@ def test_expand_topk_says_what_it_does_not_take(k: int, max_children: int, messa
         _triton.run("expand_topk", "expand_topk", *arguments)
 
 
+@pytest.mark.parametrize("vocab", [False, True])
+def test_long_rows_are_shared_alike_in_any_batch(vocab: bool) -> None:
+    """Their sums would otherwise have other bits when more rows are computed along with them."""
+    from vstar_ops.kernels.expand_topk import _plan
+
+    plans = [_plan(batch, 4, 20_000, 16, vocab, 20_000, False) for batch in (1, 3, 100, 1000)]
+    assert {plan.grid[1] for plan in plans} == {3}
+    assert len({plan.rows for plan in plans}) == 1
+
+
 def test_ved_select_says_what_it_does_not_take() -> None:
     node, other = torch.zeros(1, 2049, dtype=torch.int32), [None] * 12
     with pytest.raises(NotImplementedError, match="ved_select: the Triton backend takes at most 2,048 nodes"):
