@@ -22,9 +22,9 @@ candidates, rounded    warps
 512                    8
 =====================  =====
 
-512 take 16 if nothing but numbers is asked for: with others registers spill. More candidates are compared
-with each other, see _pairs.py. Workspace: for ``scale="group"`` float64 ``[B]``, what a request is divided
-by; with a mask of tokens int32 ``[B, G, L]``, the numbers of all prefixes.
+256 and 512 take twice as many for numbers alone: else registers spill. More candidates are compared with each
+other, see _pairs.py. Workspace: for ``scale="group"`` float64 ``[B]``, what a request is divided by; with a
+mask of tokens int32 ``[B, G, L]``, the numbers of all prefixes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _launch(tokens, rewards, mask, request, advantage, valid, node, count, *rest
 
 
 def _warps(block: int, warps: int, statistics: bool) -> int:
-    return warps if statistics or block < 512 else 16
+    return warps if statistics or block < 256 else 2 * warps
 
 
 @triton.jit
