@@ -55,7 +55,7 @@ def _dense() -> CostCase:
     moved, again = logits + maxima + heads, maxima + heads + 256 * 128 * 128 * 2
     loops = [Loop(WIDE, 4, {WIDE: 4, "SHFL": 2}, latency=MEMORY)]  # a chunk of 4,096
     chunks = [Loop(r"MUFU\.EX2", 2, which=1, latency=L2), Loop(r"MUFU\.EX2", 1, which=1, up=1, latency=L2)]
-    triton = [Loop(r"MUFU\.EX2", 2, {"U16": 16, "STG": 1}, latency=MEMORY)]
+    triton = [Loop(WIDE, columns // 1024, {WIDE: 2, "STG": 1}, latency=MEMORY)]
     picks = [*chunks, *_selection(16, 32, {"U16": 4}, L2)]
     items, name = 256 * 512 * (16 + 32), "expand_select_kernelINS_8BFloat16ELb0"
     select = Launch(name, 256, 16, again, {}, picks, items, 64_000, L2)
@@ -67,7 +67,7 @@ def _dense() -> CostCase:
             select,
         ],
         [
-            Launch("expand_topk rows 4096, bfloat16", rows, 8, moved, {"STG": 10}, triton, rows * columns),
+            Launch("expand_topk rows 1024, bfloat16", rows, 2, moved, {"STG": 10}, triton, rows * columns),
             _triton_selection(256, again, 16, 32),
         ],
     )
@@ -88,7 +88,7 @@ def _legal() -> CostCase:
         Loop(r"MUFU\.EX2", 1, which=2, up=1),
         *_selection(3, 2, {"U16": 1, r"LDG\.E\.CONSTANT": 1}, L1),
     ]
-    triton = [Loop(r"MUFU\.EX2", 1, {"U16": 8, r"LDG\.E R": 8}, latency=L2)]
+    triton = [Loop("U16", 1, {"U16": 8, WIDE: 2}, latency=L2)]
     return CostCase(
         "expand_topk legal depth 1 bf16 B=16 W=128 V=768 K=128",
         (10e-6, 15e-6),
@@ -120,17 +120,13 @@ def _sibling() -> CostCase:
         Loop("STG", depth, {"STG": 4, "RCP": 1}, which=-1),
         Loop("STG", depth, which=-1, up=1),
     ]
-    own = {r"LDG\.E\.64": 16, r"LDG\.E R": 32, "U8": 0, "U16": 0}
-    triton = [
-        Loop("LDG", 4 * depth, own),  # chunks of 16 candidates
-        Loop("LDG", 4 * depth, {**own, r"LDG\.E\.64": 48}, which=1),
-        Loop("LDG", depth, {"STG": 6}, up=1),
-    ]
+    # Tokens fit into keys, so they are sorted once per level.
+    triton = [Loop("SHFL", depth, which=0), Loop("STG", depth, {"STG": 8, r"LDG\.E\.64": 2}, latency=L2)]
     return CostCase(
         "sibling_advantage B=1024 G=64 L=3",
         (8e-6, 20e-6),
         [Launch("sibling_advantage_kernel", batch, 2, moved, {}, loops, batch * group, 8_000)],
-        [Launch("sibling_advantage 64", batch, 2, moved, {}, triton, batch * group)],
+        [Launch("sibling_advantage 64", batch, 1, moved, {}, triton, batch * group)],
     )
 
 
@@ -161,12 +157,17 @@ def _ved() -> list[CostCase]:
         Loop(r"LDG\.E\.64", 16 * entries / 128, {r"LDG\.E\.64": 8}, per=r"LDG\.E\.64"),
         Loop("SHFL", 16, {"STG": 3}),
     ]
+    # In Triton every turn of 256 looks its leaves up among the evaluated third of the nodes.
+    turns = nodes * 32 / 256
     triton_candidates = [
         Loop(r"STG\.E\.64", 1, latency=L2),
-        Loop("LDG", 3 * nodes, which=2, per="LDG"),
-        Loop(r"STG\.E\.64", 3, which=1, latency=L2),
-        Loop("REDUX", 16 * 3, which=-1),
-        Loop("REDUX", 16, which=-1, up=1),
+        Loop("LDG", turns * nodes / 3, which=1, per="LDG"),
+        Loop(r"STG\.E\.64", turns, which=1, latency=L2),
+        Loop(r"LDG\.E\.64", 2 * 33, per=r"LDG\.E\.64"),
+        Loop(r"STG\.E\.64", 1, which=2, latency=L2),
+        Loop(r"LDG\.E\.64", 16, which=2),
+        Loop(r"LDG\.E\.64", 16, which=3),
+        Loop(r"STG\.E\.64", 16, which=3, latency=L2),
     ]
     stored, trees = 20.0 * batch * entries, batch // 4
     insert = [Loop(r"LDG\.E\.64", 3, {"STG": 19}, latency=L2)]
@@ -188,7 +189,7 @@ def _ved() -> list[CostCase]:
             "ved_candidates B=1024 budget=129 K=16",
             (20e-6, 40e-6),
             [Launch("ved_candidates_kernel", batch, 4, stored, {}, candidates, batch * entries)],
-            [Launch("ved_candidates", batch, 8, stored, {}, triton_candidates, batch * entries)],
+            [Launch("ved_candidates", batch, 2, stored, {}, triton_candidates, batch * entries)],
         ),
     ]  # fmt: skip
 
@@ -201,15 +202,16 @@ def _token_logp(columns: int, odd: bool) -> CostCase:
     backward = [Loop(WIDE, tile, {**stores, "MUFU": 8}, latency=MEMORY)]
     # Eight 2-byte stores 16 bytes apart each: every pair takes a sector of 32 bytes.
     sectors = 16.0 * items if odd else 0
-    tail, loads, all_ = (
-        (", odd", {"U16": 16}, {r"LDG\.E\.U16": 16, "STG": 16})
+    names, loads, all_ = (
+        ((", odd rows, odd", ", odd"), {"U16": 16}, {r"LDG\.E\.U16": 16, "STG": 16})
         if odd
-        else ("", {WIDE: 2}, {WIDE: 2, "STG": 2})
+        else (("", ""), {WIDE: 2}, {WIDE: 2, "STG": 2})
     )
-    statistics = [Loop(r"MUFU\.EX2", -(-columns // 4096), loads, latency=MEMORY)]
-    coefficients = [Loop("LDG", 1, {"LDG": 3}, latency=L2)]
-    targets = [*coefficients, Loop("SHFL", 1, {"LDG": 3}), Loop("SHFL", 1, {"STG": 1}, up=1)]
-    blocks, both = -(-columns // 2048) * rows, 2 * moved
+    statistics = [Loop(*loads, columns / 4096, loads, latency=MEMORY)]
+    turns = -(-columns // (2 * 2048))
+    coefficients = [Loop("LDG", 1, {"LDG": 3}, latency=L2), Loop("STG", turns, all_, latency=MEMORY)]
+    targets = [coefficients[0], Loop("SHFL", 1, {"LDG": 3}), Loop("SHFL", 1, {"STG": 1}, up=1)]
+    both = 2 * moved
     name, other = "token_logp_kernelINS_8BFloat16ELi8", "token_logp_backward_kernelINS_8BFloat16"
     return CostCase(
         f"token_logp bf16 [{rows}, {columns}] forward, backward",
@@ -219,8 +221,8 @@ def _token_logp(columns: int, odd: bool) -> CostCase:
             Launch(other, rows, 8, both, {"BAR": 3}, backward, items, sectors=sectors),
         ],
         [
-            Launch(f"token_logp bfloat16{tail}", rows, 8, moved, {"STG": 3}, statistics, items),
-            Launch(f"token_logp gradient bfloat16{tail}", blocks, 4, both, all_, coefficients, items),
+            Launch(f"token_logp bfloat16{names[0]}", rows, 8, moved, {"STG": 3}, statistics, items),
+            Launch(f"token_logp gradient bfloat16{names[1]}", 2 * rows, 4, both, {}, coefficients, items),
             Launch("token_logp gradient of targets", rows, 1, 64.0 * rows, {}, targets, rows, latency=L2),
         ],
     )

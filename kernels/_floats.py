@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 
 import triton
@@ -15,6 +16,7 @@ LOWEST = tl.constexpr(-(2**63))  # the key of what is no candidate
 InverseTemperature = namedtuple("InverseTemperature", "first second")
 
 
+@functools.lru_cache(1024)
 def inverse_of(temperature: float) -> InverseTemperature:
     """1 / temperature as two normal floats, the second 1 for ordinary temperatures."""
     least, most, largest = 2.0**-126, 2.0**126, 3.4028234663852886e38

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._array import Array, load_int, strided
-from ._kernel import ADDRESS, I32, I64, Specialization, kernel, options
+from ._kernel import ADDRESS, I32, I64, Specialization, kernel
 
 _BLOCK, _WARPS = {"BLOCK": 256}, 2
 _ROWS, _ROW_WARPS = {"BLOCK": 512}, 4
@@ -37,11 +37,12 @@ def advance_beams(
     its_evaluated = parent.new_empty(batch, beams, dtype=torch.int32)
     its_slot, its_token = (torch.empty_like(its_evaluated, dtype=torch.int64) for _ in range(2))
     if tokens.numel():
-        _advance_beams[(triton.cdiv(tokens.numel(), _BLOCK["BLOCK"]),)](
+        _advance_beams.launch(
+            (-(-tokens.numel() // _BLOCK["BLOCK"]),), _WARPS,
             *strided(parent, 2), *strided(token, 2), *strided(node, 2), *strided(sequence, 3),
             *strided(slot, 2), *strided(evaluated, 2), *strided(row, 2), *strided(row_slot, 1), tokens,
             its_slot, its_token, its_evaluated, batch, beams, width, length,
-            0 if row_slot is None else len(row_slot), **_BLOCK, **options(_WARPS),
+            0 if row_slot is None else len(row_slot), **_BLOCK,
         )  # fmt: skip
     return tokens, its_slot, its_token, its_evaluated
 
@@ -85,10 +86,10 @@ def rows_to_run(
     row, num_rows, num_tokens = (offset.new_empty(*size) for size in ((batch, width), (length,), (batch,)))
     parent = offset.new_empty(batch * width, dtype=torch.int64)
     token, place = (parent.new_empty(length, batch * width) for _ in range(2))
-    _rows_to_run[(1 + length + batch,)](
+    _rows_to_run.launch(
+        (1 + length + batch,), _ROW_WARPS,
         offset, *strided(node, 2), *strided(sequence, 3), *strided(slot, 2), *strided(evaluated, 2), row,
         parent, token, place, num_rows, num_tokens, len(offset) - 1, batch, width, length, **_ROWS,
-        **options(_ROW_WARPS),
     )  # fmt: skip
     return row, parent, token, place, num_rows, num_tokens
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._array import Array, load_float, load_int, strided
-from ._kernel import ADDRESS, F32, I32, I64, LONG, Specialization, kernel, options, workspace
+from ._kernel import ADDRESS, F32, I32, I64, LONG, Specialization, kernel, workspace
 
 _LIST, _PLACE, _COMPARE = {"BLOCK": 64}, {"BLOCK": 64}, {"BLOCK": 32, "CHUNK": 32}
 
@@ -34,14 +34,16 @@ def draw_children(
     (choice,) = workspace(logp.device, (batch * candidates, torch.int32))
     lists = *strided(logp, 2), *strided(token, 2), *strided(node, 2)
     if out_node.numel():
-        _draw[(batch * candidates,)](
+        _draw.launch(
+            (batch * candidates,), 1,
             *lists, *strided(row, 2), *strided(prefix, 2), *strided(seed, 1), base_seed, choice, candidates,
-            *logp.shape, **_LIST, **options(1),
+            *logp.shape, **_LIST,
         )  # fmt: skip
     if batch:
-        _place[(batch,)](
+        _place.launch(
+            (batch,), 1,
             *lists, *strided(row, 2), *strided(sequence, 3), *strided(cum_logp, 2), choice, out_sequence,
-            out_node, out_logp, num_valid, candidates, length, int(pack), **_PLACE, **options(1),
+            out_node, out_logp, num_valid, candidates, length, int(pack), **_PLACE,
         )  # fmt: skip
     return out_sequence, out_node, out_logp, num_valid
 
@@ -154,13 +156,14 @@ def distinct_rows(
     out_parent, out_token = (torch.empty_like(out_node, dtype=torch.int64) for _ in range(2))
     (first,) = workspace(node.device, (node.numel(), torch.int32))
     if batch:
-        _first_candidates[(batch,)](
-            *strided(node, 2), first, num_tokens, candidates, **_COMPARE, **options(1)
+        _first_candidates.launch(
+            (batch,), 1,
+            *strided(node, 2), first, num_tokens, candidates, **_COMPARE
         )  # fmt: skip
-    _distinct_rows[(max(batch, 1),)](
+    _distinct_rows.launch(
+        (max(batch, 1),), 1,
         *strided(node, 2), *strided(token, 2), *strided(slot, 1), *strided(row, 2), first, out_row,
         out_parent, out_token, out_node, num_rows, num_tokens, batch, candidates, len(slot), **_COMPARE,
-        **options(1),
     )  # fmt: skip
     return out_row, out_parent, out_token, out_node, num_rows, num_tokens
 

@@ -3,10 +3,11 @@
 ``_rows``: one program per row (prefix). It reads the legal logits in blocks and keeps maximum, sum of
 exponentials and entropy as it goes; under ``"vocab"`` it also reads all columns, unless all of them are
 legal. Children whose tokens are consecutive, as those of a trie's upper levels are, are read in place;
-others through the token list.
-Of every ``segment`` consecutive children it keeps the largest logit. Few long rows are shared by several
-programs, whose statistics the second launch joins. Where children have an extra score of their own (noise,
-child values) a segment keeps its best *score*, so every program of a row then reads the row's logits twice.
+others through the token list. Every thread keeps sums of its own, see _softmax.py.
+Of every ``segment`` consecutive children it keeps the largest logit. A row of more than 8 blocks is shared by
+several programs, whose statistics the second launch joins. Where children have an extra score of their own
+(noise, child values) a segment keeps its best *score*, so every program of a row then reads the row's logits
+twice, and rows are shared only where they are few.
 
 ``_select``: one program per request. The k best segments hold the k best children: a child outside of them is
 beaten by one of each, because the score rises with the logit and ties go to the earlier segment. So it takes
@@ -17,37 +18,39 @@ int64 keys (order-preserving bits of the score, then the position) past a sorted
 longest row               block    segment   warps
 ========================  =======  ========  =====
 256 children or columns   256      16        1
-2,048                     2,048    128       4
-more                      4,096    128       8
+more                      1,024    128       2
 ========================  =======  ========  =====
 
-One workspace: 16 bytes of statistics and 16 of places per row, 4 bytes per segment, 20 per part of a
+One workspace: 16 bytes of statistics and 16 of places per row, 4 bytes per segment, 24 per part of a
 shared row, 8 per selected segment. A request has at most 2,048 winners and fewer than 2^31 children.
 Multiplications and additions are not fused: both launches must give a score the same bits.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton import cdiv, next_power_of_2
 
 from .._triton import Unsupported
 from ._array import Array, load_float, load_int, strided
 from ._floats import LOWEST, InverseTemperature, cleaned, divided, from_ordered, inverse_of, ordered
-from ._kernel import ADDRESS, ALIGNED, ANY, F32, FLOATS, I32, I64, Specialization, kernel, options, workspace
+from ._kernel import ADDRESS, ALIGNED, ANY, F32, FLOATS, I32, I64, NUMBERS, Specialization, kernel, workspace
+from ._softmax import LOG2, add, alike, finite, nothing, tile
 from ._trie import edges
 
-_TILES = ((256, 16, 1), (2048, 128, 4), (4096, 128, 8))  # children per block and per segment; warps
+_TILES = ((256, 16, 1), (1024, 128, 2))  # children per block and per segment; warps
 # Keys per block of the selection, warps. Other warps spill registers on one architecture or another.
 _FEW, _MANY, _MORE = (256, 2), (512, 8), (1024, 8)
 _MOST_WINNERS = 2048
-_PROGRAMS = 512  # rows are shared until there are about as many; fixed, so that no result depends on the GPU
+_SHARE = 8  # blocks of a row that a program takes; fixed, so that no sum depends on the batch
+_PROGRAMS = 512  # where the programs of a row do not share the sums, there are about as many; fixed as well
 
 
 def expand_topk(
@@ -56,7 +59,49 @@ def expand_topk(
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.expand_topk`."""
     batch, width = node.shape
-    columns = logits.shape[2]
+    columns, device = logits.shape[2], logits.device
+    if value_weight == 0:
+        value = child_value = None
+    extra = seed is not None or child_value is not None or logp_weight < 0
+    plan = _plan(batch, width, columns, k, vocab, max_children, extra)
+    score = torch.empty((batch, k), device=device)
+    parent = torch.empty((batch, k), dtype=torch.int32, device=device)
+    logp, chosen, child = torch.empty_like(score), torch.empty_like(parent), torch.empty_like(parent)
+    count, entropy = parent.new_empty(batch), score.new_empty((batch, width))
+    outputs = score, logp, parent, chosen, child, count, entropy
+    if batch == 0:
+        return outputs
+    memory = workspace(device, *plan.workspace)
+    terms = (
+        *strided(cum_logp, 2), *strided(value, 2), *strided(bonus, 2), *strided(child_value, 3),
+        *strided(seed, 1), Weights(logp_weight, value_weight, entropy_weight, inverse_of(temperature)),
+    )  # fmt: skip
+    if width:
+        _rows.launch(
+            plan.grid, plan.warps, logits, *logits.stride(), *strided(row, 2), logits.shape[1], *terms,
+            offset, token, *strided(node, 2), *memory[:4], entropy, width, columns, offset.numel() - 1,
+            token.numel(), *plan.rows,
+        )  # fmt: skip
+    _select.launch(
+        (batch,), plan.select_warps, *strided(logits, 3), *terms, token, *memory, *outputs, width, columns,
+        *plan.select,
+    )  # fmt: skip
+    return outputs
+
+
+class Plan(NamedTuple):
+    """What of a call follows from sizes and options alone: workspace, grid, warps, last arguments."""
+
+    workspace: tuple[tuple[int, torch.dtype], ...]
+    grid: tuple[int, int]
+    warps: int
+    rows: tuple[int, ...]
+    select_warps: int
+    select: tuple[int, ...]
+
+
+@functools.lru_cache(1024)
+def _plan(batch, width, columns, k, vocab, max_children, extra) -> Plan:
     children = width * max_children
     winners = min(k, children)
     if winners > _MOST_WINNERS:
@@ -65,62 +110,37 @@ def expand_topk(
     if children >= 2**31:
         most = "fewer than 2^31 children per request"
         raise Unsupported(f"expand_topk: the Triton backend takes {most}, got {children:,}")
-    device, rows = logits.device, batch * width
-    score, logp = (torch.empty(batch, k, device=device) for _ in range(2))
-    parent, chosen, child = (torch.empty(batch, k, dtype=torch.int32, device=device) for _ in range(3))
-    count = torch.empty(batch, dtype=torch.int32, device=device)
-    entropy = torch.empty(batch, width, device=device)
-    outputs = score, logp, parent, chosen, child, count, entropy
-    if batch == 0:
-        return outputs
-    if value_weight == 0:
-        value = child_value = None
-    extra = seed is not None or child_value is not None or logp_weight < 0
-    max_children = max(max_children, 1)
+    rows, max_children = batch * width, max(max_children, 1)
     longest = max(columns if vocab else 0, max_children)
     block, segment, warps = next((tile for tile in _TILES if longest <= tile[0]), _TILES[-1])
-    segments = cdiv(max_children, segment)
-    splits = max(1, min(cdiv(longest, block), _PROGRAMS // max(rows, 1)))
+    segments = -(-max_children // segment)
+    blocks = -(-longest // block)
+    splits = max(1, min(blocks, _PROGRAMS // max(rows, 1))) if extra else -(-blocks // _SHARE)
     parts = 0 if extra or splits == 1 else splits
-    list_size, keys, select_warps = _selection(winners, width * segments)
-    stats, trie, best, part, picked = workspace(
-        device, (4 * rows, torch.float32), (4 * rows, torch.int32), (rows * segments, torch.float32),
-        (5 * rows * parts, torch.float32), (batch * list_size, torch.int64),
+    size, keys, select_warps = _selection(winners, width * segments)
+    chunk, column_chunk = (-(-total // (splits * block)) * block for total in (max_children, columns))
+    return Plan(
+        workspace=(
+            (4 * rows, torch.float32), (4 * rows, torch.int32), (rows * segments, torch.float32),
+            (6 * rows * parts, torch.float32), (batch * size, torch.int64),
+        ),
+        grid=(rows, splits),
+        warps=warps,
+        rows=(max_children, int(vocab), segments, splits, chunk, column_chunk, extra, block, segment),
+        select_warps=select_warps,
+        select=(
+            max_children, segments, segment, min(size, width * segments), parts, int(extra), k, size, keys,
+        ),
     )  # fmt: skip
-
-    terms = (
-        *strided(cum_logp, 2), *strided(value, 2), *strided(bonus, 2), *strided(child_value, 3),
-        *strided(seed, 1), Weights(logp_weight, value_weight, entropy_weight, inverse_of(temperature)),
-    )  # fmt: skip
-    if rows:
-        _rows[(rows, splits)](
-            logits, *logits.stride(), *strided(row, 2), logits.shape[1], *terms, offset, token,
-            *strided(node, 2), stats, trie, best, part, entropy, width=width, columns=columns,
-            num_nodes=offset.numel() - 1, num_edges=token.numel(), max_children=max_children,
-            vocab=int(vocab), segments=segments, splits=splits, chunk=_chunk(max_children, splits, block),
-            column_chunk=_chunk(columns, splits, block), EXTRA=extra, BLOCK=block, SEGMENT=segment,
-            **options(warps),
-        )  # fmt: skip
-    _select[(batch,)](
-        *strided(logits, 3), *terms, token, stats, trie, best, part, picked, *outputs, width=width,
-        columns=columns, max_children=max_children, segments=segments, segment=segment,
-        segment_count=min(list_size, width * segments), parts=parts, extra=int(extra), k=k, LIST=list_size,
-        KEYS=keys, **options(select_warps),
-    )  # fmt: skip
-    return outputs
 
 
 def _selection(winners: int, segments: int) -> tuple[int, int, int]:
     """Length of the list of the best, keys per block, warps."""
-    size = max(16, next_power_of_2(winners))
+    size = max(16, 1 << (winners - 1).bit_length())
     if size <= 64 and segments <= 4 * _FEW[0]:
         return size, *_FEW
     keys, warps = _MANY if size < _MANY[0] else _MORE
     return max(64, size), max(size, keys), 16 if size == 256 else warps
-
-
-def _chunk(total: int, splits: int, block: int) -> int:
-    return cdiv(cdiv(total, splits), block) * block
 
 
 # What a score is made of besides the logits: arrays and numbers.
@@ -128,30 +148,8 @@ Terms = namedtuple("Terms", "cum_logp value bonus child_value seed weights")
 Weights = namedtuple("Weights", "logp_weight value_weight entropy_weight inv_temperature")
 # What the scores of a row's children have in common.
 Row = namedtuple("Row", "row_max log_sum cum_logp constant")
-# Legal columns of a row: in a list from `begin`, or `first` and those after it if consecutive.
-Children = namedtuple("Children", "token begin count first consecutive")
-
-
-@triton.jit
-def _join(max1, total1, moment1, max2, total2, moment2, inv_temperature):
-    """Statistics of two disjoint sets: max z; sums of exp(x) and x exp(x), x = (z - max) / temperature."""
-    joint = tl.maximum(max1, max2)
-    shift1 = tl.where(total1 > 0, divided(max1 - joint, inv_temperature), 0.0)
-    shift2 = tl.where(total2 > 0, divided(max2 - joint, inv_temperature), 0.0)
-    scale1, scale2 = tl.exp(shift1), tl.exp(shift2)
-    moment1 = tl.where(scale1 > 0, (moment1 + total1 * shift1) * scale1, 0.0)
-    moment2 = tl.where(scale2 > 0, (moment2 + total2 * shift2) * scale2, 0.0)
-    return joint, total1 * scale1 + total2 * scale2, moment1 + moment2
-
-
-@triton.jit
-def _add_block(z, row_max, total, moment, inv_temperature):
-    """Take a block of logits into a row's statistics."""
-    block_max = tl.max(z, 0)
-    x = divided(z - tl.where(block_max == float("-inf"), 0.0, block_max), inv_temperature)
-    power = tl.exp(x)
-    block_moment = tl.sum(tl.where(power > 0, power * x, 0.0), 0)
-    return _join(row_max, total, moment, block_max, tl.sum(power, 0), block_moment, inv_temperature)
+# Legal columns of a row: in a list from `begin`; if `near` also `first` and those after it.
+Children = namedtuple("Children", "token begin count first near")
 
 
 @triton.jit
@@ -243,45 +241,69 @@ def _extra_score(terms, b, line, node, column, inside):
 
 
 @triton.jit
-def _children_of(offset, token, node, num_nodes, num_edges, max_children):
+def _children_of(offset, token, node, num_nodes, num_edges, max_children, readable):
     begin, end = edges(offset, node, num_nodes, num_edges)
     begin, count = begin.to(tl.int64), tl.minimum(end - begin, max_children)
     first = tl.load(token + begin, count > 0, 0)
     last = tl.load(token + begin + count - 1, count > 0, 0)
     # A multiple of 16 lets a thread read several logits at once.
-    consecutive = (last - first + 1 == count) & (first >= 0) & (first % 16 == 0)
-    return Children(token, begin, count, first, consecutive)
+    near = (last - first + 1 == count) & (first >= 0) & (first % 16 == 0) & (first + count <= readable)
+    return Children(token, begin, count, first, near)
 
 
 @triton.jit
 def _load_children(logits, s2, children, columns, readable, c):
     """Columns and logits of the children ``c`` of a row; those that do not exist are -inf."""
-    column = c
-    if children.consecutive:
+    rounded = (children.count + 15) // 16 * 16
+    if children.near & (children.first + rounded <= readable):
         column = tl.multiple_of(children.first, 16) + c
+        z = tl.load(logits + column.to(tl.int64) * s2, c < rounded, 0.0).to(tl.float32)
+        inside = c < children.count
     else:
         column = tl.load(children.token + children.begin + c, c < children.count, -1)
-    inside = (c < children.count) & (column >= 0) & (column < columns)
-    z = tl.load(logits + column.to(tl.int64) * s2, inside & (column < readable), 0.0).to(tl.float32)
+        inside = (column >= 0) & (column < columns)
+        z = tl.load(logits + column.to(tl.int64) * s2, inside & (column < readable), 0.0).to(tl.float32)
     return column, inside, cleaned(z, inside)
 
 
 @triton.jit
 def _store_segments(best, x, start, segments, BLOCK: tl.constexpr, SEGMENT: tl.constexpr):
-    """Write the largest number of each segment of a block."""
+    """Write the largest number of each segment of a tile."""
     at = start // SEGMENT + tl.arange(0, BLOCK // SEGMENT)
-    tl.store(best + at, tl.max(tl.reshape(x, (BLOCK // SEGMENT, SEGMENT)), 1), at < segments)
+    most = tl.reshape(tl.max(x, 1), (BLOCK // SEGMENT, x.shape[0] * SEGMENT // BLOCK))
+    tl.store(best + at, tl.max(most, 1), at < segments)
 
 
 @triton.jit
-def _vocab_stats(logits, s2, low, high, columns, readable, inv_temperature, BLOCK: tl.constexpr):
+def _whole_tiles(low, high, BLOCK: tl.constexpr):
+    """Numbers of the first tile, of the first that ends behind ``high``, and one past the last."""
+    first = low // BLOCK
+    return first, tl.maximum(first, high // BLOCK), tl.maximum(first, tl.cdiv(high, BLOCK))
+
+
+@triton.jit
+def _sums(most, mass, weighted, inv_temperature):
+    """Maximum of a row, -inf if there is nothing, and its sums as ``_join_tile`` takes them."""
+    most, mass, weighted = alike(most, mass, weighted, inv_temperature)
+    total = tl.sum(mass, 0)
+    return tl.where(total > 0, most, float("-inf")), total, tl.sum(weighted, 0) * LOG2
+
+
+@triton.jit
+def _vocab_stats(logits, s2, low, high, columns, readable, inv_temperature, c, BLOCK: tl.constexpr):
     """Maximum and sum of exponentials of a row's columns."""
-    vocab_max, vocab_total, unused = float("-inf"), 0.0, 0.0
-    for start in range(low, high, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    first, whole, last = _whole_tiles(low, high, BLOCK)
+    whole = tl.where(readable > 0, whole, first)
+    most, mass, unused = nothing(c.shape[0])
+    for turn in range(first, whole):
+        column = turn * BLOCK + c
+        z = finite(tl.load(logits + column.to(tl.int64) * s2).to(tl.float32))
+        most, mass, unused = add(z, most, mass, unused, inv_temperature)
+    for turn in range(whole, last):
+        column = turn * BLOCK + c
         z = tl.load(logits + column.to(tl.int64) * s2, column < readable, 0.0).to(tl.float32)
-        z = cleaned(z, column < columns)
-        vocab_max, vocab_total, unused = _add_block(z, vocab_max, vocab_total, unused, inv_temperature)
+        most, mass, unused = add(cleaned(z, column < columns), most, mass, unused, inv_temperature)
+    vocab_max, vocab_total, _ = _sums(most, mass, unused, inv_temperature)
     return vocab_max, vocab_total
 
 
@@ -290,9 +312,9 @@ def _rows(
     logits: ANY, s0: ALIGNED, s1: ALIGNED, s2: ALIGNED, index: ADDRESS, index_type, i0, i1, num_rows,
     cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS, value_type, v0, v1, bonus: ADDRESS, bonus_type,
     o0, o1, child_value: ADDRESS, child_value_type, c0, c1, c2, seed: ADDRESS, seed_type, seed_stride,
-    weights, offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, stats: F32, trie: I32, best: F32,
-    part: F32, entropies: F32, width, columns, num_nodes, num_edges, max_children, vocab, segments, splits,
-    chunk, column_chunk, EXTRA: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    weights: NUMBERS, offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, stats: F32, trie: I32,
+    best: F32, part: F32, entropies: F32, width, columns, num_nodes, num_edges, max_children, vocab,
+    segments, splits, chunk, column_chunk, EXTRA: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     terms = Terms(
         Array(cum_logp, cum_logp_type, a0, a1, 0), Array(value, value_type, v0, v1, 0),
@@ -301,7 +323,8 @@ def _rows(
     )  # fmt: skip
     r, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, w = r // width, r % width
-    step = tl.arange(0, BLOCK)
+    LANES: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    c = tile(BLOCK // LANES, LANES, True)
     line = w
     if index_type >= 0:
         line = load_int(Array(index, index_type, i0, i1, 0), b, w, 0, True, -1)
@@ -310,7 +333,7 @@ def _rows(
     readable = tl.where(line >= 0, columns, 0)
     best += r * segments
     here = load_int(Array(node, node_type, n0, n1, 0), b, w, 0, True, -1)
-    children = _children_of(offset, token, here, num_nodes, num_edges, max_children)
+    children = _children_of(offset, token, here, num_nodes, num_edges, max_children, readable)
     count = children.count
     low = split * chunk
     high = tl.minimum(low + chunk, count)
@@ -320,16 +343,26 @@ def _rows(
     if EXTRA:  # every program of the row needs the statistics of all of it
         stats_low, stats_high, column_low, column_high = low * 0, count, low * 0, columns
 
-    row_max, total, moment = float("-inf"), 0.0, 0.0
-    for start in range(stats_low, stats_high, BLOCK):
-        _, _, z = _load_children(logits, s2, children, columns, readable, start + step)
+    # Whole tiles of neighbors are read 16 bytes at a time.
+    first, whole, last = _whole_tiles(stats_low, stats_high, BLOCK)
+    whole = tl.where(children.near, whole, first)
+    most, mass, weighted = nothing(BLOCK // LANES)
+    for turn in range(first, whole):
+        column = tl.multiple_of(children.first, 16) + turn * BLOCK + c
+        z = finite(tl.load(logits + column.to(tl.int64) * s2).to(tl.float32))
         if not EXTRA:
-            _store_segments(best, z, start, segments, BLOCK, SEGMENT)
-        row_max, total, moment = _add_block(z, row_max, total, moment, weights.inv_temperature)
+            _store_segments(best, z, turn * BLOCK, segments, BLOCK, SEGMENT)
+        most, mass, weighted = add(z, most, mass, weighted, weights.inv_temperature)
+    for turn in range(whole, last):
+        _, _, z = _load_children(logits, s2, children, columns, readable, turn * BLOCK + c)
+        if not EXTRA:
+            _store_segments(best, z, turn * BLOCK, segments, BLOCK, SEGMENT)
+        most, mass, weighted = add(z, most, mass, weighted, weights.inv_temperature)
+    row_max, total, moment = _sums(most, mass, weighted, weights.inv_temperature)
     vocab_max, vocab_total = row_max, total
     if (vocab != 0) & (count != columns):
         vocab_max, vocab_total = _vocab_stats(
-            logits, s2, column_low, column_high, columns, readable, weights.inv_temperature, BLOCK
+            logits, s2, column_low, column_high, columns, readable, weights.inv_temperature, c, BLOCK
         )
 
     if split == 0:
@@ -342,17 +375,18 @@ def _rows(
         _store_row(stats, entropies, r, row, entropy, split == 0)
         if EXTRA:
             for start in range(low, high, BLOCK):
-                column, inside, z = _load_children(logits, s2, children, columns, readable, start + step)
+                column, inside, z = _load_children(logits, s2, children, columns, readable, start + c)
                 extra_score = _extra_score(terms, b, line, here, column, inside)
                 score, _ = _score(z, row, extra_score, terms)
                 _store_segments(best, score, start, segments, BLOCK, SEGMENT)
     else:
-        part += (r * splits + split) * 5
+        part += (r * splits + split) * 6
         tl.store(part, row_max)
         tl.store(part + 1, total)
         tl.store(part + 2, moment)
         tl.store(part + 3, vocab_max)
         tl.store(part + 4, vocab_total)
+        tl.store(part + 5, 0.0)
 
     # The segments that no block has reached.
     reached = tl.maximum(low, low + tl.cdiv(tl.maximum(high - low, 0), BLOCK) * BLOCK)
@@ -390,28 +424,37 @@ def _keep_best(kept, keys, LIST: tl.constexpr):
 
 
 @triton.jit
-def _join_parts(part, stats, entropies, terms, b, width, parts, KEYS: tl.constexpr):
+def _join_tile(joined, at, inside, inv_temperature):
+    """Join maximum and sums of the parts ``[R, P]`` of rows with what the rows had."""
+    row_max, total, moment = joined
+    maxima, totals = tl.load(at, inside, float("-inf")), tl.load(at + 1, inside, 0.0)
+    joint = tl.maximum(row_max, tl.max(maxima, 1))
+    shift = tl.where(total > 0, divided(row_max - joint, inv_temperature), 0.0)
+    shifts = tl.where(totals > 0, divided(maxima - joint[:, None], inv_temperature), 0.0)
+    scale, scales = tl.exp(shift), tl.exp(shifts)
+    moments = (tl.load(at + 2, inside, 0.0) + totals * shifts) * scales
+    moment = tl.where(scale > 0, (moment + total * shift) * scale, 0.0)
+    moment += tl.sum(tl.where(scales > 0, moments, 0.0), 1)
+    return joint, total * scale + tl.sum(totals * scales, 1), moment
+
+
+@triton.jit
+def _join_parts(part, stats, entropies, terms, b, width, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """Join what several programs per row have found. Ends with a barrier."""
-    for start in range(0, width, KEYS):
-        w = (start + tl.arange(0, KEYS)).to(tl.int64)
+    for start in range(0, width, ROWS):
+        w = (start + tl.arange(0, ROWS)).to(tl.int64)
         inside = w < width
-        row_max = tl.full((KEYS,), float("-inf"), tl.float32)
-        total = tl.zeros((KEYS,), tl.float32)
-        moment = tl.zeros((KEYS,), tl.float32)
-        vocab_max = tl.full((KEYS,), float("-inf"), tl.float32)
-        vocab_total = tl.zeros((KEYS,), tl.float32)
-        unused = tl.zeros((KEYS,), tl.float32)
-        for split in range(0, parts):
-            at = part + (w * parts + split) * 5
-            max2, total2 = tl.load(at, inside, float("-inf")), tl.load(at + 1, inside, 0.0)
-            moment2 = tl.load(at + 2, inside, 0.0)
-            row_max, total, moment = _join(
-                row_max, total, moment, max2, total2, moment2, terms.weights.inv_temperature
-            )
-            max2, total2 = tl.load(at + 3, inside, float("-inf")), tl.load(at + 4, inside, 0.0)
-            vocab_max, vocab_total, unused = _join(
-                vocab_max, vocab_total, unused, max2, total2, unused * 0.0, terms.weights.inv_temperature
-            )
+        zero = tl.zeros((ROWS,), tl.float32)
+        legal = zero + float("-inf"), zero, zero
+        vocab = legal
+        for first in range(0, parts, PARTS):
+            split = first + tl.arange(0, PARTS)
+            there = inside[:, None] & (split < parts)[None, :]
+            at = part + (w[:, None] * parts + split[None, :]) * 6
+            legal = _join_tile(legal, at, there, terms.weights.inv_temperature)
+            vocab = _join_tile(vocab, at + 3, there, terms.weights.inv_temperature)
+        row_max, total, moment = legal
+        vocab_max, vocab_total, _ = vocab
         row, entropy = _finish(terms, b, w, inside, row_max, total, moment, vocab_max, vocab_total)
         _store_row(stats, entropies, w, row, entropy, inside)
     tl.debug_barrier()  # they are read by other threads of this program
@@ -475,10 +518,10 @@ def _write(
 def _select(
     logits: ADDRESS, logits_type, s0, s1, s2, cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS,
     value_type, v0, v1, bonus: ADDRESS, bonus_type, o0, o1, child_value: ADDRESS, child_value_type, c0, c1,
-    c2, seed: ADDRESS, seed_type, seed_stride, weights, token: I32, stats: F32, trie: I32, best: F32,
-    part: F32, picked: I64, out_score: F32, out_logp: F32, out_parent: I32, out_token: I32, out_child: I32,
-    out_count: I32, entropies: F32, width, columns, max_children, segments, segment, segment_count, parts,
-    extra, k, LIST: tl.constexpr, KEYS: tl.constexpr,
+    c2, seed: ADDRESS, seed_type, seed_stride, weights: NUMBERS, token: I32, stats: F32, trie: I32,
+    best: F32, part: F32, picked: I64, out_score: F32, out_logp: F32, out_parent: I32, out_token: I32,
+    out_child: I32, out_count: I32, entropies: F32, width, columns, max_children, segments, segment,
+    segment_count, parts, extra, k, LIST: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     terms = Terms(
         Array(cum_logp, cum_logp_type, a0, a1, 0), Array(value, value_type, v0, v1, 0),
@@ -494,7 +537,8 @@ def _select(
     best += b * width * segments
     picked += b * LIST
     if parts > 0:
-        _join_parts(part + b * width * parts * 5, stats, entropies + b * width, terms, b, width, parts, KEYS)
+        part += b * width * parts * 6
+        _join_parts(part, stats, entropies + b * width, terms, b, width, parts, 16, 16)
 
     # First the segments, then the children of the best ones. One loop, so that the sorting network, which is
     # most of the kernel, is compiled once.

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._array import Array, load_float, load_int, strided
-from ._kernel import ADDRESS, BLOCKS, F32, Specialization, block_for, kernel, options
+from ._kernel import ADDRESS, BLOCKS, F32, Specialization, block_for, kernel
 
 
 def group_advantage(
@@ -24,9 +24,10 @@ def group_advantage(
     advantage = torch.empty(batch, group, device=rewards.device)
     if advantage.numel():
         block, warps = block_for(group)
-        _group_advantage[(batch,)](
+        _group_advantage.launch(
+            (batch,), warps,
             advantage, *strided(rewards, 2), *strided(mask, 2), group, eps, std_floor, ddof,
-            int(scaled), BLOCK=block, **options(warps),
+            int(scaled), BLOCK=block,
         )  # fmt: skip
     return advantage
 

@@ -2,8 +2,7 @@
 
 A program whose candidate is not the first of its bucket ends at once. The others add up the embeddings of
 their bucket in float64, in candidate order within fixed tiles, 64 numbers at a time, and write the result to
-all of its members. Two launches; every embedding is read once per level. The one workspace
-is the numbering's.
+all of its members. Two launches; every embedding is read once per level. Workspace: what the numbering needs.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import triton
 import triton.language as tl
 
 from ._array import Array, load_int, strided
-from ._kernel import ADDRESS, ALIGNED, ANY, F32, F64, FLOATS, I32, Specialization, kernel, options, workspace
-from .sibling_advantage import number_prefixes, sizes
+from ._kernel import ADDRESS, ALIGNED, ANY, F32, F64, FLOATS, I32, Specialization, kernel
+from .sibling_advantage import number_prefixes
 
 # Rows and columns of a tile of embeddings; candidates that are compared together.
 _TILE = {"ROWS": 16, "COLUMNS": 64, "MEMBERS": 128}
@@ -28,12 +27,12 @@ def prefix_returns(tokens, embedding, target, target_embedding, mask, weights):
     returns, similarity = (torch.empty(tokens.shape, device=tokens.device) for _ in range(2))
     node, count = (torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device) for _ in range(2))
     if tokens.numel():
-        earlier, prefix = workspace(tokens.device, *((size, torch.int32) for size in sizes(tokens, mask)))
-        number_prefixes(tokens, mask, earlier, prefix, node, count)
-        _prefix_returns[(batch * group, length)](
+        number_prefixes(tokens, mask, node, count)
+        _prefix_returns.launch(
+            (batch * group, length), 1,
             *strided(tokens, 3), *strided(target, 2), embedding, *embedding.stride(), target_embedding,
             *target_embedding.stride(), weights, weights.stride(0), node, returns, similarity, group, length,
-            embedding.shape[2], **_TILE, **options(1),
+            embedding.shape[2], **_TILE,
         )  # fmt: skip
     return returns, similarity, node, count
 

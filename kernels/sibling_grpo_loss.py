@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ._array import Array, array, load_float, load_int, strided
-from ._kernel import ADDRESS, BOOL, F32, F64, I32, Specialization, kernel, options, workspace
+from ._kernel import ADDRESS, BOOL, F32, F64, I32, Specialization, kernel, workspace
 
 _BLOCK, _WARPS = 512, 4  # tokens
 _SEQUENCES = 128  # counted together
@@ -49,7 +49,7 @@ def sibling_grpo_loss(
         return torch.zeros((), device=device), torch.zeros(7, device=device), gradient
     loss, terms = torch.empty((), device=device), torch.empty(7, device=device)
     averaged = level == "sequence" and old_logp is not None
-    blocks, counted = triton.cdiv(logp.numel(), _BLOCK), averaged or mask is not None
+    blocks, counted = -(-logp.numel() // _BLOCK), averaged or mask is not None
     sums, averages, counts = workspace(
         device, (8 * blocks, torch.float64), (batch * group * averaged, torch.float64),
         (batch * (group + 2) * counted, torch.int32),
@@ -57,9 +57,10 @@ def sibling_grpo_loss(
     optional = [x if x is None else x.contiguous() for x in (logp, old_logp, ref_logp, depth_weight)]
     arrays = [part for x in optional for part in array(x)]
     if counted:
-        _count[(batch,)](
+        _count.launch(
+            (batch,), 1,
             *strided(mask, 3), *arrays[:4], counts, averages, *sizes, averaged=int(averaged),
-            SEQUENCES=_SEQUENCES, **options(1),
+            SEQUENCES=_SEQUENCES,
         )  # fmt: skip
     others = [x.contiguous() for x in (advantage, valid, count, group_advantage)]
     window, _ = array(None if normalizer is None else normalizer.contiguous())
@@ -67,14 +68,15 @@ def sibling_grpo_loss(
         "global_weight": global_weight, "sibling_weight": sibling_weight, "kl_weight": kl_weight,
         "joint": int(clip_terms == "joint"), "COUNTED": counted, "REQUESTS": _REQUESTS,
     }  # fmt: skip
-    _tokens[(blocks,)](
+    _tokens.launch(
+        (blocks,), _WARPS,
         *arrays, *strided(mask, 3), *others, counts, averages, window, gradient, sums, *sizes,
         low=1 - clip_low, high=1 + clip_high, cap=dual_clip, log_bound=log_ratio_bound,
         kl_type=("k1", "k2", "k3").index(kl), by_node=int(weighting == "node"), averaged=int(averaged),
         loss_type=("grpo", "bnpo", "dr_grpo").index(loss_type), horizon=float(horizon), **weights,
-        BLOCK=_BLOCK, **options(_WARPS),
+        BLOCK=_BLOCK,
     )  # fmt: skip
-    _add_up[(1,)](sums, counts, loss, terms, blocks, *sizes, **weights, **options(1))
+    _add_up.launch((1,), 1, sums, counts, loss, terms, blocks, *sizes, **weights)
     return loss, terms, gradient
 
 

@@ -1,10 +1,11 @@
 """``token_logp`` and its gradient: each pass reads the logits once, and the gradient is written once.
 
 Over the whole vocabulary, one program of the forward pass streams a row through running maximum, mass and
-``sum p log p``; one program of the backward pass takes a block of a row's columns. Over a trie's legal
-children, one program takes a row, whose few logits are gathered, and the gradient is zeroed before. The
-entries of the targets are written last, over the others, in float64 by one program per row: a target's own
-gradient and its part of the row's cancel where it is nearly certain, so they must not be rounded apart.
+``sum p log p``, one of each for every 16 bytes that a thread reads, so that no thread waits for another; one
+program of the backward pass takes some blocks of a row's columns. Over a trie's legal children, one program
+takes a row, whose few logits are gathered, and the gradient is zeroed before. The entries of the targets are
+written last, over the others, in float64 by one program per row: a target's own gradient and its part of the
+row's cancel where it is nearly certain, so they must not be rounded apart.
 
 Two numbers per row, its maximum and the logarithm of its mass, go from one pass to the other. No workspace.
 """
@@ -28,16 +29,18 @@ from ._kernel import (
     F32,
     FLOATS,
     I32,
+    NUMBERS,
     Specialization,
     block_for,
     kernel,
-    options,
 )
+from ._softmax import LOG2, LOG2E, add, alike, finite, in_octaves, nothing, tile
 from ._trie import edges
 
 _BLOCK, _WARPS = 4096, 8  # columns that are streamed together, and warps
 _GRADIENT_BLOCK, _GRADIENT_WARPS = 2048, 4
 _TARGETS = 32
+_PROGRAMS = 8192  # rows are shared until there are about as many
 
 
 def token_logp(logits, targets, offset, token, node, temperature, max_children):
@@ -52,16 +55,16 @@ def token_logp(logits, targets, offset, token, node, temperature, max_children):
     inv_temperature = inverse_of(temperature)
     sizes = (*results, width, columns, number, inv_temperature)
     if offset is None or token is None or node is None:
-        _vocab_statistics[(batch * width,)](
-            logits, *logits.stride(), *strided(targets, 3), *sizes, BLOCK=_BLOCK, TARGETS=_TARGETS,
-            **options(_WARPS),
+        _vocab_statistics.launch(
+            (batch * width,), _WARPS, logits, *logits.stride(), *strided(targets, 3), *sizes,
+            _BLOCK, columns % 16 == 0, _TARGETS,
         )  # fmt: skip
     else:
         block, warps = block_for(max_children)
-        _legal_statistics[(batch * width,)](
+        _legal_statistics.launch(
+            (batch * width,), warps,
             *strided(logits, 3), *strided(targets, 3), offset, token, *strided(node, 2), *sizes,
             offset.numel() - 1, token.numel(), max_children.bit_length(), BLOCK=block, TARGETS=_TARGETS,
-            **options(warps),
         )  # fmt: skip
     return results
 
@@ -85,48 +88,38 @@ def token_logp_backward(
     arrays = [part for x in given for part in array(x)]
     common = (*arrays, *saved, width, columns, number, inv_temperature)
     if offset is None or token is None or node is None:
-        blocks = triton.cdiv(columns, _GRADIENT_BLOCK)
-        _vocab_gradient[(batch * width * blocks,)](
-            logits, *logits.stride(), *common, gradient, blocks, BLOCK=_GRADIENT_BLOCK, TARGETS=_TARGETS,
-            **options(_GRADIENT_WARPS),
+        blocks = min(-(-columns // _GRADIENT_BLOCK), max(1, _PROGRAMS // (batch * width)))
+        turns = -(-columns // (blocks * _GRADIENT_BLOCK))
+        _vocab_gradient.launch(
+            (batch * width * blocks,), _GRADIENT_WARPS,
+            logits, *logits.stride(), *common, gradient, blocks, turns, _GRADIENT_BLOCK, _TARGETS,
         )  # fmt: skip
     else:
         block, warps = block_for(max_children)
-        _legal_gradient[(batch * width,)](
+        _legal_gradient.launch(
+            (batch * width,), warps,
             *strided(logits, 3), *common, *array(gradient), offset, token, *strided(node, 2),
-            offset.numel() - 1, token.numel(), BLOCK=block, TARGETS=_TARGETS, **options(warps),
+            offset.numel() - 1, token.numel(), BLOCK=block, TARGETS=_TARGETS,
         )  # fmt: skip
     if number:
-        _target_gradient[(batch * width,)](*common, *array(gradient), TARGETS=_TARGETS, **options(1))
+        _target_gradient.launch((batch * width,), 1, *common, *array(gradient), TARGETS=_TARGETS)
     return gradient
 
 
 @triton.jit
-def _add(z, row_max, mass, weighted, inv_temperature):
-    """Take a block of logits into a row's running maximum and sums, one sum per lane."""
-    new_max = tl.maximum(row_max, tl.max(z, 0))
-    center = tl.where(new_max == float("-inf"), 0.0, new_max)
-    # What lies far below is 0 either way; bounded, no product is 0 times infinity.
-    shift = tl.where(
-        row_max == float("-inf"), 0.0, tl.maximum(divided(row_max - center, inv_temperature), -100.0)
-    )
-    x = tl.maximum(divided(z - center, inv_temperature), -100.0)
-    power = tl.where(z == float("-inf"), 0.0, tl.exp(x))
-    scale = tl.exp(shift)
-    return new_max, mass * scale + power, (weighted + shift * mass) * scale + power * x
-
-
-@triton.jit
-def _finish(r, max_value, mass, weighted, entropy, row_max, log_mass):
-    """Write a row's statistics."""
+def _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass):
+    """Join the running sums and write a row's statistics."""
+    largest, mass, weighted = alike(most, mass, weighted, inv_temperature)
     total = tl.sum(mass.to(tl.float64), 0)
+    octaves = tl.sum(weighted.to(tl.float64), 0)
+    max_value = tl.where(total > 0, largest, float("-inf"))
     total = tl.where(total > 0, total, 1.0)
     log_total = tl.log(total)
-    h = tl.maximum(log_total - tl.sum(weighted.to(tl.float64), 0) / total, 0.0)
+    h = tl.maximum(log_total - octaves * LOG2 / total, 0.0)
     tl.store(entropy + r, h.to(tl.float32))
     tl.store(row_max + r, max_value)
     tl.store(log_mass + r, log_total.to(tl.float32))
-    return log_total.to(tl.float32)
+    return max_value, log_total.to(tl.float32)
 
 
 @triton.jit
@@ -141,21 +134,25 @@ def _write_logp(logp, at, inside, target, found, z, max_value, log_total, inv_te
 @kernel
 def _vocab_statistics(
     logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, t0, t1, t2, logp: F32,
-    entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature,
-    BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    entropy: F32, row_max: F32, log_mass: F32, width, columns: ALIGNED, number, inv_temperature: NUMBERS,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     targets = Array(targets, targets_type, t0, t1, t2)
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
     row = logits + b * z0 + w * z1
-    max_value = tl.full((), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        v = start + tl.arange(0, BLOCK).to(tl.int64)
-        z = cleaned(tl.load(row + v * z2, v < columns, 0.0).to(tl.float32), v < columns)
-        max_value, mass, weighted = _add(z, max_value, mass, weighted, inv_temperature)
-    log_total = _finish(r, max_value, mass, weighted, entropy, row_max, log_mass)
+    LANES: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    most, mass, weighted = nothing(BLOCK // LANES)
+    column = tile(BLOCK // LANES, LANES, WIDE).to(tl.int64)
+    whole = columns // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        z = tl.load(row + (start + column) * z2).to(tl.float32)
+        most, mass, weighted = add(finite(z), most, mass, weighted, inv_temperature)
+    if whole < columns:
+        v = whole + column
+        z = tl.load(row + v * z2, v < columns, float("-inf")).to(tl.float32)
+        most, mass, weighted = add(finite(z), most, mass, weighted, inv_temperature)
+    max_value, log_total = _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
         target = load_int(targets, b, w, t, t < number, -1)
@@ -191,7 +188,7 @@ def _find(token, begin, end, target, bits, TARGETS: tl.constexpr):
 def _legal_statistics(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, t0, t1, t2, offset: I32,
     token: I32, node: ADDRESS, node_type, n0, n1, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width,
-    columns, number, inv_temperature, num_nodes, num_edges, bits, BLOCK: tl.constexpr,
+    columns, number, inv_temperature: NUMBERS, num_nodes, num_edges, bits, BLOCK: tl.constexpr,
     TARGETS: tl.constexpr,
 ):  # fmt: skip
     logits, targets = Array(logits, logits_type, z0, z1, z2), Array(targets, targets_type, t0, t1, t2)
@@ -199,13 +196,11 @@ def _legal_statistics(
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
     begin, end = edges(offset, load_int(node, b, w, 0, True, -1), num_nodes, num_edges)
-    max_value = tl.full((), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
+    most, mass, weighted = nothing(BLOCK)
     for start in range(begin, end, BLOCK):
         _, z, _ = _load_children(logits, b, w, token, start, end, columns, BLOCK)
-        max_value, mass, weighted = _add(z, max_value, mass, weighted, inv_temperature)
-    log_total = _finish(r, max_value, mass, weighted, entropy, row_max, log_mass)
+        most, mass, weighted = add(z[:, None], most, mass, weighted, inv_temperature)
+    max_value, log_total = _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
         target = load_int(targets, b, w, t, t < number, -1)
@@ -258,24 +253,21 @@ def _coefficients(saved, r, inv_temperature, TARGETS: tl.constexpr):
 @triton.jit
 def _row_grad(z, max_value, log_total, slope, curve, inv_temperature):
     """The gradient of a block of logits."""
-    possible = z > float("-inf")
-    logp = divided(tl.where(possible, z, 0.0) - max_value, inv_temperature) - log_total
-    logp = tl.maximum(tl.where(possible, logp, -100.0), -100.0)
-    p = tl.exp(logp)
-    if _divided_last(inv_temperature):
-        value = divided(p * (slope.to(tl.float32) + curve.to(tl.float32) * logp), inv_temperature)
-        value = tl.where(logp > -100.0, value, 0.0)
-    else:
+    if not _divided_last(inv_temperature):
         slope, curve = slope * inv_temperature.first, curve * inv_temperature.first
-        value = p * (slope.to(tl.float32) + curve.to(tl.float32) * logp)
-    return tl.where(possible, value, 0.0)
+    octaves = in_octaves(z - max_value, inv_temperature) - log_total * LOG2E
+    p = tl.exp2(octaves)
+    value = p * tl.fma(octaves, (curve * LOG2).to(tl.float32), slope.to(tl.float32))
+    if _divided_last(inv_temperature):
+        value = divided(value, inv_temperature)
+    return tl.where(p > 0, value, 0.0)
 
 
 @kernel
 def _vocab_gradient(
     logits: ANY, z0: ALIGNED, z1: ALIGNED, z2: ALIGNED, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
-    log_mass: F32, width, columns: ALIGNED, number, inv_temperature, gradient: ANY, blocks,
+    log_mass: F32, width, columns: ALIGNED, number, inv_temperature: NUMBERS, gradient: ANY, blocks, turns,
     BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
@@ -285,17 +277,20 @@ def _vocab_gradient(
     r = (tl.program_id(0) // blocks).to(tl.int64)
     b, w = r // width, r % width
     slope, curve = _coefficients(saved, r, inv_temperature, TARGETS)
-    v = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    z = cleaned(tl.load(logits + b * z0 + w * z1 + v * z2, v < columns, 0.0).to(tl.float32), v < columns)
-    value = _row_grad(z, tl.load(row_max + r), tl.load(log_mass + r), slope, curve, inv_temperature)
-    tl.store(gradient + r * columns + v, value.to(gradient.dtype.element_ty), v < columns)
+    max_value, log_total = tl.load(row_max + r), tl.load(log_mass + r)
+    first = (tl.program_id(0) % blocks) * turns
+    for turn in range(first, tl.minimum(first + turns, tl.cdiv(columns, BLOCK))):
+        v = tl.cast(turn, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(logits + b * z0 + w * z1 + v * z2, v < columns, 0.0).to(tl.float32)
+        value = _row_grad(finite(z), max_value, log_total, slope, curve, inv_temperature)
+        tl.store(gradient + r * columns + v, value.to(gradient.dtype.element_ty), v < columns)
 
 
 @kernel
 def _legal_gradient(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
-    log_mass: F32, width, columns, number, inv_temperature, gradient: ADDRESS, gradient_type,
+    log_mass: F32, width, columns, number, inv_temperature: NUMBERS, gradient: ADDRESS, gradient_type,
     offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, num_nodes, num_edges, BLOCK: tl.constexpr,
     TARGETS: tl.constexpr,
 ):  # fmt: skip
@@ -319,7 +314,7 @@ def _legal_gradient(
 def _target_gradient(
     targets: ADDRESS, targets_type, grad_logp: ADDRESS, grad_logp_type, grad_entropy: ADDRESS,
     grad_entropy_type, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width, columns, number,
-    inv_temperature, gradient: ADDRESS, gradient_type, TARGETS: tl.constexpr,
+    inv_temperature: NUMBERS, gradient: ADDRESS, gradient_type, TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
         targets, targets_type, grad_logp, grad_logp_type, grad_entropy, grad_entropy_type, logp, entropy,
@@ -344,12 +339,15 @@ def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for logits whose last stride is 1."""
     inverse = {"inv_temperature": InverseTemperature("fp32", "fp32")}
     targets = {"TARGETS": _TARGETS}
-    statistics, gradient = ({"BLOCK": block, "z2": 1} | targets for block in (_BLOCK, _GRADIENT_BLOCK))
     for dtype, floats in FLOATS.items():
         types = {"logits": floats, "gradient": floats, **inverse}
-        yield Specialization(f"token_logp {dtype}", _vocab_statistics, _WARPS, statistics, types)
+        for wide in (True, False):
+            constants = {"z2": 1, "BLOCK": _BLOCK, "WIDE": wide} | targets
+            name = f"token_logp {dtype}{'' if wide else ', odd rows'}"
+            yield Specialization(name, _vocab_statistics, _WARPS, constants, types)
         name = f"token_logp gradient {dtype}"
-        yield Specialization(name, _vocab_gradient, _GRADIENT_WARPS, gradient, types)
+        constants = {"z2": 1, "BLOCK": _GRADIENT_BLOCK} | targets
+        yield Specialization(name, _vocab_gradient, _GRADIENT_WARPS, constants, types)
     for block, warps in map(block_for, BLOCKS):
         few = {"BLOCK": block} | targets
         yield Specialization(f"token_logp legal {block}", _legal_statistics, warps, few, inverse)

@@ -2,7 +2,8 @@
 
 ``ved_select`` keeps the nodes' numbers in registers; a step down the tree is a masked maximum over them.
 ``ved_insert`` copies row after row. ``ved_candidates`` gives every leaf two int64 keys, which order as the op
-says, and then takes the best of those after the last, k times. One launch each.
+says, and knows the best leaf of every node, its own or a listed one. It takes the best of those, k times, and
+then looks for the next one of that node. One launch each.
 
 =====================  =====
 capacity, rounded up   warps
@@ -13,8 +14,8 @@ capacity, rounded up   warps
 2,048                  16
 =====================  =====
 
-``ved_select`` takes no larger trees. The one workspace holds the keys of ``ved_candidates``, 16 bytes per
-node and listed leaf.
+``ved_select`` takes no larger trees. The one workspace is that of ``ved_candidates``: keys, 16 bytes per node
+and listed leaf, and of each node 20 bytes of its best leaf and 4 of the evaluated leaves' names.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ import triton.language as tl
 
 from .._triton import Unsupported
 from ._floats import FLOAT32_MAX, LOWEST, ordered
-from ._kernel import F32, F64, I32, I64, Specialization, kernel, options, workspace
+from ._kernel import F32, F64, I32, I64, Specialization, kernel, workspace
 
 _NODES = ((64, 1), (256, 2), (1024, 16), (2048, 16))  # most nodes, warps
-_COPY, _KEYS, _KEY_WARPS = 64, 1024, 8  # entries of a row copied together; keys looked at together
+_COPY, _KEYS, _KEY_WARPS = 64, 256, 2  # entries of a row copied together; keys made together
+_FEW = 64  # keys compared together
 _INT32_MAX, _INT64_MAX = tl.constexpr(2**31 - 1), tl.constexpr(2**63 - 1)
 
 
@@ -49,11 +51,12 @@ def ved_select(
     row_logp = priority.new_empty(batch, rows)
     if batch:
         block, warps = next(x for x in _NODES if capacity <= x[0])
-        _ved_select[(batch,)](
+        _ved_select.launch(
+            (batch,), warps,
             node, parent, priority, visits, next_child, num_children, child_node, child_logp, size, budget,
             depth, depth_sum, depth_count, row_parent, row_node, row_logp, capacity=capacity,
             children=child_node.shape[2], levels=levels, exploration=exploration, paths=paths,
-            max_idle=max_idle, NODES=block, CHUNK=_chunk(block), **options(warps),
+            max_idle=max_idle, NODES=block, CHUNK=_chunk(block),
         )  # fmt: skip
     return row_parent, row_node, row_logp
 
@@ -69,10 +72,11 @@ def ved_insert(*arguments: Any) -> None:
     node, child_node, leaf_node, depth_sum, row_node = (arrays[i] for i in (0, 9, 11, 18, 21))
     batch, capacity = node.shape
     if batch and row_node.shape[1]:
-        _ved_insert[(batch,)](
+        _ved_insert.launch(
+            (batch,), 1,
             *arrays, capacity=capacity, rows=row_node.shape[1], children=child_node.shape[2],
             leaves=leaf_node.shape[2], depths=depth_sum.shape[1], logp_weight=logp_weight,
-            entropy_weight=entropy_weight, COPY=_COPY, **options(1),
+            entropy_weight=entropy_weight, COPY=_COPY,
         )  # fmt: skip
 
 
@@ -84,11 +88,15 @@ def ved_candidates(
     out_node, count = node.new_empty(batch, k), node.new_empty(batch)
     out_logp, out_score = (logp.new_empty(batch, k) for _ in range(2))
     if batch:
-        (keys,) = workspace(node.device, (batch * 2 * capacity * (1 + leaves), torch.int64))
-        _ved_candidates[(batch,)](
-            node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, keys, out_node,
-            out_logp, out_score, count, capacity=capacity, leaves=leaves, length=length, k=k,
-            logp_weight=logp_weight, KEYS=_KEYS, **options(_KEY_WARPS),
+        keys, best, places = workspace(
+            node.device, (batch * 2 * capacity * (1 + leaves), torch.int64),
+            (batch * 2 * capacity, torch.int64), (batch * 2 * capacity, torch.int32),
+        )  # fmt: skip
+        _ved_candidates.launch(
+            (batch,), _KEY_WARPS,
+            node, logp, value, size, depth, leaf_node, leaf_logp, leaf_score, num_leaves, keys, best, places,
+            out_node, out_logp, out_score, count, capacity=capacity, leaves=leaves, length=length, k=k,
+            logp_weight=logp_weight, KEYS=_KEYS, FEW=_FEW,
         )  # fmt: skip
     return out_node, out_logp, out_score, count
 
@@ -313,10 +321,10 @@ def _pair(valid, tier, score, prefix, logp, name):
 
 @triton.jit
 def _node_keys(
-    node, logp, value, depth, first_keys, second_keys, nodes, capacity, length, logp_weight,
+    node, logp, value, depth, first_keys, second_keys, names, nodes, capacity, stride, length, logp_weight,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Write the keys of the evaluated leaves, and return how many there are."""
+    """Write keys and names of the evaluated leaves, and return how many there are."""
     evaluated = 0
     for start in range(0, capacity, KEYS):
         s = start + tl.arange(0, KEYS)
@@ -324,16 +332,18 @@ def _node_keys(
         name, log_probability = tl.load(node + s, valid, 0), tl.load(logp + s, valid, 0.0)
         score = _rank(tl.load(value + s, valid, 0.0), log_probability, logp_weight)
         first, second = _pair(valid, s * 0, score, name, log_probability, name)
-        tl.store(first_keys + s, first, s < capacity)
-        tl.store(second_keys + s, second, s < capacity)
+        tl.store(first_keys + s * stride, first, s < capacity)
+        tl.store(second_keys + s * stride, second, s < capacity)
+        tl.store(names + evaluated + tl.cumsum(valid.to(tl.int32), 0) - 1, name, valid)
         evaluated += tl.sum(valid.to(tl.int32), 0)
+    tl.debug_barrier()  # all threads read the names
     return evaluated
 
 
 @triton.jit
 def _leaf_keys(
-    node, depth, leaf_node, leaf_logp, leaf_score, num_leaves, first_keys, second_keys, nodes, evaluated,
-    capacity, leaves, length, KEYS: tl.constexpr,
+    node, leaf_node, leaf_logp, leaf_score, num_leaves, first_keys, second_keys, names, nodes, evaluated,
+    capacity, leaves, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Write the keys of the listed leaves that are not evaluated, and return how many there are."""
     total = 0
@@ -344,17 +354,37 @@ def _leaf_keys(
         valid = (s < nodes) & (i % leaves < listed)
         name = tl.load(leaf_node + i, valid, -1)
         known = tl.zeros((KEYS,), tl.int32)
-        for t in range(0, tl.where(evaluated > 0, nodes, 0)):
-            other = tl.where(tl.load(depth + t) == length, tl.load(node + t), -1)
-            known |= (name == other).to(tl.int32)
+        for t in range(0, tl.where(tl.max(valid.to(tl.int32), 0) > 0, evaluated, 0)):
+            known |= (name == tl.load(names + t)).to(tl.int32)
         valid &= known == 0
         prefix = tl.load(node + s, valid, 0)
         score, log_probability = tl.load(leaf_score + i, valid, 0.0), tl.load(leaf_logp + i, valid, 0.0)
         first, second = _pair(valid, s * 0 + 1, score, prefix, log_probability, name)
-        tl.store(first_keys + capacity + i, first, i < capacity * leaves)
-        tl.store(second_keys + capacity + i, second, i < capacity * leaves)
+        at = i + s + 1  # behind the node's own key
+        tl.store(first_keys + at, first, i < capacity * leaves)
+        tl.store(second_keys + at, second, i < capacity * leaves)
         total += tl.sum(valid.to(tl.int32), 0)
     return total
+
+
+@triton.jit
+def _best_of_each(first_keys, second_keys, best, places, nodes, capacity, stride, FEW: tl.constexpr):
+    """The largest pair of keys of every node, and where it stands among the node's."""
+    for start in range(0, nodes, FEW):
+        s = start + tl.arange(0, FEW)
+        inside = s < nodes
+        first = tl.full((FEW,), LOWEST, tl.int64)
+        second = tl.full((FEW,), LOWEST, tl.int64)
+        where = tl.zeros((FEW,), tl.int32)
+        for e in range(0, stride):
+            first_e = tl.load(first_keys + s * stride + e, inside, LOWEST)
+            second_e = tl.load(second_keys + s * stride + e, inside, LOWEST)
+            better = (first_e > first) | ((first_e == first) & (second_e > second))
+            first, second = tl.where(better, first_e, first), tl.where(better, second_e, second)
+            where = tl.where(better, e, where)
+        tl.store(best + s, first, inside)
+        tl.store(best + capacity + s, second, inside)
+        tl.store(places + s, where, inside)
 
 
 @triton.jit
@@ -383,8 +413,8 @@ def _best_after(first_keys, second_keys, last_first, last_second, entries, KEYS:
 @kernel
 def _ved_candidates(
     node: I32, logp: F32, value: F32, size: I32, depth: I32, leaf_node: I32, leaf_logp: F32, leaf_score: F32,
-    num_leaves: I32, keys: I64, out_node: I32, out_logp: F32, out_score: F32, count: I32, capacity, leaves,
-    length, k, logp_weight: tl.float64, KEYS: tl.constexpr,
+    num_leaves: I32, keys: I64, best: I64, places: I32, out_node: I32, out_logp: F32, out_score: F32,
+    count: I32, capacity, leaves, length, k, logp_weight: tl.float64, KEYS: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     node += b * capacity
@@ -395,30 +425,43 @@ def _ved_candidates(
     leaf_node += b * capacity * leaves
     leaf_logp += b * capacity * leaves
     leaf_score += b * capacity * leaves
-    entries = capacity * (1 + leaves)
-    first_keys = keys + b * 2 * entries
-    second_keys = first_keys + entries
+    stride = 1 + leaves  # keys of a node
+    first_keys = keys + b * 2 * capacity * stride
+    second_keys = first_keys + capacity * stride
+    best += b * 2 * capacity
+    places += b * 2 * capacity
     nodes = tl.minimum(tl.maximum(tl.load(size + b), 0), capacity)
 
     evaluated = _node_keys(
-        node, logp, value, depth, first_keys, second_keys, nodes, capacity, length, logp_weight, KEYS
-    )
+        node, logp, value, depth, first_keys, second_keys, places + capacity, nodes, capacity, stride, length,
+        logp_weight, KEYS,
+    )  # fmt: skip
     total = evaluated + _leaf_keys(
-        node, depth, leaf_node, leaf_logp, leaf_score, num_leaves, first_keys, second_keys, nodes, evaluated,
-        capacity, leaves, length, KEYS,
+        node, leaf_node, leaf_logp, leaf_score, num_leaves, first_keys, second_keys, places + capacity, nodes,
+        evaluated, capacity, leaves, KEYS,
     )  # fmt: skip
     tl.store(count + b, tl.minimum(total, k))
     tl.debug_barrier()  # what other threads have stored is read
+    _best_of_each(first_keys, second_keys, best, places, nodes, capacity, stride, FEW)
 
-    last_first = tl.full((), _INT64_MAX, tl.int64)
-    last_second = last_first
+    highest = tl.full((), _INT64_MAX, tl.int64)
     for rank in range(0, k):
         exists = rank < total
-        last_first, last_second, where = _best_after(
-            first_keys, second_keys, last_first, last_second, tl.where(exists, entries, 0), KEYS
+        tl.debug_barrier()  # the best of a node has changed
+        first, second, slot = _best_after(
+            best, best + capacity, highest, highest, tl.where(exists, nodes, 0), FEW
         )
-        leaf = where - capacity
-        is_node, is_leaf = exists & (leaf < 0), exists & (leaf >= 0)
+        place = tl.load(places + slot, exists, 0)
+        begin = slot * stride
+        next_first, next_second, next_place = _best_after(
+            first_keys + begin, second_keys + begin, first, second, tl.where(exists, stride, 0), FEW
+        )
+        tl.debug_barrier()  # all threads have read what changes now
+        tl.store(best + slot, next_first, exists)
+        tl.store(best + capacity + slot, next_second, exists)
+        tl.store(places + slot, next_place, exists)
+        is_node, is_leaf = exists & (place == 0), exists & (place > 0)
+        where, leaf = slot, slot * leaves + place - 1
         name = tl.where(is_node, tl.load(node + where, is_node, -1), tl.load(leaf_node + leaf, is_leaf, -1))
         node_logp = tl.load(logp + where, is_node, float("-inf"))
         node_score = _rank(tl.load(value + where, is_node, 0.0), node_logp, logp_weight)
@@ -435,4 +478,4 @@ def specializations() -> Iterator[Specialization]:
         constants = {"NODES": nodes, "CHUNK": _chunk(nodes)}
         yield Specialization(f"ved_select {nodes} nodes", _ved_select, warps, constants)
     yield Specialization("ved_insert", _ved_insert, 1, {"COPY": _COPY})
-    yield Specialization("ved_candidates", _ved_candidates, _KEY_WARPS, {"KEYS": _KEYS})
+    yield Specialization("ved_candidates", _ved_candidates, _KEY_WARPS, {"KEYS": _KEYS, "FEW": _FEW})

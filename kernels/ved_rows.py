@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, jit
+from triton import jit
 
 from ._array import Array, load_float, load_int, strided
-from ._kernel import ADDRESS, BOOL, F32, I32, I64, Specialization, kernel, options
+from ._kernel import ADDRESS, BOOL, F32, I32, I64, Specialization, kernel
 from .expand_topk import expand_topk
 
 _BLOCK = 128  # rows, or entries of a list, that are looked at together
@@ -31,10 +31,10 @@ def ved_inputs(
     slot, chosen = (torch.empty(batch, rows, dtype=torch.int64, device=device) for _ in range(2))
     unused = torch.empty(batch, rows, dtype=torch.bool, device=device)
     if batch * rows:
-        _ved_inputs[(cdiv(batch * rows, _BLOCK),)](
+        _ved_inputs.launch(
+            (-(-batch * rows // _BLOCK),), 1,
             tree_slot, token, *strided(parent, 2), *strided(node, 2), slot, chosen, unused,
             capacity=tree_slot.shape[1], num_edges=token.numel(), rows=rows, total=batch * rows, BLOCK=_BLOCK,
-            **options(1),
         )  # fmt: skip
     return slot, chosen, unused
 
@@ -85,14 +85,14 @@ def ved_evaluate(
     leaf_logp, leaf_score = (empty(torch.float32, leaves) for _ in range(2))
     num_leaves = empty(torch.int32)
     if batch * rows:
-        _ved_lists[(batch * rows,)](
+        _ved_lists.launch(
+            (batch * rows,), 1,
             *strided(node, 2), *strided(value, 2), drawn, drawn_logp, ranked_node, ranked_logp, rank,
             offset if only_leaf is None else only_leaf, own, num_children, child_node, child_logp, leaf_node,
             leaf_logp, leaf_score, num_leaves, rows=rows, listed=all_children, children=children,
             leaves=leaves, num_nodes=0 if only_leaf is None else only_leaf.numel(),
             valued=int(child_value is not None), first_closed=first_closed, first_leaf=first_leaf,
             expand_root=int(expand_root), value_weight=value_weight, logp_weight=logp_weight, BLOCK=_BLOCK,
-            **options(1),
         )  # fmt: skip
     return (
         own, entropy.view(batch, rows), num_children, child_node, child_logp, leaf_node, leaf_logp,
@@ -173,13 +173,14 @@ def ved_beams(
     out_node, out_parent = (torch.empty(batch, width, dtype=torch.int32, device=device) for _ in range(2))
     out_logp = torch.empty(batch, width, device=device)
     if batch:
-        _ved_beams[(batch,)](
+        _ved_beams.launch(
+            (batch,), 1,
             *strided(node, 2), *strided(parent, 2), *strided(logp, 2), *strided(other_node, 2),
             *strided(other_parent, 2), *strided(other_logp, 2), *strided(above, 2),
             size if only_leaf is None else only_leaf, size, out_node, out_parent, out_logp,
             num_nodes=0 if only_leaf is None else only_leaf.numel(), rows=above.shape[1],
             first_size=node.shape[1], other_size=other_node.shape[1], num_first=min(num_first, width),
-            width=width, BLOCK=_BEAMS, **options(1),
+            width=width, BLOCK=_BEAMS,
         )  # fmt: skip
     return out_node, out_parent, out_logp
 

@@ -46,12 +46,12 @@ if vstar_ops._backends.interpreting():
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
-    def sorted_topk(x: Any, k: int) -> Any:
-        """``tl.topk`` by numpy: interpreted step by step it takes most of the tests' time."""
-        best = np.sort(x.handle.data)[::-1][:k].copy()
-        return tl.tensor(TensorHandle(best, x.dtype.scalar), tl.block_type(x.dtype.scalar, [k]))
+    def vector(x: Any, values: np.ndarray) -> Any:
+        return tl.tensor(TensorHandle(values, x.dtype.scalar), tl.block_type(x.dtype.scalar, [len(values)]))
 
-    tl.topk = sorted_topk
+    # By numpy: interpreted step by step they take most of the tests' time.
+    tl.topk = lambda x, k: vector(x, np.sort(x.handle.data)[::-1][:k].copy())
+    tl.sort = lambda x: vector(x, np.sort(x.handle.data))
 
     @pytest.fixture(scope="session", autouse=True)
     def launches_are_recorded() -> Iterator[None]:

@@ -13,8 +13,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ ARCHITECTURES = (80, 90, 100)
 
 
 _log = logging.getLogger("vstar_ops")
-_called: set[str] = set()
+_called: dict[str, Callable[..., Any]] = {}  # the kernels of ops that have been called
 
 
 class Unsupported(NotImplementedError):
@@ -46,22 +45,25 @@ def run(name: str, module: str, *arguments: Any) -> Any:
     Raises:
         Unsupported: the call is beyond what the kernel takes.
     """
-    start = time.perf_counter()
-    with _device_of(arguments):
-        result = getattr(_kernels(module), name)(*arguments)
-    if name not in _called:
-        _called.add(name)
+    kernel = _called.get(name)
+    if kernel is None:
+        start = time.perf_counter()
+        kernel = getattr(_kernels(module), name)
+        result = _on_their_device(kernel, arguments)
+        _called[name] = kernel
         seconds = time.perf_counter() - start
         _log.info("%s: first call of the Triton kernel, compiled in %.2f s", name, seconds)
-    return result
+        return result
+    return _on_their_device(kernel, arguments)
 
 
-def _device_of(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
-    """Makes the GPU of the tensors the current one: Triton launches on that."""
-    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+def _on_their_device(kernel: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """Make the GPU of the tensors the current one for a call: Triton launches on that."""
+    device = next(x for x in arguments if isinstance(x, torch.Tensor)).device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+        return kernel(*arguments)
+    with torch.cuda.device(device):
+        return kernel(*arguments)
 
 
 def _kernels(module: str) -> Any:

@@ -226,8 +226,10 @@ def _implement(
     """Give a dispatcher op what runs it, if that is in Python, and its gradient."""
     library, name = _libraries[backend], overload.name()
     if kernel is not None:
-        # Autograd falls through to the kernel, and does not switch itself off on the way.
-        library.impl(name, kernel if gradient else torch.no_grad()(kernel), "CompositeExplicitAutograd")
+        # Autograd falls through to the kernel, and does not switch itself off on the way. What Triton kernels
+        # write has no history.
+        recording = gradient is None and backend != "triton"
+        library.impl(name, torch.no_grad()(kernel) if recording else kernel, "CompositeExplicitAutograd")
     if op.mutates:
         library.impl(name, _mutating(op, overload), "ADInplaceOrView", with_keyset=True)
     if gradient is None:
