@@ -1,9 +1,8 @@
 // What surrounds the model's forward in a round of value-guided decoding.
 //
-// ved_evaluate_kernel: one block per row. The row is read as expand_topk reads it, by one warp, or by eight where rows
-// are long, so that its log-probabilities have the same bits. Then the two lists are made one after the other. Of a
-// short row all children are sorted in shared memory; of a long one first the cut is found that leaves as many as the
-// list takes, for which the children are scored several times.
+// ved_evaluate_kernel: one block per row, which one warp reads, or all of them where rows are long. Then the two lists are
+// made one after the other. Of a short row all children are sorted in shared memory; of a long one first a bound is found
+// that no more reach than the list has room for, for which the children are scored several times.
 //
 // ved_beams_kernel: one warp per request. The lists are a few dozen long: votes say where an entry goes.
 #pragma once
@@ -44,7 +43,8 @@ struct EvaluatedRow {
 struct EvaluateScratch {
   SelectScratch select;
   EvaluatedRow row;
-  float sums[3 * 8];
+  float sums[3 * kSelectWarps];
+  int32_t counts[33];
 };
 constexpr int64_t kEvaluateScratch = (sizeof(EvaluateScratch) + 15) / 16 * 16;
 constexpr int kEvaluateShort = 1024;  // children, or columns under "vocab", that one warp reads
@@ -55,7 +55,7 @@ VSTAR_DEVICE EvaluatedRow evaluated_row(
   constexpr int kVectors = kWarps == 1 ? 1 : 4;
   const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
   const auto read = [&](const RowReader<T>& from) {
-    return read_row<T, kWarps, kVectors, 1>(from, int(threadIdx.x), inv_temperature, nullptr, 0, scratch);
+    return read_row<T, kWarps, kVectors>(from, int(threadIdx.x), inv_temperature, scratch);
   };
   const RowStats legal = read(reader);
   RowStats all = legal;
@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? 64 : 32 * kWarps) ved_evaluate_k
   const T* const from = a.logits.pointer<T>(b, p);
   const RowReader<T> reader(
       from, a.logits.stride[2], token, n > 0 ? token[0] : 0, n > 0 ? token[n - 1] : -1, a.columns, n);
+  if (kWarps > 1) clear(s.select);
   if (kWarps > 1 || warp() == 0) {
     const EvaluatedRow mine = evaluated_row<T, kWarps>(a, reader, b, p, s.sums);
     if (thread == 0) s.row = mine;
@@ -112,16 +113,23 @@ __global__ void __launch_bounds__(kWarps == 1 ? 64 : 32 * kWarps) ved_evaluate_k
     int32_t found = 0;
     if (kWarps == 1) {
       for (int32_t i = thread; i < of; i += threads) {
-        const uint32_t k = key(i);
-        list[i] = k ? uint64_t(k) << 32 | uint32_t(~i) : 0;
-        found += k != 0;
+        list[i] = numbered(key(i), uint32_t(i));
+        found += list[i] != 0;
       }
-      found = block_sum_before(found, s.select.sums).total;
+      found = block_sum_before(found, s.counts).total;
     } else if (of > 0) {
-      const Cut cut = find_cut(key, of, uint32_t(width < of ? width : of), s.select);
-      found = take_winners(key, of, cut, s.select, [&](int slot, int64_t i) {
-        list[slot] = uint64_t(key(i)) << 32 | uint32_t(~i);
+      const auto each = [&](const auto& use) {
+        for (int32_t i = thread; i < of; i += threads) use(numbered(key(i), uint32_t(i)));
+      };
+      if (thread == 0) s.select.found = 0;
+      const KeyRange range = find_range(each, uint32_t(of), s.select);
+      const uint32_t room = uint32_t(a.list), wanted = range.exist < width ? range.exist : uint32_t(width);
+      const uint64_t bound = range.exist <= room ? range.low : find_bound(each, range, wanted, room, s.select);
+      each([&](uint64_t x) {
+        if (x > 0 && x >= bound) list[atomicAdd(&s.select.found, 1u)] = x;
       });
+      __syncthreads();
+      found = int32_t(s.select.found);
     }
     const int32_t filled = kWarps == 1 ? of : found;
     int64_t room = 32;
@@ -157,7 +165,7 @@ inline void run(const Gpu& gpu, const VedEvaluateArgs& args) {
   dispatch(a.logits.type, [&](auto zero) {
     using T = decltype(zero);
     if (is_long) {
-      gpu.launch(ved_evaluate_kernel<T, 8>, dim3{unsigned(rows)}, 256, shared, a);
+      gpu.launch(ved_evaluate_kernel<T, kSelectWarps>, dim3{unsigned(rows)}, kSelectThreads, shared, a);
     } else {
       gpu.launch(ved_evaluate_kernel<T, 1>, dim3{unsigned(rows)}, 64, shared, a);
     }
