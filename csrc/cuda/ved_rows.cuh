@@ -52,10 +52,9 @@ constexpr int kEvaluateShort = 1024;  // children, or columns under "vocab", tha
 template <class T, int kWarps>
 VSTAR_DEVICE EvaluatedRow evaluated_row(
     const VedEvaluateLaunch& a, const RowReader<T>& reader, int64_t b, int64_t p, float* scratch) {
-  constexpr int kVectors = kWarps == 1 ? 1 : 4;
   const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
   const auto read = [&](const RowReader<T>& from) {
-    return read_row<T, kWarps, kVectors>(from, int(threadIdx.x), inv_temperature, scratch);
+    return read_row<T, kWarps, 1>(from, int(threadIdx.x), inv_temperature, scratch);
   };
   const RowStats legal = read(reader);
   RowStats all = legal;
@@ -68,7 +67,7 @@ VSTAR_DEVICE EvaluatedRow evaluated_row(
 }
 
 template <class T, int kWarps>
-__global__ void __launch_bounds__(kWarps == 1 ? 64 : 32 * kWarps) ved_evaluate_kernel(VedEvaluateLaunch a) {
+__global__ void __launch_bounds__(kWarps == 1 ? 64 : 32 * kWarps, 1) ved_evaluate_kernel(VedEvaluateLaunch a) {
   VSTAR_SHARED(memory);
   EvaluateScratch& s = *reinterpret_cast<EvaluateScratch*>(memory);
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
