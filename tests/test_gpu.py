@@ -6,6 +6,7 @@ That results are right is what the tests of the ops ask, on every backend (``bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,67 @@ def test_compiles_whole(gpu: str) -> None:
 def test_select_leaves_a_spent_tree_alone(gpu: str) -> None:
     trees = SearchTrees.empty(3, 8, 2, children=4, leaves=4, budget=1, device="cuda")
     assert (ved_select(trees).node == -1).all()
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+
+def results_on(device: torch.device) -> list[torch.Tensor]:
+    """Of an expansion, a loss and its gradient, on the CPU."""
+    random = torch.Generator().manual_seed(5)
+    trie, logits = catalogue().to(device), torch.randn(4, 8, 64, generator=random).to(device)
+    node = torch.ones(4, 8, dtype=torch.int32, device=device)
+    tokens = torch.randint(8, (4, 8, 3), generator=random).to(device)
+    rewards = torch.rand(4, 8, generator=random).to(device)
+    logp = torch.zeros(4, 8, 3, device=device, requires_grad=True)
+    loss = vstar_ops.sibling_grpo_loss(logp, tokens, rewards).loss
+    (gradient,) = torch.autograd.grad(loss, logp)
+    out = vstar_ops.expand_topk(logits, trie, node, 40)
+    assert all(x.device == device for x in (*out, gradient))
+    return [x.cpu() for x in (*out, loss.detach(), gradient)]
+
+
+@two_gpus
+def test_a_device_that_is_not_the_current_one(gpu: str) -> None:
+    """The tensors decide where a call runs; the current device stays what it was."""
+    want = results_on(torch.device("cuda", 0))
+    assert torch.cuda.current_device() == 0
+    got = results_on(torch.device("cuda", 1))
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
+def test_two_host_threads(gpu: str) -> None:
+    """Each with a stream of its own, and a GPU of its own where there are two."""
+    devices = [torch.device("cuda", i % torch.cuda.device_count()) for i in range(4)]
+    want = results_on(devices[0])
+
+    def work(device: torch.device) -> list[list[torch.Tensor]]:
+        with vstar_ops.use_backend(gpu), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+            return [results_on(device) for _ in range(20)]
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        for found in pool.map(work, devices):
+            assert all(torch.equal(x, y) for one in found for x, y in zip(one, want))
+
+
+@two_gpus
+@pytest.mark.parametrize("gpu", [None], ids=["nccl"])
+def test_two_processes_train_as_one(gpu: None, toy: Path, tmp_path: Path) -> None:
+    """On a GPU each, gradients averaged by nccl."""
+    from toy_data import TOGETHER, finish, start, weights
+
+    options = (
+        f"--data {toy} --category Toy --dropout 0 --sft-epochs 3 --rl-steps 8 --candidates 6 --device cuda"
+    )
+    options += " --sft-batch-size 13 --rl-batch-size 13 --decoder ved --objective joint"
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    finish(start(toy, *options.split(), "--out", str(alone)))
+    finish(start(toy, *options.split(), "--out", str(together), launcher=TOGETHER))
+    for stage in ("sft", "ved+joint"):
+        got = weights(together, stage)
+        for name, weight in weights(alone, stage).items():
+            torch.testing.assert_close(got[name], weight, rtol=1e-2, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
