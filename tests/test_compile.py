@@ -23,7 +23,7 @@ from vstar_ops.verify.calls import Call
 from vstar_ops.verify.cases import CASES
 
 WITHOUT_NUMBERS = {"prefix_tree", "prefix_returns", "token_logp_backward"}
-WITHOUT_NUMBERS |= {"advance_beams", "rows_to_run", "draw_children", "distinct_rows"}
+WITHOUT_NUMBERS |= {"advance_beams", "rows_to_run", "draw_children", "distinct_rows", "ved_inputs"}
 FIXED = {"ddof", "length"}  # which no schedule changes
 WRAPPED = {"ved_select": ved_select, "ved_insert": ved_insert}  # the cases call them on copies
 FLOATS, INTS = [0.5 + i / 64 for i in range(12)], list(range(3, 15))  # torch gives up after 8 graphs

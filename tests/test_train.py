@@ -14,7 +14,7 @@ from toy_data import finish, kill_at, start, untimed, weights
 
 from vstar_ops import Trie, group_advantage, sibling_advantage
 from vstar_ops.decoding import beam_search
-from vstar_ops.train import __main__, checkpoint, metrics, report, rewards, scoring, trainer
+from vstar_ops.train import __main__, checkpoint, metrics, pictures, report, rewards, scoring, trainer
 from vstar_ops.train.__main__ import main
 from vstar_ops.train.config import Config, Variant
 from vstar_ops.train.data import load_minionerec, user_sequences
@@ -418,6 +418,7 @@ def test_the_policys_part_of_the_candidates_rises(toy: Path, tmp_path: Path, mon
         return search(decoder, *arguments)
 
     monkeypatch.setattr(Decoder, "__call__", spy)
+    monkeypatch.setattr(pictures, "of_seed", lambda *_: None)  # draws a search of its own
     options = ["--data", str(toy), *OPTIONS.split(), "--rl-steps", "4", "--sft-epochs", "1", "--ved"]
     assert main([*options, "num_policy_candidates=2", "--out", str(tmp_path / "ours")]) == 0
     assert seen == [2, 3, 4, 5]  # of 6

@@ -253,7 +253,6 @@ def test_layouts_compile_nothing_anew(compiled_anew: Any) -> None:
     assert compiled_anew(lambda: vstar_ops.expand_topk(table[:, 1], trie, node, 4, row=row)) == []
 
 
-@pytest.mark.skipif(INTERPRETING, reason="an interpreted kernel has no signature")
 def leaves(x: Any) -> Iterator[Any]:
     """What a tuple of tuples holds."""
     if isinstance(x, tuple):
@@ -263,6 +262,7 @@ def leaves(x: Any) -> Iterator[Any]:
         yield x
 
 
+@pytest.mark.skipif(INTERPRETING, reason="an interpreted kernel has no signature")
 def test_warmup_compiles_what_is_recorded() -> None:
     """Triton's own binder gives the arguments of ``warmup`` the types of the specialization."""
     for item in _triton.specializations():

@@ -29,7 +29,7 @@ from vstar_ops.verify.judge import Verdict, Want
 from vstar_ops.verify.script import literal
 from vstar_ops.verify.shrink import sequences, size
 from vstar_ops.verify.sweep import verify
-from vstar_ops.verify.wants import ORACLES
+from vstar_ops.verify.wants import ORACLES, RANKED
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARE = 30 / len(OPS) / 2  # of the default time, what an op gets on each of two backends
@@ -355,7 +355,7 @@ def test_every_op_is_drawn_with_what_is_adversarial():
         seen |= {a.get("temperature")} & {1e-39, 1e30}
     assert seen >= {"nan", "inf", "-0", "ties", "dead", "many", "odd", "strides", "no B", "no W", "no V"}
     assert {1e-39, 1e30} <= seen
-    assert set(sampling.DRAWS) == set(OPS) == {*ORACLES, "expand_topk"}
+    assert set(sampling.DRAWS) == set(OPS) == {*ORACLES, *RANKED}
 
 
 def test_verdict_of_floats():

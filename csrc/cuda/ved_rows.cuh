@@ -1,7 +1,7 @@
 // What surrounds the model's forward in a round of value-guided decoding.
 //
-// ved_evaluate_kernel: one block per row, which one warp reads, or all of them where rows are long. Then the two lists are
-// made one after the other. Of a short row all children are sorted in shared memory; of a long one first a bound is found
+// ved_evaluate_kernel: one block per row, which one warp reads, or all of them where rows are long, in the order of
+// expand_topk, so that log-probabilities have the same bits. Then the two lists are made one after the other. Of a short row all children are sorted in shared memory; of a long one first a bound is found
 // that no more reach than the list has room for, for which the children are scored several times.
 //
 // ved_beams_kernel: one warp per request. The lists are a few dozen long: votes say where an entry goes.
@@ -9,7 +9,7 @@
 
 #include "common/gumbel.h"
 #include "common/ops/ved_rows.h"
-#include "cuda/rows.cuh"
+#include "cuda/expand_rows.cuh"
 #include "cuda/select.cuh"
 
 namespace vstar {
@@ -47,14 +47,34 @@ struct EvaluateScratch {
   int32_t counts[33];
 };
 constexpr int64_t kEvaluateScratch = (sizeof(EvaluateScratch) + 15) / 16 * 16;
-constexpr int kEvaluateShort = 1024;  // children, or columns under "vocab", that one warp reads
 
 template <class T, int kWarps>
 VSTAR_DEVICE EvaluatedRow evaluated_row(
     const VedEvaluateLaunch& a, const RowReader<T>& reader, int64_t b, int64_t p, float* scratch) {
   const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
   const auto read = [&](const RowReader<T>& from) {
-    return read_row<T, kWarps, 1>(from, int(threadIdx.x), inv_temperature, scratch);
+    RowStats s;
+    if constexpr (kWarps == 1) {  // four times the same
+      s = read_by_eight(from.count, inv_temperature, nullptr, [&](int32_t tile, float(&z)[8]) {
+        for (int j = 0; j < 8; ++j) z[j] = cleaned(from.at(tile + lane() % 8 + 8 * j));
+      });
+    } else {
+      for (int32_t first = 0; first < from.count; first += kWarps * kChunk) {
+        const int32_t begin = first + kChunk * warp();
+        const RowStats mine = begin < from.count ? read_chunk(from, begin, inv_temperature, nullptr) : RowStats{};
+        if (lane() == 0) {
+          scratch[3 * warp()] = mine.top;
+          scratch[3 * warp() + 1] = mine.total;
+          scratch[3 * warp() + 2] = mine.moment;
+        }
+        __syncthreads();
+        for (int i = 0; i < kWarps && first + kChunk * i < from.count; ++i) {
+          s = joined(s, {scratch[3 * i], scratch[3 * i + 1], scratch[3 * i + 2]}, inv_temperature);
+        }
+        __syncthreads();
+      }
+    }
+    return s;
   };
   const RowStats legal = read(reader);
   RowStats all = legal;
@@ -154,7 +174,7 @@ inline void run(const Gpu& gpu, const VedEvaluateArgs& args) {
   if (rows == 0) return;
   VedEvaluateLaunch a{args, 32, nullptr};
   const int64_t longest = a.vocab && a.columns > a.max_children ? a.columns : a.max_children;
-  const bool is_long = longest > kEvaluateShort;
+  const bool is_long = longest > kShortRow;
   const int64_t width = a.children > a.leaves ? a.children : a.leaves;
   const int64_t entries = is_long && width < a.max_children ? width : a.max_children;
   a.list = next_power_of_2(entries > 32 ? entries : 32);
