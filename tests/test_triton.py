@@ -19,7 +19,7 @@ import torch
 import vstar_ops
 from vstar_ops import _triton
 from vstar_ops.ops._registry import Op
-from vstar_ops.verify.cases import CASES, embedded, expansion, scored
+from vstar_ops.verify.cases import CASES, embedded, evaluation, expansion, scored
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETING = vstar_ops._backends.interpreting()
@@ -229,6 +229,7 @@ ALIGNED: dict[str, list[Callable[[int], Any]]] = {
     ],
     "prefix_returns": [partial(embedded, width=16), partial(embedded, width=48, masked=True)],
     "token_logp": [partial(scored, columns=32), partial(scored, columns=32, legal=True)],
+    "ved_evaluate": [partial(evaluation, columns=32), partial(evaluation, columns=32, options=True)],
 }
 del ALIGNED["token_logp_backward"]  # its arguments are made by a forward pass that really runs
 
