@@ -50,33 +50,6 @@ VSTAR_DEVICE float segment_max(float x) {
   return x;
 }
 
-// ---------------------------------------------------------------- short rows
-
-// Statistics of rows of up to `count` children, one row per eight lanes, and with `best` the largest logits of their segments.
-// read(tile, z) has a lane's logits, of the children tile + lane() % 8, + 8, ... . All lanes take part.
-template <class Read>
-VSTAR_DEVICE RowStats read_by_eight(int32_t count, InverseTemperature inv_temperature, float* best, const Read& read) {
-  static_assert(1 << kShortSegment == 8, "a segment is what eight lanes read at once");
-  RowStats s;
-  for (int32_t tile = 0; __any_sync(kAll, tile < count); tile += 64) {
-    float z[8], top = -kInf;
-    read(tile, z);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float most = segment_max<8>(z[j]);
-      top = fmaxf(top, most);
-      const int32_t c = tile + 8 * j;
-      if (best && lane() % 8 == j && c < count) best[c >> kShortSegment] = most;
-    }
-    s = added<8>(s, top, inv_temperature, [&](int j) { return z[j]; });
-  }
-  for (int step = 1; step < 8; step *= 2) {  // the top is that of all lanes
-    s.total += __shfl_xor_sync(kAll, s.total, step);
-    s.moment += __shfl_xor_sync(kAll, s.moment, step);
-  }
-  return s;
-}
-
 // ---------------------------------------------------------------- long rows
 
 // Statistics of a chunk; with `best`, also the largest logits of its segments.

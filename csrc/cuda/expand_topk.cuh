@@ -214,10 +214,27 @@ __global__ void __launch_bounds__(32 * kRowWarps) expand_terms_kernel(ExpandLaun
 // Statistics of four rows, by eight lanes each, and with `best` the largest logits of their segments. All lanes take part.
 template <class T>
 VSTAR_DEVICE RowStats read_short(const ExpandLaunch& a, int64_t b, const ExpandEdges& row, float* best) {
-  return read_by_eight(row.count, in_base_2(a.inv_temperature), best, [&](int32_t tile, float(&z)[8]) {
+  constexpr int kLanes = 1 << kShortSegment;
+  const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
+  RowStats s;
+  for (int32_t tile = 0; __any_sync(kAll, tile < row.count); tile += 64) {
     int32_t token[8];
-    read_children<T>(a, b, row, tile + lane() % 8, 8, token, z);
-  });
+    float z[8], top = -kInf;
+    read_children<T>(a, b, row, tile + lane() % kLanes, kLanes, token, z);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float most = segment_max<kLanes>(z[j]);
+      top = fmaxf(top, most);
+      const int32_t c = tile + kLanes * j;
+      if (best && lane() % kLanes == j && c < row.count) best[c >> kShortSegment] = most;
+    }
+    s = added<8>(s, top, inv_temperature, [&](int j) { return z[j]; });
+  }
+  for (int step = 1; step < kLanes; step *= 2) {  // the top is that of all lanes
+    s.total += __shfl_xor_sync(kAll, s.total, step);
+    s.moment += __shfl_xor_sync(kAll, s.moment, step);
+  }
+  return s;
 }
 
 inline int64_t fused_bytes(const ExpandLaunch& a) {

@@ -48,6 +48,26 @@ struct EvaluateScratch {
 };
 constexpr int64_t kEvaluateScratch = (sizeof(EvaluateScratch) + 15) / 16 * 16;
 
+// Statistics of a short row by eight lanes, in the order of expand_topk's read_short.
+template <class T>
+VSTAR_DEVICE RowStats read_by_eight(const RowReader<T>& reader, InverseTemperature inv_temperature) {
+  RowStats s;
+  for (int32_t tile = 0; tile < reader.count; tile += 64) {
+    float z[8], top = -kInf;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      z[j] = cleaned(reader.at(tile + lane() % 8 + 8 * j));
+      top = fmaxf(top, z[j]);
+    }
+    s = added<8>(s, segment_max<8>(top), inv_temperature, [&](int j) { return z[j]; });
+  }
+  for (int step = 1; step < 8; step *= 2) {
+    s.total += __shfl_xor_sync(kAll, s.total, step);
+    s.moment += __shfl_xor_sync(kAll, s.moment, step);
+  }
+  return s;
+}
+
 template <class T, int kWarps>
 VSTAR_DEVICE EvaluatedRow evaluated_row(
     const VedEvaluateLaunch& a, const RowReader<T>& reader, int64_t b, int64_t p, float* scratch) {
@@ -55,9 +75,7 @@ VSTAR_DEVICE EvaluatedRow evaluated_row(
   const auto read = [&](const RowReader<T>& from) {
     RowStats s;
     if constexpr (kWarps == 1) {  // four times the same
-      s = read_by_eight(from.count, inv_temperature, nullptr, [&](int32_t tile, float(&z)[8]) {
-        for (int j = 0; j < 8; ++j) z[j] = cleaned(from.at(tile + lane() % 8 + 8 * j));
-      });
+      s = read_by_eight(from, inv_temperature);
     } else {
       for (int32_t first = 0; first < from.count; first += kWarps * kChunk) {
         const int32_t begin = first + kChunk * warp();
