@@ -53,6 +53,15 @@ class StaticModel:
         return (state[0][slot.clamp(min=0)] @ self.head)[:, -1]
 
 
+def in_a_graph(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A call that has run once, captured; and its results, which a replay writes anew."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    return graph, captured
+
+
 def catalogue(items: int = 5000, codes: int = 64) -> Trie:
     random = torch.Generator().manual_seed(0)
     return Trie.from_sequences(torch.randint(codes, (items, 3), generator=random)).to("cuda")
@@ -161,10 +170,7 @@ def test_a_whole_beam_search_in_a_graph(gpu: str) -> None:
     def search() -> Any:
         return beam_search(model, context, trie, 24, skip_forced=False)
 
-    search()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = search()
+    graph, captured = in_a_graph(search)
     for _ in range(3):
         context.random_(64)
         graph.replay()
@@ -187,10 +193,7 @@ def test_a_whole_search_in_a_graph(gpu: str, config: VEDConfig) -> None:
     def search() -> Any:
         return ved(model, context, trie, 16, config, seed=seeds, num_rounds=12)
 
-    search()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = search()
+    graph, captured = in_a_graph(search)
     for _ in range(3):
         context.random_(64)
         seeds.random_()
