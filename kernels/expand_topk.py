@@ -54,10 +54,12 @@ _PROGRAMS = 512  # where the programs of a row do not share the sums, there are 
 
 
 def expand_topk(
-    logits, offset, token, node, row, k, cum_logp, value, bonus, child_value, seed, logp_weight,
+    logits, offset, token, alive, node, row, k, cum_logp, value, bonus, child_value, seed, logp_weight,
     value_weight, entropy_weight, temperature, vocab, max_children,
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.expand_topk`."""
+    if alive is not None:
+        raise Unsupported("expand_topk: the Triton backend takes no restricted trie")
     batch, width = node.shape
     columns, device = logits.shape[2], logits.device
     if value_weight == 0:

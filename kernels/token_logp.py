@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton import Unsupported
 from ._array import Array, array, load_float, load_int, store_float, strided
 from ._floats import InverseTemperature, cleaned, divided, inverse_of
 from ._kernel import (
@@ -43,8 +44,10 @@ _TARGETS = 32
 _PROGRAMS = 8192  # rows are shared until there are about as many
 
 
-def token_logp(logits, targets, offset, token, node, temperature, max_children):
+def token_logp(logits, targets, offset, token, alive, node, temperature, max_children):
     """The dispatcher's signature; see :func:`vstar_ops.token_logp`."""
+    if alive is not None:
+        raise Unsupported("token_logp: the Triton backend takes no restricted trie")
     batch, width, columns = logits.shape
     number = targets.shape[2]
     logp = torch.empty(targets.shape, device=logits.device)
@@ -70,8 +73,8 @@ def token_logp(logits, targets, offset, token, node, temperature, max_children):
 
 
 def token_logp_backward(
-    grad_logp, grad_entropy, logits, targets, offset, token, node, logp, entropy, row_max, log_mass,
-    temperature, max_children,
+    grad_logp, grad_entropy, logits, targets, offset, token, alive, node, logp, entropy, row_max,
+    log_mass, temperature, max_children,
 ):  # fmt: skip
     """The dispatcher's signature; the entropy's gradient is left out where it is None."""
     batch, width, columns = logits.shape

@@ -58,8 +58,9 @@ def _ved_inputs(
 
 
 def ved_evaluate(
-    logits, offset, token, only_leaf, node, logp, value, child_value, seed, children, leaves, value_weight,
-    child_weight, logp_weight, temperature, vocab, max_children, first_closed, first_leaf, expand_root,
+    logits, offset, token, alive, only_leaf, node, logp, value, child_value, seed, children, leaves,
+    value_weight, child_weight, logp_weight, temperature, vocab, max_children, first_closed, first_leaf,
+    expand_root,
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.ved_evaluate`."""
     (batch, rows), device = node.shape, logits.device
@@ -67,9 +68,9 @@ def ved_evaluate(
 
     def ranked(x, seeds, by_logp):
         return expand_topk(
-            logits.reshape(*every, logits.shape[2]), offset, token, node.reshape(every), None, all_children,
-            logp.reshape(every), None, None, x, seeds, by_logp, child_weight, 0.0, temperature, vocab,
-            max_children,
+            logits.reshape(*every, logits.shape[2]), offset, token, alive, node.reshape(every), None,
+            all_children, logp.reshape(every), None, None, x, seeds, by_logp, child_weight, 0.0, temperature,
+            vocab, max_children,
         )  # fmt: skip
 
     _, drawn_logp, _, _, drawn, _, entropy = ranked(None, seed.repeat_interleave(rows), 1.0)

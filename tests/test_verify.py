@@ -46,19 +46,19 @@ def ties_in_the_wrong_order(run, *a):
 
 
 def wrong_normalizer(run, *a):
-    return run(*a[:15], False, *a[16:])
+    return run(*a[:16], False, *a[17:])
 
 
 def one_winner_too_few(run, *a):
     score, logp, parent, token, node, count, entropy = run(*a)
-    full = count == a[5]
+    full = count == a[6]
     for x, empty in ((score, -torch.inf), (logp, -torch.inf), (parent, -1), (token, -1), (node, -1)):
         x[full, -1] = empty
     return score, logp, parent, token, node, count - full.int(), entropy
 
 
-def dead_beams_live(run, logits, offset, token, node, *a):
-    return run(logits, offset, token, node.clamp(min=0), *a)
+def dead_beams_live(run, logits, offset, token, alive, node, *a):
+    return run(logits, offset, token, alive, node.clamp(min=0), *a)
 
 
 def nan_reads_as_zero(run, logits, *a):
@@ -72,7 +72,7 @@ def fails_on_odd_rows(run, logits, *a):
 
 
 def temperature_bounded(run, *a):
-    return run(*a[:14], max(a[14], 1e-2), *a[15:])
+    return run(*a[:15], max(a[15], 1e-2), *a[16:])
 
 
 def mask_ignored(run, tokens, rewards, mask, *a):
@@ -154,7 +154,7 @@ def the_same_prefix_twice(run, node, token, slot, row):
 
 
 def forced_prefixes_are_children(run, *a):
-    return run(*a[:3], None, *a[4:])
+    return run(*a[:4], None, *a[5:])
 
 
 def tokens_of_dead_rows(run, tree_slot, token, parent, node):

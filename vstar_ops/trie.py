@@ -87,6 +87,7 @@ class Trie:
         self.max_children = max_children
         self.max_token = max_token
         self.length = len(level_offset) - 2
+        self.alive: Tensor | None = None
         self._leaf: Tensor | None = None
 
     @property

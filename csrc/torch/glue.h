@@ -276,12 +276,17 @@ class Call {
     }
   }
   void read_trie(TrieView& trie, bool is_optional) {
-    const Tensor &offset = next_tensor(is_optional), &token = next_tensor(is_optional);
+    const Tensor &offset = next_tensor(is_optional), &token = next_tensor(is_optional), &alive = next_tensor(true);
     if (!offset) return;
     offset.read(trie.offset);
     token.read(trie.token);
     trie.num_nodes = offset.numel() - 1;
     trie.num_edges = token.numel();
+    if (!alive) return;
+    alive.read(trie.alive);
+    const int64_t words = alive.size(1);
+    STD_TORCH_CHECK(words > (trie.num_nodes + 31) / 32, "alive must have a bit per node and a word more, got ", words, " words");
+    trie.alive_stride = alive.size(0) == 1 ? 0 : words;
   }
 
   void* add(Tensor tensor) {

@@ -206,6 +206,19 @@ def check_trie(trie: Any, columns: int, device: torch.device) -> None:
         raise ValueError(f"trie must be on {device} like logits, got {trie.device}; use trie.to(...)")
 
 
+def check_alive(trie: Trie, batch: int) -> None:
+    """The bits of a restricted trie: one row for all requests, or one per request."""
+    alive = trie.alive
+    if alive is None:
+        return
+    words = (trie.num_nodes + 31) // 32 + 1
+    check("trie.alive", alive, (None, words), f"[R, {words}]", (torch.int32,), trie.device)
+    if alive.shape[0] not in (1, batch):
+        raise ValueError(f"trie is restricted for {alive.shape[0]} requests, got logits of {batch}")
+    if not alive.is_contiguous():
+        raise ValueError(f"trie.alive must be contiguous, got the strides {list(alive.stride())}")
+
+
 def check_nodes(node: Tensor, trie: Trie) -> None:
     """Values of nodes."""
     check_range("node", node, trie.num_nodes)

@@ -14,6 +14,7 @@ from ._checks import (
     FLOATS_OR_DOUBLE,
     INTS,
     check,
+    check_alive,
     check_finite,
     check_floats,
     check_nodes,
@@ -46,7 +47,14 @@ ExpandTopK.count = renamed_field("num_valid")  # type: ignore[method-assign]
 
 
 def _fake(
-    logits: Tensor, offset: Tensor, token: Tensor, node: Tensor, row: Tensor | None, k: int, *_: object
+    logits: Tensor,
+    offset: Tensor,
+    token: Tensor,
+    alive: Tensor | None,
+    node: Tensor,
+    row: Tensor | None,
+    k: int,
+    *_: object,
 ) -> tuple[Tensor, ...]:
     (batch, width), dtype = node.shape, result_dtype(logits)
     score, logp = (logits.new_empty((batch, k), dtype=dtype) for _ in range(2))
@@ -105,7 +113,8 @@ def expand_topk(
             NaN reads as -inf, +inf as the largest finite float32. With ``"legal"`` only legal children's
             logits are read. float64 ones are taken by the reference implementation, which computes in
             float64; the other floats may then be float64, and the results are.
-        trie: the catalogue; its tokens are columns of ``logits``.
+        trie: the catalogue; its tokens are columns of ``logits``. Children without an allowed item
+            below them, where the trie is restricted, are not in :math:`C(w)`; its bits are read at each call.
         node: int32 or int64 ``[B, W]``, the trie node of each prefix. Whatever is not a node (-1, or out
             of range) is a dead beam: it has no children.
         k: winners per request, any number >= 1.
@@ -161,6 +170,7 @@ def expand_topk(
         columns = logits.shape[1]
     device = logits.device
     check_trie(trie, columns, device)
+    check_alive(trie, batch)
     node = check("node", node, (batch, width), "[B, W]", INTS, device)
     if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _SIZES)):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
@@ -192,6 +202,7 @@ def expand_topk(
             logits,
             trie.offset,
             trie.token,
+            trie.alive,
             node,
             row,
             k,

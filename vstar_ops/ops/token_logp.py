@@ -12,6 +12,7 @@ from ._checks import (
     FLOATS_OR_DOUBLE,
     INTS,
     check,
+    check_alive,
     check_nodes,
     check_positive,
     check_tokens,
@@ -27,9 +28,6 @@ class TokenLogp(NamedTuple):
 
     logp: Tensor
     entropy: Tensor
-
-
-_ROW = "Tensor logits, Tensor targets, Tensor? offset, Tensor? token, Tensor? node"
 
 
 def _fake(logits: Tensor, targets: Tensor, *_: object) -> tuple[Tensor, ...]:
@@ -56,7 +54,7 @@ def _differentiate(ctx: Any, backward: Any, grad_logp: Any, grad_entropy: Any, *
     gradient = None
     if ctx.needs_input_grad[0] and (grad_logp is not None or grad_entropy is not None):
         gradient = backward(grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.scalars)
-    return gradient, None, None, None, None, None, None
+    return gradient, None, None, None, None, None, None, None
 
 
 _op = define(
@@ -96,7 +94,9 @@ def token_logp(
             copies where their strides do not allow it. NaN reads as -inf, +inf as the largest finite float32.
         targets: integers ``[...]``, a token for each row, or ``[..., T]``, ``T`` of them, which may repeat.
             Negative ones (-1, -100) are padding: log-probability 0, no gradient.
-        trie: the catalogue; its tokens are columns of ``logits``. Together with ``node`` or not at all.
+        trie: the catalogue; its tokens are columns of ``logits``. Together with ``node`` or not at all. Of
+            a restricted trie only children with an allowed item below them are legal; where it has a filter
+            per request, the first dimension of ``logits`` is the request.
         node: int32 or int64 ``[...]``, the trie node of each row. Whatever is not a node has no children.
         temperature: any finite :math:`\tau > 0`. A log-probability beyond float32 is -inf. So is that of a
             logit more than 3.4e38 below the largest one, a difference that is float32 too; only the
@@ -144,12 +144,13 @@ def token_logp(
     if (trie is None) != (node is None):
         names = ("trie", "node") if trie is None else ("node", "trie")
         raise ValueError("{} must be given where {} is, got None".format(*names))
-    offset = token = None
+    offset = token = alive = None
     max_children = 0
     if trie is not None:
         check_trie(trie, columns, device)
+        check_alive(trie, rows[0] if rows else 1)
         node = check("node", node, tuple(rows), "[...]", INTS, device)
-        offset, token, max_children = trie.offset, trie.token, trie.max_children
+        offset, token, alive, max_children = trie.offset, trie.token, trie.alive, trie.max_children
     temperature = check_positive("temperature", temperature)
     if validating():
         if targets.numel() and int(targets.max()) >= columns:
@@ -157,9 +158,12 @@ def token_logp(
         if trie is not None and node is not None:
             check_nodes(node, trie)
 
-    batched = logits.flatten(0, -3) if len(rows) > 2 else logits[(None,) * (2 - len(rows))]
+    if alive is not None and alive.shape[0] > 1:  # a filter per request, which is the first dimension
+        batched = logits.flatten(1, -2) if len(rows) > 1 else logits.unsqueeze(1)
+    else:
+        batched = logits.flatten(0, -3) if len(rows) > 2 else logits[(None,) * (2 - len(rows))]
     flat = batched.shape[:2]
     each = targets.reshape(*flat, targets.shape[-1] if many else 1)
     where = None if node is None else node.reshape(flat)
-    logp, entropy, *_ = _op(device, batched, each, offset, token, where, temperature, max_children)
+    logp, entropy, *_ = _op(device, batched, each, offset, token, alive, where, temperature, max_children)
     return TokenLogp(logp.reshape(targets.shape), entropy.reshape(rows))

@@ -17,6 +17,7 @@ from ..trie import Trie
 from ._checks import (
     FLOATS,
     check,
+    check_alive,
     check_finite,
     check_int,
     check_nodes,
@@ -49,6 +50,7 @@ def _evaluate_fake(
     logits: Tensor,
     offset: Tensor,
     token: Tensor,
+    alive: Tensor | None,
     only_leaf: Tensor | None,
     node: Tensor,
     logp: Tensor,
@@ -141,7 +143,8 @@ def ved_evaluate(
 
     Args:
         trees: gives the lengths of the lists, ``C`` and ``D``, and the last level that is evaluated.
-        trie: the catalogue; its tokens are columns of ``logits``.
+        trie: the catalogue; its tokens are columns of ``logits``. Of a restricted trie
+            only children with an allowed item below them are legal.
         rows: ``[B, P]``, as the model was asked for them; what is not a node lists nothing.
         logits: float32, bfloat16 or float16 ``[B, P, V]``, any strides.
         slot: int64 ``[B, P]``, the model's.
@@ -164,6 +167,7 @@ def ved_evaluate(
     logits = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device)
     shape = logits.shape[:2]
     check_trie(trie, logits.shape[2], device)
+    check_alive(trie, batch)
     node = check("rows.node", rows.node, shape, _ROWS, (torch.int32,), device)
     logp = check("rows.logp", rows.logp, shape, _ROWS, (torch.float32,), device)
     check("slot", slot, shape, _ROWS, (torch.int64,), device)
@@ -186,8 +190,8 @@ def ved_evaluate(
         raise ValueError(f"trees must have at most the trie's {trie.length} levels, got {levels}")
     first_of_level = trie.level_offset
     lists = _evaluate(
-        device, logits, trie.offset, trie.token, trie._only_leaf if skip_forced else None, node, logp, value,
-        child_value, seeds, trees.child_node.shape[2], trees.leaf_node.shape[2], value_weight,
+        device, logits, trie.offset, trie.token, trie.alive, trie._only_leaf if skip_forced else None, node,
+        logp, value, child_value, seeds, trees.child_node.shape[2], trees.leaf_node.shape[2], value_weight,
         value_weight or 1.0, logp_weight, temperature, normalize == "vocab", trie.max_children,
         first_of_level[levels], first_of_level[-2], expand_root,
     )  # fmt: skip

@@ -15,6 +15,7 @@ def expand_topk(
     logits: Tensor,
     offset: Tensor,
     token: Tensor,
+    alive: Tensor | None,
     node: Tensor,
     row: Tensor | None,
     k: int,
@@ -53,6 +54,8 @@ def expand_topk(
     edge = torch.where(legal, edge, 0)
     column = (token[edge] if slots else edge).to(torch.int64)
     legal &= (column >= 0) & (column < columns)
+    if alive is not None:
+        legal &= is_alive(alive, edge + 1)
     column = torch.where(legal, column, 0)
 
     scaled = _clean(logits.gather(2, column)).masked_fill(~legal, _NEG_INF)
@@ -108,6 +111,13 @@ def expand_topk(
         count.clamp(max=k).to(torch.int32),
         entropy.to(result),
     )
+
+
+def is_alive(alive: Tensor, node: Tensor) -> Tensor:
+    """Bits of ``[R, words]`` for nodes ``[B, W, C]``; each of ``R`` equal parts of ``B`` has a row."""
+    batch = node.shape[0]
+    row = torch.arange(batch, device=node.device) * alive.shape[0] // max(batch, 1)
+    return (alive[row.view(-1, 1, 1), node >> 5] >> (node & 31)) & 1 != 0
 
 
 def _rows(x: Tensor, row: Tensor) -> Tensor:

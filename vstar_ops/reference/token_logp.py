@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .expand_topk import is_alive
+
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _NEG_INF = float("-inf")
 
@@ -14,6 +16,7 @@ def token_logp(
     targets: Tensor,
     offset: Tensor | None,
     token: Tensor | None,
+    alive: Tensor | None,
     node: Tensor | None,
     temperature: float,
     max_children: int,
@@ -24,7 +27,7 @@ def token_logp(
     row from which the gradient finds all probabilities again: the largest logit ``top`` and ``log_mass``,
     :math:`\\log p_v = (z_v - top) / \\tau - log\\_mass`.
     """
-    column, legal = _domain(logits, offset, token, node, max_children)
+    column, legal = _domain(logits, offset, token, alive, node, max_children)
     result = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if column.shape[2] == 0:
         chosen = torch.where(targets < 0, 0.0, _NEG_INF).to(result)
@@ -51,6 +54,7 @@ def token_logp_backward(
     targets: Tensor,
     offset: Tensor | None,
     token: Tensor | None,
+    alive: Tensor | None,
     node: Tensor | None,
     logp: Tensor,
     entropy: Tensor,
@@ -67,7 +71,7 @@ def token_logp_backward(
     over the targets that are in the domain and have a finite logit.
     """
     dense = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
-    column, legal = _domain(logits, offset, token, node, max_children)
+    column, legal = _domain(logits, offset, token, alive, node, max_children)
     if column.shape[2] == 0:
         return dense.to(logits.dtype)
     z = _clean(logits.gather(2, column)).masked_fill(~legal, _NEG_INF)
@@ -87,7 +91,12 @@ def token_logp_backward(
 
 
 def _domain(
-    logits: Tensor, offset: Tensor | None, token: Tensor | None, node: Tensor | None, max_children: int
+    logits: Tensor,
+    offset: Tensor | None,
+    token: Tensor | None,
+    alive: Tensor | None,
+    node: Tensor | None,
+    max_children: int,
 ) -> tuple[Tensor, Tensor]:
     """Columns ``[B, W, C]`` over which a row is normalized, and which of these entries exist."""
     batch, width, columns = logits.shape
@@ -105,6 +114,8 @@ def _domain(
     edge = torch.where(legal, edge, 0)
     column = (token[edge] if slots else edge).to(torch.int64)
     legal = legal & (column >= 0) & (column < columns)
+    if alive is not None:
+        legal &= is_alive(alive, edge + 1)
     return torch.where(legal, column, 0), legal
 
 

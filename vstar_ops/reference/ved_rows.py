@@ -29,6 +29,7 @@ def ved_evaluate(
     logits: Tensor,
     offset: Tensor,
     token: Tensor,
+    alive: Tensor | None,
     only_leaf: Tensor | None,
     node: Tensor,
     logp: Tensor,
@@ -57,9 +58,9 @@ def ved_evaluate(
 
     def ranked(x: Tensor | None, seeds: Tensor | None, by_logp: float) -> tuple[Tensor, ...]:
         score, its_logp, _, _, child, _, entropy = expand_topk(
-            logits.reshape(*each, columns), offset, token, node.reshape(each), None, all_children,
-            logp.reshape(each), None, None, x, seeds, by_logp, child_weight, 0.0, temperature, vocab,
-            max_children,
+            logits.reshape(*each, columns), offset, token, alive, node.reshape(each), None,
+            all_children, logp.reshape(each), None, None, x, seeds, by_logp, child_weight, 0.0, temperature,
+            vocab, max_children,
         )  # fmt: skip
         return score, its_logp, child, entropy
 
