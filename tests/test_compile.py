@@ -16,16 +16,27 @@ from helpers import assert_same
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vstar_ops
-from vstar_ops import Trie
+from vstar_ops import Trie, filter_items
 from vstar_ops.ops import OPS
 from vstar_ops.ops.ved import ved_insert, ved_select
 from vstar_ops.verify.calls import Call
 from vstar_ops.verify.cases import CASES
 
 WITHOUT_NUMBERS = {"prefix_tree", "prefix_returns", "token_logp_backward"}
-WITHOUT_NUMBERS |= {"advance_beams", "rows_to_run", "draw_children", "distinct_rows", "ved_inputs"}
+WITHOUT_NUMBERS |= {
+    "advance_beams",
+    "rows_to_run",
+    "draw_children",
+    "distinct_rows",
+    "ved_inputs",
+    "filter_items",
+}
 FIXED = {"ddof", "length"}  # which no schedule changes
-WRAPPED = {"ved_select": ved_select, "ved_insert": ved_insert}  # the cases call them on copies
+WRAPPED = {
+    "ved_select": ved_select,
+    "ved_insert": ved_insert,
+    "filter_items": filter_items,
+}  # the cases call them on copies
 FLOATS, INTS = [0.5 + i / 64 for i in range(12)], list(range(3, 15))  # torch gives up after 8 graphs
 OPTIONS = {op: next(reversed(found.values())) for op, found in CASES.items()}
 

@@ -14,6 +14,7 @@ from .ops import (
     DistinctRows,
     DrawnChildren,
     ExpandTopK,
+    ItemFilter,
     LeafCandidates,
     ModelInputs,
     NodeEvaluation,
@@ -29,6 +30,7 @@ from .ops import (
     distinct_rows,
     draw_children,
     expand_topk,
+    filter_items,
     group_advantage,
     loss_counts,
     prefix_returns,
@@ -47,6 +49,7 @@ from .ops import (
     ved_select,
 )
 from .ops._registry import install_on_cuda
+from .restricted_trie import RestrictedTrie
 from .trie import Trie
 
 initialize()
@@ -61,11 +64,13 @@ __all__ = [
     "DistinctRows",
     "DrawnChildren",
     "ExpandTopK",
+    "ItemFilter",
     "LeafCandidates",
     "ModelInputs",
     "NodeEvaluation",
     "PrefixReturns",
     "PrefixTree",
+    "RestrictedTrie",
     "RowsToRun",
     "SearchTrees",
     "SelectedRows",
@@ -79,6 +84,7 @@ __all__ = [
     "distinct_rows",
     "draw_children",
     "expand_topk",
+    "filter_items",
     "group_advantage",
     "loss_counts",
     "prefix_returns",

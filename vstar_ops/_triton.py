@@ -84,9 +84,9 @@ def warmup(*names: str, device: torch.device | str = "cuda") -> float:
     milliseconds. A kernel that is not loaded cannot be captured in a CUDA graph.
 
     Args:
-        names: some of ``"beams"``, ``"draws"``, ``"expand_topk"``, ``"group_advantage"``,
-            ``"prefix_returns"``, ``"prefix_tree"``, ``"sibling_advantage"``, ``"sibling_grpo_loss"``,
-            ``"token_logp"``, ``"ved"``, ``"ved_rows"``; all if none is given.
+        names: some of ``"beams"``, ``"draws"``, ``"expand_topk"``, ``"filters"``,
+            ``"group_advantage"``, ``"prefix_returns"``, ``"prefix_tree"``, ``"sibling_advantage"``,
+            ``"sibling_grpo_loss"``, ``"token_logp"``, ``"ved"``, ``"ved_rows"``; all if none is given.
         device: the GPU to compile for.
 
     Returns:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from . import _trie_building as building
 from ._files import replacing
+
+if TYPE_CHECKING:
+    from .restricted_trie import RestrictedTrie
 
 _FORMAT, _WITHOUT_CHECKSUM = "vstar_ops.trie.v2", "vstar_ops.trie.v1"
 
@@ -57,6 +60,7 @@ class Trie:
         only_leaf: int32 ``[T]``, the leaf that each node leads to without a choice (all nodes below it have
             one child), ``-1`` for nodes with a choice below them; a leaf leads to itself. It is computed at
             its first use, on the trie's device, and no file holds it.
+        alive: None, or of a :class:`vstar_ops.RestrictedTrie` the nodes that have an allowed item, as bits.
 
     Example:
         >>> trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]], item_ids=[70, 71, 72])
@@ -89,6 +93,8 @@ class Trie:
         self.length = len(level_offset) - 2
         self.alive: Tensor | None = None
         self._leaf: Tensor | None = None
+        self._links: Any = None  # of filters, made at the first one
+        self._id_index: Any = None
 
     @property
     def num_nodes(self) -> int:
@@ -109,6 +115,11 @@ class Trie:
     def device(self) -> torch.device:
         """Where the arrays live."""
         return self.offset.device
+
+    @property
+    def unrestricted(self) -> Trie:
+        """The whole catalogue: this trie, or what a restricted one is a view of."""
+        return self
 
     @property
     def only_leaf(self) -> Tensor:
@@ -203,6 +214,39 @@ class Trie:
         gone = building.integers("item_ids", item_ids).reshape(-1)
         return self._of(building.without(self._arrays(), gone)).to(self.device)
 
+    def restrict(self, allow: Any = None, *, ban: Any = None) -> RestrictedTrie:
+        """A view under which only some items can be found: those of ``allow`` that are not in ``ban``.
+
+        Whatever takes a trie takes the view: a node is alive while an allowed item lies below it, no search
+        visits another one, and probabilities are normalized over what is alive. All arrays are shared.
+        A view may be restricted further. See :class:`vstar_ops.RestrictedTrie`, also for its memory.
+
+        Args:
+            allow, ban: one of them, or both. Ints ``[M]`` are item ids, bools ``[num_items]`` a mask in the
+                order of :attr:`item_ids`. With a dimension more there is a filter per request: ids ``[B, M]``
+                padded with -1, or ``B`` lists of any lengths; or a mask ``[B, num_items]``.
+                All items of an id are meant. Ids of ``ban`` that no item has, such as those of sold out items
+                in a user's history, are skipped; in ``allow`` they are an error, for which the values are
+                looked at.
+
+        Raises:
+            TypeError: neither of them is given, or one is neither integers nor bools.
+            ValueError: a wrong shape, another number of requests, an unknown id in ``allow``.
+
+        Example:
+            >>> trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]], item_ids=[70, 71, 72])
+            >>> in_stock = trie.restrict(ban=[71, 72])
+            >>> in_stock.children(0).token
+            tensor([0], dtype=torch.int32)
+            >>> not_seen = in_stock.restrict(ban=[[70], []])  # by user
+            >>> not_seen.items([0, 0])
+            tensor([[-1],
+                    [70]])
+        """
+        from .restricted_trie import restrict
+
+        return restrict(self, allow, ban)
+
     @classmethod
     def _of(cls, arrays: building.Arrays) -> Trie:
         offset, token, item_offset, item_ids = map(torch.from_numpy, arrays[:4])
@@ -243,6 +287,7 @@ class Trie:
         columns, token = torch.unique(self.token, return_inverse=True)
         arrays = (self.offset, token.int(), self.item_offset, self.item_ids)
         trie = Trie(*arrays, self.level_offset, self.max_children, max_token=columns.numel() - 1)
+        trie._leaf, trie._links, trie._id_index = self._leaf, self._links, self._id_index
         return CompactTrie(trie, columns.long())
 
     # ---------------------------------------------------------------- walking

@@ -444,6 +444,15 @@ T atomicAdd(T* address, T value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+  emulator::count_atomic();
+  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+}
+inline unsigned atomicAnd(unsigned* address, unsigned value) {
+  emulator::count_atomic();
+  return __atomic_fetch_and(address, value, __ATOMIC_RELAXED);
+}
+
 template <class T>
 T __ldg(const T* pointer) {
   if (emulator::counting) emulator::block.read(pointer, sizeof(T));

@@ -46,7 +46,8 @@ def beam_search(
     Args:
         model: see :class:`PrefixModel`.
         context: a batch of ``B`` prompts, as the model takes them.
-        trie: the catalogue, on the model's device.
+        trie: the catalogue, on the model's device; a restricted one, for all requests or for each of the
+            ``B``, gives allowed items only.
         beam_width: ``K``, beams per request, and candidates returned.
         normalize: ``"legal"`` (the policy restricted to legal tokens) or ``"vocab"``, which needs the logits
             of all columns.
@@ -62,7 +63,7 @@ def beam_search(
 
         - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]`` (leaves), ``logp`` float32 ``[B, K]``,
           ordered by log-probability, ties as in ``expand_topk``; slots past ``num_valid`` hold -1 and -inf
-        - ``num_valid`` int32 ``[B]``: candidates that exist, fewer than ``K`` if the catalogue is smaller
+        - ``num_valid`` int32 ``[B]``: candidates that exist, fewer than ``K`` if fewer sequences are allowed
         - ``forward_tokens`` int32 ``[B]``: tokens the model evaluated after the prompt, the prompt's last
           position (the root) included: ``1 + 2 K`` at most for ``L = 3``
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._deprecated import renamed_arguments, renamed_field
 from ..ops import distinct_rows, draw_children, expand_topk
-from ..ops._checks import check_int
+from ..ops._checks import check_alive, check_int
 from ..trie import Trie
 from .protocol import PrefixModel
 
@@ -55,7 +55,7 @@ def topk_sampling(
 
         - ``sequence`` int32 ``[B, K, L]``, ``node`` int32 ``[B, K]``
         - ``logp`` float32 ``[B, K]``, under the policy, without the truncation
-        - ``num_valid`` int32 ``[B]``, always ``K`` unless the catalogue is empty, or a prefix was drawn after
+        - ``num_valid`` int32 ``[B]``, always ``K`` unless nothing is allowed, or a prefix was drawn after
           which no legal token has a finite logit: such a draw is lost. Slots past it hold -1 and -inf
         - ``forward_tokens`` int32 ``[B]``: distinct prefixes evaluated, the root included
 
@@ -70,10 +70,16 @@ def topk_sampling(
     node, slot = torch.zeros(batch, dtype=torch.int32, device=device), torch.arange(batch, device=device)
     sequence = node.new_empty(batch, num_candidates, 0)
     row = prefix = logp = None  # of the candidates
+    check_alive(trie, batch)
+    per_request = trie.alive is not None and len(trie.alive) > 1
+    # Rows belong to any requests, so that filters of these are applied to logits and not by the trie.
+    plain, request = trie.unrestricted if per_request else trie, slot
     forward_tokens = torch.ones_like(node)
     for depth in range(trie.length):
         last = depth + 1 == trie.length
-        out = expand_topk(logits[:, None], trie, node[:, None], top_k, temperature=temperature)
+        if per_request:
+            logits = _without_banned(logits, trie, node, request)
+        out = expand_topk(logits[:, None], plain, node[:, None], top_k, temperature=temperature)
         children = out.logp, out.token, out.node
         drawn = draw_children(
             *children, sequence, row=row, prefix=prefix, cum_logp=logp, seed=seed, pack=last
@@ -84,8 +90,29 @@ def topk_sampling(
         rows = distinct_rows(prefix, sequence[..., -1], slot, row=row)
         number = int(rows.num_rows)  # the host waits for it, once per level
         row, node, slot = rows.row, rows.node[:number], rows.parent[:number]
+        request = _requests(row, number) if per_request else slot
         logits = logits[:0]
         if number > 0:
             logits, slot = model.extend(state, slot, rows.token[:number])
         forward_tokens += rows.num_tokens
     return SampleResult(drawn.sequence, drawn.node, drawn.logp.float(), drawn.num_valid, forward_tokens)
+
+
+def _without_banned(logits: Tensor, trie: Trie, node: Tensor, request: Tensor) -> Tensor:
+    """``logits[R, V]``, -inf for the children of each row's node that the filter of its request bans."""
+    assert trie.alive is not None
+    token, child = trie.unrestricted.children(node)
+    word = trie.alive[request[:, None], child.clamp(min=0) >> 5]
+    banned = (child >= 0) & ((word >> (child & 31)) & 1 == 0)
+    columns = logits.shape[1]
+    mask = torch.zeros(len(logits), columns + 1, dtype=torch.bool, device=logits.device)
+    mask.scatter_(1, torch.where(banned, token, columns).long(), True)
+    return logits.masked_fill(mask[:, :columns], -torch.inf)
+
+
+def _requests(row: Tensor, number: int) -> Tensor:
+    """The request that each of so many rows belongs to, int64; ``row[B, K]`` says whose rows they are."""
+    request = torch.zeros(number + 1, dtype=torch.int64, device=row.device)
+    own = torch.arange(len(row), device=row.device)[:, None].expand(row.shape)
+    request.scatter_(0, torch.where(row >= 0, row, number).flatten().long(), own.flatten())
+    return request[:number]

@@ -71,7 +71,8 @@ def ved(
         model: a :class:`PrefixModel` that also has ``value``, unless ``config.value_weight`` is 0, and
             ``child_value``, unless ``config.child_values`` is False; see :class:`ValueModel`.
         context: a batch of ``B`` prompts, as the model takes them.
-        trie: the catalogue, on the model's device.
+        trie: the catalogue, on the model's device; a restricted one, for all requests or for each of the
+            ``B``, gives allowed items only. What leads to one leaf of the whole catalogue is known as such.
         num_candidates: ``K``, the most leaves that are returned per request.
         config: see :class:`VEDConfig`; ``VEDConfig.paper()`` is the paper's search.
         seed: int64 seeds ``[B]``, one per request, or one int for seeds derived from it and ``b``. The
@@ -228,9 +229,9 @@ class _Search:
         if config.child_values:
             child_value = self.model.child_value(self.state, asked).unflatten(0, shape)
         if self.skip_forced and validating():
-            node, every = rows.node.reshape(-1, 1), max(1, self.trie.max_children)
-            found = expand_topk(logits.flatten(0, 1)[:, None], self.trie, node, every).num_valid
-            check_finite_logits(found, self.trie.num_children(node[:, 0]))
+            token = self.trie.children(rows.node).token.long()
+            finite = logits.gather(2, token.clamp(min=0)) > -torch.inf  # NaN compares false
+            check_finite_logits((finite & (token >= 0)).sum(2), (token >= 0).sum(2))
         evaluation = ved_evaluate(
             self.trees, self.trie, rows, logits, slot, self.seeds, value=value, child_value=child_value,
             value_weight=config.value_weight, logp_weight=config.logp_weight, skip_forced=self.skip_forced,

@@ -65,7 +65,8 @@ class SiblingGRPOTrainer(GRPOTrainer):
             micro-batch holds whole groups, as with ``steps_per_generation=1``.
         trie: the catalogue, in token ids: log-probabilities are over the legal tokens alone, as a rollout
             draws them that is constrained by the trie, and the head is applied to these tokens only. What
-            follows an item, such as EOS, is certain. Includes ``packed``.
+            follows an item, such as EOS, is certain. Includes ``packed``. It may be restricted, for all
+            requests alike.
 
     Raises:
         ImportError: TRL is missing or of a version that this class was not tested with.
@@ -238,6 +239,11 @@ class _PrefixModels:
     """Prefix models of the few models that a trainer has; the trie is made compact once for each."""
 
     def __init__(self, trie: Trie, **options: Any) -> None:
+        if trie.alive is not None and len(trie.alive) != 1:
+            raise ValueError(
+                f"trie must be restricted for all requests alike, got filters of {len(trie.alive)} requests: "
+                "a trainer chooses the prompts of a step"
+            )
         self._trie, self._options = trie, options
         self._made: dict[int, CausalPrefixModel] = {}
 
@@ -284,8 +290,8 @@ def trie_rollout(
         options: keywords of the decoder, such as ``top_k`` or ``config``.
 
     Raises:
-        ValueError: the prompts of a process are no whole groups; the catalogue has fewer items than
-            ``num_generations``; the trainer samples in a way that the decoder does not.
+        ValueError: filters per request in the trie; the prompts of a process are no whole groups; the
+            catalogue has fewer items than ``num_generations``; the trainer samples in a way that the decoder does not.
     """
     check_choice("decoder", decoder, _DECODERS)
     models = _PrefixModels(trie, value_head=value_head, full_head=full_head)

@@ -5,6 +5,7 @@ from ._registry import OPS
 from .beams import AdvancedBeams, RowsToRun, advance_beams, rows_to_run
 from .draws import DistinctRows, DrawnChildren, distinct_rows, draw_children
 from .expand_topk import ExpandTopK, expand_topk
+from .filters import ItemFilter, filter_items
 from .group_advantage import group_advantage
 from .prefix_returns import PrefixReturns, prefix_returns
 from .prefix_tree import PrefixTree, prefix_tree
@@ -28,6 +29,7 @@ __all__ = [
     "DistinctRows",
     "DrawnChildren",
     "ExpandTopK",
+    "ItemFilter",
     "LeafCandidates",
     "ModelInputs",
     "NodeEvaluation",
@@ -43,6 +45,7 @@ __all__ = [
     "distinct_rows",
     "draw_children",
     "expand_topk",
+    "filter_items",
     "group_advantage",
     "loss_counts",
     "prefix_returns",

@@ -8,6 +8,7 @@ from ..noise import derive_seeds, gumbel, philox
 from .beams import advance_beams, rows_to_run
 from .draws import distinct_rows, draw_children
 from .expand_topk import expand_topk
+from .filters import filter_items
 from .group_advantage import group_advantage
 from .prefix_returns import prefix_returns
 from .prefix_tree import prefix_tree
@@ -23,6 +24,7 @@ __all__ = [
     "distinct_rows",
     "draw_children",
     "expand_topk",
+    "filter_items",
     "group_advantage",
     "gumbel",
     "philox",

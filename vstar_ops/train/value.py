@@ -29,7 +29,7 @@ class ItemEmbeddings:
     """
 
     def __init__(self, trie: Trie, sequences: Tensor, vectors: Tensor) -> None:
-        self.trie = trie
+        self.trie = trie = trie.unrestricted
         leaf = trie.lookup(sequences).long() - trie.level_offset[-2]
         total = torch.zeros(trie.num_sequences, vectors.shape[1]).index_add_(0, leaf, vectors.float())
         self.vectors = total / torch.bincount(leaf, minlength=len(total)).clamp(min=1)[:, None]
@@ -78,6 +78,7 @@ def cooccurrence_embeddings(dataset: Dataset, trie: Trie, dim: int = 64) -> Tens
     """
     histories = user_sequences(dataset.train)
     user = torch.arange(len(histories)).repeat_interleave(torch.tensor([len(h) for h in histories]))
+    trie = trie.unrestricted
     leaf = trie.lookup(torch.cat(histories)).long() - trie.level_offset[-2]
     shape = (len(histories), trie.num_sequences)
     entry = torch.unique(user * shape[1] + leaf)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 import vstar_ops
-from vstar_ops import NodeEvaluation, SearchTrees, SelectedRows, ved_insert, ved_select
+from vstar_ops import (
+    ItemFilter,
+    NodeEvaluation,
+    SearchTrees,
+    SelectedRows,
+    Trie,
+    filter_items,
+    ved_insert,
+    ved_select,
+)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -92,6 +101,13 @@ def insert(trees: SearchTrees, rows: SelectedRows, evaluation: NodeEvaluation, *
     trees = map_tensors(lambda x: x.detach().clone(), trees)
     ved_insert(trees, rows, evaluation, **options)
     return trees
+
+
+def filtered(bits: ItemFilter, trie: Trie, row: Tensor | None, **options: Any) -> ItemFilter:
+    """``filter_items`` on a copy: the bits after it."""
+    bits = map_tensors(lambda x: x.detach().clone(), bits)
+    filter_items(bits, trie, row, **options)
+    return bits
 
 
 def moved(x: Tensor, device: str) -> Tensor:

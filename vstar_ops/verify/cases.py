@@ -17,6 +17,7 @@ from torch import Tensor
 
 import vstar_ops
 from vstar_ops import (
+    ItemFilter,
     NodeEvaluation,
     SearchTrees,
     SelectedRows,
@@ -28,8 +29,9 @@ from vstar_ops import (
     ved_insert,
     ved_select,
 )
+from vstar_ops.reference.filters import num_words, pack_bits
 
-from .calls import Call, insert, select, token_logp_gradient
+from .calls import Call, filtered, insert, select, token_logp_gradient
 
 HUGE = [-(2**62), -(2**62) + 1, -(2**31) - 1, -1, 0, 2**31, 2**32, 2**62 - 1, 2**62]
 
@@ -88,6 +90,40 @@ def expansion(
         arguments["gumbel_seed"] = torch.arange(batch)
         arguments |= {"value_weight": 0.5, "entropy_weight": 0.1, "temperature": 0.7, "normalize": "vocab"}
     return Call(vstar_ops.expand_topk, arguments)
+
+
+# ---------------------------------------------------------------- filters
+
+
+def random_filter(rng: np.random.Generator, trie: Trie, batch: int, share: float) -> ItemFilter:
+    """So many of the items are allowed, for each request others; the nodes follow."""
+    allowed = torch.from_numpy(rng.random((batch, trie.num_items)) < share)
+    nodes = torch.full((batch, num_words(trie.num_nodes)), -1, dtype=torch.int32)
+    with vstar_ops.use_backend("reference"):
+        return filtered(ItemFilter(nodes, pack_bits(allowed)), trie, None, allow=True)
+
+
+def filtering(
+    batch: int,
+    listed: int | None = 9,
+    *,
+    allow: bool = False,
+    within: int | None = None,
+    columns: int = 8,
+    items: int = 300,
+    share: float = 0.4,
+) -> Call:
+    """``filter_items`` with so many items in the list, or of all nodes; ``within`` one filter or ``B``."""
+    rng = np.random.default_rng(batch)
+    trie = Trie.from_sequences(rng.integers(0, columns, (items, 3)))
+    a: dict[str, Any] = {"bits": random_filter(rng, trie, batch, share), "trie": trie, "row": None}
+    if listed is not None:
+        a["row"] = torch.from_numpy(rng.integers(-2, items + 2, (batch, listed)))
+    else:
+        a["bits"].alive = torch.full_like(a["bits"].alive, 0x5A5A5A5A)
+    if within is not None:
+        a["within"] = random_filter(rng, trie, batch if within != 1 else 1, 0.5).allowed
+    return Call(filtered, {**a, "allow": allow})
 
 
 # ---------------------------------------------------------------- candidates
@@ -393,6 +429,11 @@ DTYPES = [torch.float32, *HALVES]
 LONG: dict[str, Any] = {"columns": 1300, "root": True, "items": 4000}
 CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     "expand_topk": {"plain": expansion, "options": partial(expansion, options=True)},
+    "filter_items": {
+        "plain": filtering,
+        "options": partial(filtering, listed=40, allow=True, within=2),
+        "all nodes": partial(filtering, listed=None),
+    },
     "group_advantage": {
         "plain": rewarded,
         "options": partial(rewarded, masked=True, ddof=0, std_floor=0.1),
@@ -458,6 +499,11 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
         partial(expansion, k=40, columns=5001, root=True, items=20_000, width=2, options=True),
         partial(expansion, columns=1000, root=True, items=6000, width=95),
     ],
+    "filter_items": [
+        partial(filtering, listed=300, share=0.02, items=2000, columns=30),
+        partial(filtering, listed=0),
+        partial(filtering, listed=None, columns=300, items=3000, share=0.01),
+    ],
     "group_advantage": [partial(rewarded, group=1100, masked=True)],
     "sibling_advantage": [
         partial(siblings, group=40),
@@ -520,6 +566,11 @@ LARGE: dict[str, dict[str, Callable[[], Call]]] = {
         "one row, noise": partial(
             expansion, 1, 40, width=1, columns=20_000, items=100_000, root=True, options=True
         ),
+    },
+    "filter_items": {
+        "many": partial(filtering, 300, 30, allow=True, within=2),
+        "one list": partial(filtering, 1, 3000, items=30_000, columns=60),
+        "all nodes": partial(filtering, 40, None, items=3000, columns=60),
     },
     "group_advantage": {"many": partial(rewarded, 3000, 16)},
     "sibling_advantage": {

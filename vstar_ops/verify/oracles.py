@@ -354,6 +354,49 @@ def advance_beams(
     return out
 
 
+def filter_items(
+    children: Sequence[Sequence[Any]],
+    item_offset: Sequence[int],
+    alive: np.ndarray,
+    allowed: np.ndarray,
+    row: np.ndarray | None,
+    allow: bool,
+    within: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Both fields, from sets of items and of nodes. A request at a time."""
+    inner, items = len(children) - len(item_offset) + 1, item_offset[-1]
+    out = {"alive": np.zeros(alive.shape, np.uint32), "allowed": allowed.view(np.uint32).copy()}
+
+    def members(words: np.ndarray) -> set[int]:
+        return {i for i in range(items) if int(words[i // 32]) >> i % 32 & 1}
+
+    for r in range(len(alive)):
+        kept = members(allowed.view(np.uint32)[r])
+        if row is not None:
+            listed = {int(i) for i in row[r] if 0 <= i < items}
+            if allow and within is not None:
+                listed &= members(within.view(np.uint32)[r % len(within)])
+            kept = kept | listed if allow else kept - listed
+            out["allowed"][r] = _words(kept, allowed.shape[1])
+        nodes = {
+            inner + n
+            for n, ends in enumerate(zip(item_offset, item_offset[1:]))
+            if kept.intersection(range(*ends))
+        }
+        for n in reversed(range(inner)):
+            if any(child in nodes for _, child in children[n]):
+                nodes.add(n)
+        out["alive"][r] = _words(nodes, alive.shape[1])
+    return {name: x.view(np.int32) for name, x in out.items()}
+
+
+def _words(members: set[int], number: int) -> list[int]:
+    words = [0] * number
+    for i in members:
+        words[i // 32] |= 1 << i % 32
+    return words
+
+
 def rows_to_run(
     children: Sequence[Sequence[Any]],
     node: np.ndarray,

@@ -14,8 +14,8 @@ import vstar_ops
 from vstar_ops import ExpandTopK, NodeEvaluation, SearchTrees, SelectedRows, Trie
 
 from . import search
-from .calls import Call, insert, loss_and_gradient, select, token_logp_gradient
-from .cases import policies, random_evaluation, random_tokens
+from .calls import Call, filtered, insert, loss_and_gradient, select, token_logp_gradient
+from .cases import policies, random_evaluation, random_filter, random_tokens
 
 Random = np.random.Generator
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,7 +33,7 @@ def dtypes(op: str) -> tuple[torch.dtype, ...]:
     """What :func:`draw` takes."""
     if op == "prefix_tree":
         return INTEGERS
-    if op in ("advance_beams", "rows_to_run", "distinct_rows"):
+    if op in ("advance_beams", "rows_to_run", "distinct_rows", "filter_items"):
         return INTEGERS[:2]
     if op == "draw_children":
         return torch.float32, torch.float64
@@ -278,6 +278,21 @@ def rows_to_run(rng: Random, dtype: torch.dtype) -> Call:
     return strided(rng, Call(vstar_ops.rows_to_run, {"trie": trie, "node": node, **a}))
 
 
+def filter_items(rng: Random, dtype: torch.dtype) -> Call:
+    """Items that collide, in levels that begin within a word; lists with repetitions and what is no item."""
+    batch, columns = size(rng, 1, 2, 3), one(rng, 2, 5, 40)
+    rows = rng.integers(0, columns, (size(rng, 1, 8, 40, 90), one(rng, 1, 2, 3, 4)))
+    trie, share = Trie.from_sequences(rows), one(rng, 0.0, 0.05, 0.5, 1.0)
+    a: dict[str, Any] = {"bits": random_filter(rng, trie, batch, share), "trie": trie, "row": None}
+    if rng.random() < 0.7:
+        a["row"] = integers(rng, dtype, -2, len(rows) + 2, batch, size(rng, 1, 5, 40))
+    if rng.random() < 0.4:
+        a["within"] = random_filter(rng, trie, batch, 0.5).allowed
+    call = Call(filtered, {**a, "allow": one(rng, True, False)})
+    laid = strided(rng, call).arguments  # the bits themselves are contiguous
+    return call._replace(arguments={**call.arguments, "row": laid["row"]})
+
+
 def draw_children(rng: Random, dtype: torch.dtype) -> Call:
     batch, number, length = size(rng, 1, 2, 3), size(rng, 1, 4, 9), size(rng, 0, 1, 3)
     rows, candidates = size(rng, 1, 2, 5), (batch, number)
@@ -440,7 +455,7 @@ DRAWS: dict[str, Callable[[Random, torch.dtype], Call]] = {
     f.__name__: f
     for f in (
         expand_topk, token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns,
-        prefix_tree, advance_beams, rows_to_run, draw_children, distinct_rows, sibling_grpo_loss, ved_select,
-        ved_insert, ved_candidates, ved_inputs, ved_evaluate, ved_beams,
+        prefix_tree, advance_beams, rows_to_run, filter_items, draw_children, distinct_rows,
+        sibling_grpo_loss, ved_select, ved_insert, ved_candidates, ved_inputs, ved_evaluate, ved_beams,
     )
 }  # fmt: skip

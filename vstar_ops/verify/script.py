@@ -26,6 +26,7 @@ def same(x, y):
 _CALLS = {
     "token_logp_backward": inspect.getsource(token_logp_gradient) + "\n\ncall = token_logp_gradient\n",
     "sibling_grpo_loss": inspect.getsource(loss_and_gradient) + "\n\ncall = loss_and_gradient\n",
+    "filter_items": "def call(bits, **given):\n    vstar_ops.filter_items(bits, **given)\n    return bits\n",
     "ved_select": "def call(trees, **given):\n    return vstar_ops.ved_select(trees, **given), trees\n",
     "ved_insert": "def call(trees, **given):\n    vstar_ops.ved_insert(trees, **given)\n    return trees\n",
 }

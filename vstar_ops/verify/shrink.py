@@ -44,6 +44,8 @@ def axes(op: str, arguments: dict[str, Any]) -> dict[str, str]:
         return of_lists | dict.fromkeys(("row", "prefix", "cum_logp"), "BK")
     if op == "distinct_rows":
         return {"node": "BK", "token": "BK", "row": "BK", "slot": "R"}
+    if op == "filter_items":
+        return {"bits": "B", "row": "BM", "within": "B"}
     if op in ("advance_beams", "rows_to_run"):
         return _STEP if op == "advance_beams" else _STEP | {"node": "BW"}
     return _SEARCH if op.startswith("ved") else _CANDIDATES
@@ -156,7 +158,7 @@ def _cut(a: dict[str, Any], letters: dict[str, str], axis: str, keep: slice) -> 
 
 
 def sequences(trie: Trie) -> Tensor:
-    """The sequences of a trie, int64 ``[N, L]``."""
+    """The sequence of each item of a trie, int64 ``[N, L]``."""
     offset, rows = trie.offset.long().cpu(), torch.zeros(1, 0, dtype=torch.int64)
     token, node = trie.token.long().cpu(), torch.zeros(1, dtype=torch.int64)
     for _ in range(trie.length):
@@ -166,7 +168,7 @@ def sequences(trie: Trie) -> Tensor:
         edge = first + within
         rows = torch.cat([rows.repeat_interleave(number, 0), token[edge][:, None]], 1)
         node = edge + 1
-    return rows
+    return rows.repeat_interleave(trie.item_offset.diff().long().cpu(), 0)
 
 
 def _simpler(call: Call) -> Iterator[Call]:

@@ -158,6 +158,13 @@ def rows_to_run(call: Call, a: dict[str, Any]) -> Wants:
         yield "." + name, Want(x)
 
 
+def filter_items(call: Call, a: dict[str, Any]) -> Wants:
+    trie, bits = a.pop("trie"), a.pop("bits")
+    children, leaves = Children.of(trie).children, trie.item_offset.tolist()
+    for name, x in oracles.filter_items(children, leaves, bits.alive, bits.allowed, **a).items():
+        yield "." + name, Want(x)
+
+
 def draw_children(call: Call, a: dict[str, Any]) -> Wants:
     seed = a.pop("seed")
     seeds = oracles.splitmix64(seed, len(a["sequence"])) if isinstance(seed, int) else seed.tolist()
@@ -266,7 +273,7 @@ ORACLES: dict[str, Callable[[Call, dict[str, Any]], Wants]] = {
     f.__name__: f
     for f in (
         token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns, prefix_tree,
-        advance_beams, rows_to_run, draw_children, distinct_rows, sibling_grpo_loss, ved_select, ved_insert,
-        ved_candidates, ved_inputs, ved_beams,
+        advance_beams, rows_to_run, filter_items, draw_children, distinct_rows, sibling_grpo_loss,
+        ved_select, ved_insert, ved_candidates, ved_inputs, ved_beams,
     )
 }  # fmt: skip

@@ -58,6 +58,7 @@ def end_tokens(model: Any, eos_token_id: int | list[int] | None) -> list[int]:
 
 def check_ends(trie: Trie, ends: list[int]) -> None:
     """Raise where something other than the EOS token itself follows it."""
+    trie = trie.unrestricted
     edge = torch.isin(trie.token, trie.token.new_tensor(ends)).nonzero()[:, 0]
     below = trie.children(edge + 1).token
     parent = trie.token[edge][:, None]

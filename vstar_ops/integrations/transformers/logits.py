@@ -21,7 +21,9 @@ class TrieLogitsProcessor(LogitsProcessor):
     returns duplicates and illegal rows without a warning.
 
     Args:
-        trie: the catalogue, in token ids, on the device of the model.
+        trie: the catalogue, in token ids, on the device of the model. Of a restricted one only allowed items
+            are produced; a filter per request is that of all its rows. Where a request has none left, every
+            score is -inf, or with ``eos_token_id`` it ends at once.
         prompt_length: the columns of ``input_ids`` before the first token of an item:
             ``inputs["input_ids"].shape[1]``, or 1 for an encoder-decoder.
         normalize: ``"legal"``: probabilities are renormalized over the legal tokens. ``"vocab"``: they are
@@ -67,17 +69,26 @@ class TrieLogitsProcessor(LogitsProcessor):
                 f"scores must have more columns than the trie's largest token {self.trie.max_token}, "
                 f"got {scores.shape[1]}"
             )
-        tokens = input_ids[:, self.prompt_length :]
-        if tokens.shape[1] <= self.trie.length:
+        tokens = self._by_request(input_ids[:, self.prompt_length :])
+        if tokens.shape[2] <= self.trie.length:
             node = self.trie.lookup(tokens)
         else:
-            node = torch.full_like(tokens[:, 0], -1)
-        token = self.trie.children(node).token.long()
+            node = torch.full_like(tokens[..., 0], -1)
+        token = self.trie.children(node).token.long().flatten(0, 1)
         if self.eos_token_id is not None:  # after a whole item, and in rows that have ended
             rest = token.new_full((len(token), 1), -1)
             token = torch.cat([token, rest], 1)
             token[:, 0] = torch.where((token < 0).all(1), self.eos_token_id, token[:, 0])
         return self._keep(scores, token)
+
+    def _by_request(self, tokens: Tensor) -> Tensor:
+        """``tokens[R, T]`` as ``[requests, rows of each, T]``, as ``generate()`` lays out beams and draws."""
+        requests = 1 if self.trie.alive is None else len(self.trie.alive)
+        if requests and len(tokens) % requests:
+            raise ValueError(
+                f"trie is restricted for {requests} requests, got {len(tokens)} rows of input_ids"
+            )
+        return tokens.reshape(requests, len(tokens) // max(requests, 1), tokens.shape[1])
 
     def _keep(self, scores: Tensor, token: Tensor) -> Tensor:
         """-inf but for the tokens ``[R, C]``, which are padded with -1."""
