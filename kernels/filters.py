@@ -44,7 +44,8 @@ def filter_items(
         for level in reversed(range(levels)):
             _level.launch(
                 (requests * programs,), _LEVEL_WARPS,
-                alive, allowed, offset, item_offset, level_offset, level, int(level + 1 == levels), programs, *sizes, **_WORDS,
+                alive, allowed, offset, item_offset, level_offset, level, int(level + 1 == levels), programs,
+                *sizes, **_WORDS,
             )  # fmt: skip
         return
     count = row.numel()

@@ -20,10 +20,10 @@ _IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class RestrictedTrie(Trie):
     """A view of a catalogue under which only some items can be found; :meth:`Trie.restrict` makes it.
 
-    The arrays, the numbers of nodes, ``num_items``, ``max_children``, ``only_leaf`` and their like are those of
-    the catalogue, and so are ``parent``, ``depth`` and ``sequences`` of any node. ``lookup``, ``children``,
-    ``num_children`` and ``items`` leave out what is not allowed. Where there is a filter per request, the
-    first dimension of what they take is the request: ``node[B, ...]``.
+    The arrays, the numbers of nodes, ``num_items``, ``max_children``, ``only_leaf`` and their like are those
+    of the catalogue, and so are ``parent``, ``depth`` and ``sequences`` of any node. ``lookup``,
+    ``children``, ``num_children`` and ``items`` leave out what is not allowed. Where there is a filter per
+    request, the first dimension of what they take is the request: ``node[B, ...]``.
 
     :meth:`update` and :meth:`reset` change the filter in place: the next call of an op sees it, also in a
     CUDA graph that was captured before, and under ``torch.compile`` nothing is compiled again.
@@ -179,7 +179,7 @@ class RestrictedTrie(Trie):
         return self._bits(name, node, self.bits.alive, index)
 
     def _bits(self, name: str, node: Tensor, bits: Tensor, index: Tensor) -> Tensor:
-        """Of bits ``[R, words]`` those at ``index``, whose first dimension is that of ``node``; none at -1."""
+        """The bits ``[R, words]`` at ``index``, whose first dimension is that of ``node``; none at -1."""
         requests = self.num_requests
         if requests == 1:
             request = torch.zeros((), dtype=torch.int64, device=self.device)

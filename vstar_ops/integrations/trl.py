@@ -291,7 +291,8 @@ def trie_rollout(
 
     Raises:
         ValueError: filters per request in the trie; the prompts of a process are no whole groups; the
-            catalogue has fewer items than ``num_generations``; the trainer samples in a way that the decoder does not.
+            catalogue has fewer items than ``num_generations``; the trainer samples in a way that the decoder
+            does not.
     """
     check_choice("decoder", decoder, _DECODERS)
     models = _PrefixModels(trie, value_head=value_head, full_head=full_head)
