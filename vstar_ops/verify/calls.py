@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import vstar_ops
-from vstar_ops import NodeEvaluation, SearchTrees, SelectedRows, ved_insert, ved_select
+from vstar_ops import NodeEvaluation, SearchTrees, SelectedRows, Trie, ved_insert, ved_select
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -25,6 +26,20 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         parts = [map_tensors(function, x) for x in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
+
+
+def with_alive(trie: Trie, alive: Tensor) -> Trie:
+    """A trie that is restricted by these bits of its nodes, ``[R, words]``."""
+    trie = copy.copy(trie)
+    trie.alive = alive
+    return trie
+
+
+def map_alive(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A restricted trie with ``function`` applied to its bits; other values as they are."""
+    if not isinstance(value, Trie) or value.alive is None:
+        return value
+    return with_alive(value, function(value.alive))
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -54,9 +69,15 @@ class Call(NamedTuple):
             shared |= {"logits", "child_value"}
             if self.function is vstar_ops.draw_children:
                 shared |= {"logp", "token", "node"}
+
+        def part(x: Tensor) -> Tensor:
+            return x[index : index + 1]
+
         return self._replace(
             arguments={
-                k: x if k in shared else map_tensors(lambda x: x[index : index + 1], x)
+                k: x
+                if k in shared
+                else map_alive(lambda x: part(x) if len(x) > 1 else x, map_tensors(part, x))
                 for k, x in self.arguments.items()
             }
         )

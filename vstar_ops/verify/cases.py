@@ -29,7 +29,7 @@ from vstar_ops import (
     ved_select,
 )
 
-from .calls import Call, insert, select, token_logp_gradient
+from .calls import Call, insert, select, token_logp_gradient, with_alive
 
 HUGE = [-(2**62), -(2**62) + 1, -(2**31) - 1, -1, 0, 2**31, 2**32, 2**62 - 1, 2**62]
 
@@ -53,6 +53,19 @@ def random_mask(seed: int, *shape: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- expand_topk
+
+
+def restricted(trie: Trie, allowed: Tensor) -> Trie:
+    """A trie of which some sequences are allowed, bool ``[R, num_sequences]``, where ``R`` is 1 or ``B``."""
+    nodes, words = trie.num_nodes, (trie.num_nodes + 31) // 32 + 1
+    alive = torch.zeros(len(allowed), 32 * words, dtype=torch.int64, device=trie.device)
+    alive[:, nodes - trie.num_sequences : nodes] = allowed.long()
+    parent = trie.parent(torch.arange(nodes, device=trie.device)).long()
+    for first, end in zip(trie.level_offset[-2:0:-1], trie.level_offset[:0:-1]):
+        above = parent[first:end].expand(len(allowed), end - first)
+        alive.scatter_reduce_(1, above, alive[:, first:end].clone(), "amax")
+    bits = (alive.view(len(allowed), words, 32) << torch.arange(32, device=trie.device)).sum(2)
+    return with_alive(trie, bits.to(torch.int32))
 
 
 def prefixes(
