@@ -165,8 +165,8 @@ def changed(**arrays: torch.Tensor) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(error, message, changes):
+    right = {"trie": Trie.from_sequences(ROWS), "row": torch.tensor([[1]]), "allow": True}
     with pytest.raises(error, match=f"^{message}"):
-        right = {"trie": Trie.from_sequences(ROWS), "row": torch.tensor([[1]]), "allow": True}
         filter_items(**{**changed(), **right, **changes})
 
 

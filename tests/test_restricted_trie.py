@@ -1,7 +1,7 @@
 """``Trie.restrict``: what is allowed, how it is changed in place, and who honors it.
 
-The oracle is the catalogue of the allowed items alone, ``Trie.from_sequences(rows[allowed])``: walking gives the
-same under both, and so does every search.
+The oracle is the catalogue of the allowed items alone, ``Trie.from_sequences(rows[allowed])``: walking gives
+the same under both, and so does every search.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def test_changes_in_place(backend, seed):
     [
         (TypeError, "allow or ban must be given, got neither", {}),
         (ValueError, "allow must be ids of the trie's items, got 99, which is none", {"allow": [70, 99]}),
-        (ValueError, r"allow must have the shape \[4\] or \[B, 4\], got \[3\]", {"allow": [True, False, True]}),
+        (ValueError, r"allow must have the shape \[4\] or \[B, 4\], got \[3\]", {"allow": [True] * 3}),
         (ValueError, r"ban must have the shape \[M\] or \[B, M\], got \[\]", {"ban": 70}),
         (ValueError, r"ban must have the shape \[M\] or \[B, M\], got \[1, 1, 1\]", {"ban": [[[70]]]}),
         (TypeError, "ban must be item ids .* or a mask .*, got torch.float32", {"ban": torch.zeros(2)}),
@@ -395,7 +395,7 @@ def test_a_search_is_that_of_the_allowed_items(backend, search, requests):
     """Shared and per request; no prefix is run that is not alive."""
     few = backend in ("triton", "emulated")
     for seed in range(3 if few else 12):
-        trie, allowed, only, view = catalogues(seed, requests)
+        trie, _, only, view = catalogues(seed, requests)
         k, model, contexts = 1 + seed % 9, Valued(), [seed + 3 * b for b in range(3)]
         seeds = torch.arange(3) + seed
         out = SEARCHES[search](model, contexts, view, k, seeds)
@@ -480,7 +480,7 @@ def test_a_change_is_seen_by_what_is_compiled():
 
 def test_token_logp_renormalizes(backend):
     """Over what stays legal for a request: as with the catalogue of its items."""
-    trie, _, only, view = catalogues(4, requests=3, length=3)
+    _, _, only, view = catalogues(4, requests=3, length=3)
     logits = torch.randn(3, 5, COLUMNS, generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.randint(0, COLUMNS, (3, 5), generator=torch.Generator().manual_seed(1))
     roots = torch.zeros(3, 5, dtype=torch.int64)

@@ -153,6 +153,14 @@ def the_same_prefix_twice(run, node, token, slot, row):
     return run(node + torch.arange(node.shape[1]) % 2 * (node > 0), token, slot, row)
 
 
+def filter_ignored(run, logits, offset, token, alive, *a):
+    return run(logits, offset, token, None, *a)
+
+
+def filter_of_the_first_request(run, logits, targets, offset, token, alive, *a):
+    return run(logits, targets, offset, token, None if alive is None else alive[:1], *a)
+
+
 def forced_prefixes_are_children(run, *a):
     return run(*a[:4], None, *a[5:])
 
@@ -185,6 +193,9 @@ FAULTS = [
     Fault(nan_reads_as_zero, "expand_topk", "reference"),
     Fault(fails_on_odd_rows, "expand_topk", kind="error"),
     Fault(temperature_bounded, "expand_topk", "reference"),
+    Fault(filter_ignored, "expand_topk"),
+    Fault(filter_ignored, "ved_evaluate", "reference"),
+    Fault(filter_of_the_first_request, "token_logp"),
     Fault(mask_ignored, "sibling_advantage"),
     Fault(depends_on_the_batch, "sibling_advantage", kind="batches"),
     Fault(reads_past_the_strides, "group_advantage"),
@@ -236,7 +247,7 @@ def status(script: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[x.replace.__name__ for x in FAULTS])
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{x.replace.__name__}, {x.op}" for x in FAULTS])
 def test_a_planted_fault_is_found(fault):
     """In the time that the default leaves for the op, and the program that is printed shows it."""
     with planted(fault):
@@ -353,8 +364,9 @@ def test_every_op_is_drawn_with_what_is_adversarial():
         seen |= {"strides"} if not logits.is_contiguous() else set()
         seen |= {f"no {axis}" for axis, n in zip("BWV", logits.shape) if n == 0}
         seen |= {a.get("temperature")} & {1e-39, 1e30}
+        seen |= {f"{min(len(trie.alive), 2)} filters"} if trie.alive is not None else set()
     assert seen >= {"nan", "inf", "-0", "ties", "dead", "many", "odd", "strides", "no B", "no W", "no V"}
-    assert {1e-39, 1e30} <= seen
+    assert {1e-39, 1e30, "1 filters", "2 filters"} <= seen
     assert set(sampling.DRAWS) == set(OPS) == {*ORACLES, *RANKED}
 
 

@@ -129,19 +129,19 @@ class Expansion {
     const SimdLoops& loops = simd();
     PrefixRow* const rows = scratch.rows.data();
     float* d = scratch.d.data();
-    loops_of(a.logits).legal_softmaxes(rows, count, a.logits.stride[2], a.inv_temperature, d);
+    loops_of(a.logits).legal_softmaxes(rows, count, a.logits.stride[2], a.inv_temperature, a.trie.alive_of(b), d);
     const bool has_extra = a.child_value || a.seed;
     const float threshold = scratch.selector.threshold();
-    bool alive = false;
+    bool can_win = false;
     for (int64_t r = 0; r < count; ++r) {
       PrefixRow& row = rows[r];
       const int64_t w = row.parent;
-      const float entropy = finish_row(row, a.logits, a.columns, a.vocab, a.inv_temperature);
+      const float entropy = finish_row(row, a.logits, a.columns, a.vocab, a.trie.alive, a.inv_temperature);
       a.entropy[b * a.width + w] = entropy;
       row.constant = a.constant(b, w, entropy);
-      alive = alive || has_extra || a.logp_weight < 0 || !(best_score(row, a.logp_weight) <= threshold);
+      can_win = can_win || has_extra || a.logp_weight < 0 || !(best_score(row, a.logp_weight) <= threshold);
     }
-    if (!alive) return false;
+    if (!can_win) return false;
     float* scores = scratch.score.data();
     if (has_extra) {
       for (int64_t r = 0; r < count; ++r) {

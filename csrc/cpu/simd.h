@@ -4,6 +4,7 @@
 
 #include "common/floats.h"
 #include "common/temperature.h"
+#include "common/trie.h"
 
 namespace vstar {
 
@@ -41,8 +42,10 @@ struct RowGradient {
 // Arrays named d, extra and score are written, and may be read, up to 15 elements past their end; rows follow
 // each other without gaps, so they are processed in order.
 struct TypedLoops {
-  // Fill in the rows' sums over the legal logits, and d. A row without a finite logit has the mass 1.
-  void (*legal_softmaxes)(PrefixRow* rows, int64_t count, int64_t stride, InverseTemperature inverse_temperature, float* d);
+  // Fill in the rows' sums over the legal logits, and d, which is -inf for a child that is not alive. A row without a
+  // finite logit has the mass 1.
+  void (*legal_softmaxes)(
+      PrefixRow* rows, int64_t count, int64_t stride, InverseTemperature inverse_temperature, const AliveNodes& alive, float* d);
   // The sums over a whole row of n logits, without `weighted`.
   SoftmaxSums (*vocab_softmax)(const void* row, int64_t stride, int64_t n, InverseTemperature inverse_temperature);
   // The sums over n logits, entropy's too.

@@ -116,7 +116,8 @@ void legal_children(const Cpu& device, const TokenLogpArgs& a) {
       prefix.sums = {-kInf, 1, 0};
       const int64_t n = prefix.children;
       if (int64_t(d.size()) < n + 16) d.resize(n + 16);
-      if (n > 0) loops.legal_softmaxes(&prefix, 1, a.logits.stride[2], a.inv_temperature, d.data());
+      const AliveNodes alive = a.trie.alive_of(row.b);
+      if (n > 0) loops.legal_softmaxes(&prefix, 1, a.logits.stride[2], a.inv_temperature, alive, d.data());
       store_statistics(a, r, prefix.sums);
       store_targets(a, row, [&](int64_t column) {
         const int32_t* found = std::lower_bound(tokens, tokens + n, int32_t(column));
@@ -182,6 +183,9 @@ class Backward {
             gradient.resize(n);
           }
           loops.gather_scaled(row.from(0), a.logits.stride[2], tokens, n, 1.0f, z.data());
+          if (const AliveNodes alive = a.trie.alive_of(row.b)) {
+            for (int64_t i = 0; i < n; ++i) z[i] = alive.has(range.begin + i + 1) ? z[i] : -kInf;
+          }
           if (a.divided_last()) {
             for (int64_t i = 0; i < n; ++i) gradient[i] = entry(r, z[i]);
           } else {

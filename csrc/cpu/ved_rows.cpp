@@ -33,8 +33,9 @@ class Lists {
       row_.logits = a.logits.address(b, p);
       row_.token = a.trie.token + edges_.begin;
       row_.cum_logp = a.logp.at(b, p);
-      loops_of(a.logits).legal_softmaxes(&row_, 1, a.logits.stride[2], a.inv_temperature, d_.data());
-      entropy = finish_row(row_, a.logits, a.columns, a.vocab, a.inv_temperature);
+      loops_of(a.logits).legal_softmaxes(
+          &row_, 1, a.logits.stride[2], a.inv_temperature, a.trie.alive_of(b), d_.data());
+      entropy = finish_row(row_, a.logits, a.columns, a.vocab, a.trie.alive, a.inv_temperature);
     }
     a.out_entropy[r] = entropy;
 

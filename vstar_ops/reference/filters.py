@@ -45,8 +45,8 @@ def num_words(bits: int) -> int:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """int32 ``[R, words]`` of bool ``[R, n]``: bit ``i & 31`` of word ``i >> 5``."""
-    requests, n = bits.shape
-    bytes_of = pad(bits.byte(), (0, num_words(n) * 32 - n)).unflatten(1, (-1, 8))
+    missing = num_words(bits.shape[1]) * 32 - bits.shape[1]
+    bytes_of = pad(bits.byte(), (0, missing)).unflatten(1, (-1, 8))
     packed = bytes_of[..., 0].clone()
     for i in range(1, 8):
         packed |= bytes_of[..., i] << i

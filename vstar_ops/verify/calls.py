@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
@@ -36,6 +37,20 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def with_alive(trie: Trie, alive: Tensor) -> Trie:
+    """A trie that is restricted by these bits of its nodes, ``[R, words]``."""
+    trie = copy.copy(trie)
+    trie.alive = alive
+    return trie
+
+
+def map_alive(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A restricted trie with ``function`` applied to its bits; other values as they are."""
+    if not isinstance(value, Trie) or value.alive is None:
+        return value
+    return with_alive(value, function(value.alive))
+
+
 def tensors(value: Any) -> list[Tensor]:
     """The tensors in a result or an argument, in order."""
     found: list[Tensor] = []
@@ -63,9 +78,15 @@ class Call(NamedTuple):
             shared |= {"logits", "child_value"}
             if self.function is vstar_ops.draw_children:
                 shared |= {"logp", "token", "node"}
+
+        def part(x: Tensor) -> Tensor:
+            return x[index : index + 1]
+
         return self._replace(
             arguments={
-                k: x if k in shared else map_tensors(lambda x: x[index : index + 1], x)
+                k: x
+                if k in shared
+                else map_alive(lambda x: part(x) if len(x) > 1 else x, map_tensors(part, x))
                 for k, x in self.arguments.items()
             }
         )
@@ -103,7 +124,7 @@ def insert(trees: SearchTrees, rows: SelectedRows, evaluation: NodeEvaluation, *
     return trees
 
 
-def filtered(bits: ItemFilter, trie: Trie, row: Tensor | None, **options: Any) -> ItemFilter:
+def filter_bits(bits: ItemFilter, trie: Trie, row: Tensor | None, **options: Any) -> ItemFilter:
     """``filter_items`` on a copy: the bits after it."""
     bits = map_tensors(lambda x: x.detach().clone(), bits)
     filter_items(bits, trie, row, **options)

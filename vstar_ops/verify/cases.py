@@ -31,7 +31,7 @@ from vstar_ops import (
 )
 from vstar_ops.reference.filters import num_words, pack_bits
 
-from .calls import Call, filtered, insert, select, token_logp_gradient
+from .calls import Call, filter_bits, insert, select, token_logp_gradient, with_alive
 
 HUGE = [-(2**62), -(2**62) + 1, -(2**31) - 1, -1, 0, 2**31, 2**32, 2**62 - 1, 2**62]
 
@@ -55,6 +55,19 @@ def random_mask(seed: int, *shape: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- expand_topk
+
+
+def restricted(trie: Trie, allowed: Tensor) -> Trie:
+    """A trie of which some sequences are allowed, bool ``[R, num_sequences]``, where ``R`` is 1 or ``B``."""
+    nodes, words = trie.num_nodes, (trie.num_nodes + 31) // 32 + 1
+    alive = torch.zeros(len(allowed), 32 * words, dtype=torch.int64, device=trie.device)
+    alive[:, nodes - trie.num_sequences : nodes] = allowed.long()
+    parent = trie.parent(torch.arange(nodes, device=trie.device)).long()
+    for first, end in zip(trie.level_offset[-2:0:-1], trie.level_offset[:0:-1]):
+        above = parent[first:end].expand(len(allowed), end - first)
+        alive.scatter_reduce_(1, above, alive[:, first:end].clone(), "amax")
+    bits = (alive.view(len(allowed), words, 32) << torch.arange(32, device=trie.device)).sum(2)
+    return with_alive(trie, bits.to(torch.int32))
 
 
 def prefixes(
@@ -100,7 +113,7 @@ def random_filter(rng: np.random.Generator, trie: Trie, batch: int, share: float
     allowed = torch.from_numpy(rng.random((batch, trie.num_items)) < share)
     nodes = torch.full((batch, num_words(trie.num_nodes)), -1, dtype=torch.int32)
     with vstar_ops.use_backend("reference"):
-        return filtered(ItemFilter(nodes, pack_bits(allowed)), trie, None, allow=True)
+        return filter_bits(ItemFilter(nodes, pack_bits(allowed)), trie, None, allow=True)
 
 
 def filtering(
@@ -123,7 +136,7 @@ def filtering(
         a["bits"].alive = torch.full_like(a["bits"].alive, 0x5A5A5A5A)
     if within is not None:
         a["within"] = random_filter(rng, trie, batch if within != 1 else 1, 0.5).allowed
-    return Call(filtered, {**a, "allow": allow})
+    return Call(filter_bits, {**a, "allow": allow})
 
 
 # ---------------------------------------------------------------- candidates

@@ -15,7 +15,7 @@ from vstar_ops import _triton
 from vstar_ops._backends import interpreting
 
 from ..trie import Trie
-from .calls import Call, map_tensors, moved
+from .calls import Call, map_tensors, moved, with_alive
 from .judge import Problem, results
 from .wants import expectation
 
@@ -61,10 +61,14 @@ def run(backend: str, call: Call) -> Any:
     device = device_of(backend)
     if device != "cpu":
         call = call.map(lambda x: moved(x, device))
-        arguments = {k: x.to(device) if isinstance(x, Trie) else x for k, x in call.arguments.items()}
+        arguments = {k: _there(x, device) if isinstance(x, Trie) else x for k, x in call.arguments.items()}
         call = call._replace(arguments=arguments)
     with vstar_ops.use_backend(backend), np.errstate(all="ignore"):  # of the interpreted kernels
         return map_tensors(torch.Tensor.cpu, call())
+
+
+def _there(trie: Trie, device: str) -> Trie:
+    return trie.to(device) if trie.alive is None else with_alive(trie.to(device), trie.alive.to(device))
 
 
 def problem(op: str, backend: str, kind: str, call: Call) -> Problem | None:

@@ -127,7 +127,8 @@ def expand_topk(
 ) -> tuple[list[list[Candidate]], np.ndarray]:
     """All winners of each request in order, without a limit, and the entropies.
 
-    ``trie.children[n]`` lists the children of a node, ``(token, node)``; scores are compared ``rounded``.
+    ``trie.children[n]`` lists the children of a node, ``(token, node)``; a list of tries has one per request.
+    Scores are compared ``rounded``.
     """
     batch, width, _columns = logits.shape
     entropy = np.zeros((batch, width))
@@ -135,8 +136,8 @@ def expand_topk(
     for b in range(batch):
         found: list[Candidate] = []
         for w in range(width):
-            n = int(node[b, w])
-            children = trie.children[n] if 0 <= n < len(trie.children) else []
+            n, of = int(node[b, w]), trie[b] if isinstance(trie, list) else trie
+            children = of.children[n] if 0 <= n < len(of.children) else []
             z = [clean(float(logits[b, w, v])) for v, _ in children]
             own = log_softmax(z, z, temperature)
             entropy[b, w] = -math.fsum(math.exp(p) * p for p in own if p > NEG_INF) if len(z) > 1 else 0.0

@@ -14,8 +14,8 @@ import vstar_ops
 from vstar_ops import ExpandTopK, NodeEvaluation, SearchTrees, SelectedRows, Trie
 
 from . import search
-from .calls import Call, filtered, insert, loss_and_gradient, select, token_logp_gradient
-from .cases import policies, random_evaluation, random_filter, random_tokens
+from .calls import Call, filter_bits, insert, loss_and_gradient, select, token_logp_gradient
+from .cases import policies, random_evaluation, random_filter, random_tokens, restricted
 
 Random = np.random.Generator
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,6 +102,17 @@ def catalogue(rng: Random, columns: int) -> Trie:
     return Trie.from_sequences(rng.integers(0, max(columns, 1), (items if columns else 0, length)))
 
 
+def filtered(rng: Random, trie: Trie, batch: int) -> Trie:
+    """Now and then only a part of a catalogue: for all requests or for each, most, few, one or none."""
+    shape = int(one(rng, 1, batch)), trie.num_sequences
+    if rng.random() < 0.6 or 0 in shape:
+        return trie
+    allowed = rng.random(shape) < one(rng, 0.0, 0.2, 0.5, 0.9, 1.0)
+    if rng.random() < 0.2:
+        allowed = np.arange(shape[1]) == rng.integers(0, shape[1], (shape[0], 1))
+    return restricted(trie, torch.from_numpy(allowed))
+
+
 def nodes(rng: Random, trie: Trie, *shape: int) -> Tensor:
     """Mostly inner nodes, but also leaves, dead beams and what is no node."""
     node = rng.integers(0, max(trie.level_offset[-2], 1), shape)
@@ -117,7 +128,7 @@ def other(rng: Random, dtype: torch.dtype) -> torch.dtype:
 
 def expand_topk(rng: Random, dtype: torch.dtype) -> Call:
     batch, width, columns = size(rng, 1, 2, 3), size(rng, 1, 3, 5), wide(rng, 7, 16, 33)
-    trie = catalogue(rng, columns)
+    trie = filtered(rng, catalogue(rng, columns), batch)
     a: dict[str, Any] = {"node": nodes(rng, trie, batch, width), "k": int(one(rng, 1, 2, 5, 16, 100))}
     shape: tuple[int, ...] = (batch, width, columns)
     if rng.random() < 0.2:
@@ -148,7 +159,7 @@ def token_logp(rng: Random, dtype: torch.dtype) -> Call:
     kinds = tuple(x for x in LOGITS if x != "large" or dtype != torch.float16)
     a: dict[str, Any] = {"logits": floats(rng, *rows, columns, kinds=kinds).to(dtype), "targets": targets}
     if rng.random() < 0.5:
-        a["trie"] = catalogue(rng, columns)
+        a["trie"] = filtered(rng, catalogue(rng, columns), rows[0])
         a["node"] = nodes(rng, a["trie"], *rows)
     return strided(rng, Call(vstar_ops.token_logp, a | some(rng, temperature=TEMPERATURES)))
 
@@ -288,7 +299,7 @@ def filter_items(rng: Random, dtype: torch.dtype) -> Call:
         a["row"] = integers(rng, dtype, -2, len(rows) + 2, batch, size(rng, 1, 5, 40))
     if rng.random() < 0.4:
         a["within"] = random_filter(rng, trie, batch, 0.5).allowed
-    call = Call(filtered, {**a, "allow": one(rng, True, False)})
+    call = Call(filter_bits, {**a, "allow": one(rng, True, False)})
     laid = strided(rng, call).arguments  # the bits themselves are contiguous
     return call._replace(arguments={**call.arguments, "row": laid["row"]})
 
@@ -414,6 +425,7 @@ def ved_evaluate(rng: Random, dtype: torch.dtype) -> Call:
     trie = catalogue(rng, columns)
     trees, rows = rows_of(rng, trie)
     shape = rows.node.shape
+    trie = filtered(rng, trie, shape[0])
     a: dict[str, Any] = {"trees": trees, "trie": trie, "rows": rows}
     logits = floats(rng, *shape, columns, kinds=LOGITS).to(other(rng, dtype))
     a["logits"] = one(rng, logits, torch.stack([logits, logits], -1)[..., 1])

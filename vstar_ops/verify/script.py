@@ -13,7 +13,7 @@ from torch import Tensor
 from ..trie import Trie
 from .calls import loss_and_gradient, token_logp_gradient
 from .checks import KINDS, Finding, device_of
-from .shrink import sequences, size
+from .shrink import allowed, sequences, size
 
 MOST = 4000  # numbers that are written out
 
@@ -57,6 +57,8 @@ def script(found: Finding) -> str:
         made = f"made = {found.origin}\n"
         call = f"def call(made):\n    return run({name}, made)\n"
     imports = "from math import inf, nan\n\nimport torch\n\nimport vstar_ops\n"
+    if "cases.restricted(" in made:
+        imports += "from vstar_ops.verify import cases\n"
     if not written:
         imports = "import numpy as np\nimport torch\n\nimport vstar_ops\n"
         imports += "from vstar_ops.verify import cases, sampling\nfrom vstar_ops.verify.checks import run\n"
@@ -109,10 +111,11 @@ def _function(name: str, arguments: dict[str, Any], device: str) -> str:
 def literal(x: Any, device: str = "cpu") -> str:
     """Python that makes a value, with inf and nan by name."""
     if isinstance(x, Trie):
-        rows = sequences(x)
+        rows = sequences(x).repeat_interleave(x.item_offset.diff().long().cpu(), 0)
         listed = rows.tolist() if len(rows) else f"torch.zeros({list(rows.shape)}, dtype=torch.int64)"
         moved = "" if device == "cpu" else f'.to("{device}")'
-        return f"vstar_ops.Trie.from_sequences({listed}){moved}"
+        trie = f"vstar_ops.Trie.from_sequences({listed}){moved}"
+        return trie if x.alive is None else f"cases.restricted({trie}, torch.tensor({allowed(x).tolist()}))"
     if isinstance(x, Tensor):
         if x.numel() == 0:
             return f"torch.zeros({list(x.shape)}, dtype={x.dtype})"

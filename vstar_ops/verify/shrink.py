@@ -13,7 +13,8 @@ import vstar_ops
 
 from ..trie import Trie
 from . import checks
-from .calls import Call, map_tensors, tensors
+from .calls import Call, map_alive, map_tensors, tensors
+from .cases import restricted
 from .checks import Finding, problem
 from .judge import Problem
 
@@ -109,9 +110,10 @@ def smaller(op: str, call: Call) -> Iterator[Call]:
         if default is not inspect.Parameter.empty and x is not default:
             yield call._replace(arguments={k: v for k, v in a.items() if k != name})
     if isinstance(a.get("trie"), Trie):
-        rows = sequences(a["trie"])
-        for keep in _parts(len(rows)):
-            yield call._replace(arguments={**a, "trie": Trie.from_sequences(rows[keep])})
+        if a["trie"].alive is not None:
+            yield call._replace(arguments={**a, "trie": Trie.from_sequences(sequences(a["trie"]))})
+        for keep in _parts(a["trie"].num_sequences):
+            yield call._replace(arguments={**a, "trie": _of_sequences(a["trie"], keep)})
     for k in dict.fromkeys((1, a.get("k", 1) // 2, a.get("k", 1) - 1)):
         if 1 <= k < a.get("k", 1):
             yield call._replace(arguments={**a, "k": k})
@@ -151,14 +153,29 @@ def _cut(a: dict[str, Any], letters: dict[str, str], axis: str, keep: slice) -> 
         return map_tensors(lambda t: t[(slice(None),) * d + (keep,)] if t.dim() > d else t, x)
 
     out = {name: part(name, x) for name, x in a.items()}
-    if axis == "V" and isinstance(a.get("trie"), Trie):
-        rows = sequences(a["trie"])
-        out["trie"] = Trie.from_sequences(rows[(rows < keep.stop).all(1)])
+    if isinstance(a.get("trie"), Trie):
+        if axis == "V":
+            out["trie"] = _of_sequences(a["trie"], (sequences(a["trie"]) < keep.stop).all(1))
+        elif axis == "B":
+            out["trie"] = map_alive(lambda x: x[keep] if len(x) > 1 else x, a["trie"])
     return out
 
 
+def _of_sequences(trie: Trie, keep: Any) -> Trie:
+    """The trie of some of a trie's sequences, which are allowed where they were."""
+    part = Trie.from_sequences(sequences(trie)[keep])
+    return part if trie.alive is None else restricted(part, allowed(trie)[:, keep])
+
+
+def allowed(trie: Trie) -> Tensor:
+    """Which sequences a restricted trie allows, bool ``[R, num_sequences]``."""
+    assert trie.alive is not None
+    bits = trie.alive.cpu()[:, :, None] >> torch.arange(32) & 1
+    return bits.flatten(1)[:, trie.level_offset[-2] : trie.num_nodes].bool()
+
+
 def sequences(trie: Trie) -> Tensor:
-    """The sequence of each item of a trie, int64 ``[N, L]``."""
+    """The sequences of a trie, int64 ``[N, L]``."""
     offset, rows = trie.offset.long().cpu(), torch.zeros(1, 0, dtype=torch.int64)
     token, node = trie.token.long().cpu(), torch.zeros(1, dtype=torch.int64)
     for _ in range(trie.length):
@@ -168,7 +185,7 @@ def sequences(trie: Trie) -> Tensor:
         edge = first + within
         rows = torch.cat([rows.repeat_interleave(number, 0), token[edge][:, None]], 1)
         node = edge + 1
-    return rows.repeat_interleave(trie.item_offset.diff().long().cpu(), 0)
+    return rows
 
 
 def _simpler(call: Call) -> Iterator[Call]:

@@ -64,17 +64,22 @@ def _token_logp(call: Call, a: dict[str, Any]) -> tuple[list[Any], list[Any], np
     grad_logp, grad_entropy = a.get("grad_logp"), a.get("grad_entropy")
     pull = np.zeros(targets.shape) if grad_logp is None else grad_logp.reshape(targets.shape)
     slope = np.zeros(rows) if grad_entropy is None else grad_entropy.reshape(rows)
-    trie = None if a["trie"] is None else Children.of(a["trie"])
+    batch = a["logits"].shape[0] if a["logits"].ndim > 1 else 1
+    tries = None if a["trie"] is None else Children.of_requests(a["trie"], batch)
     logp, entropy, gradient, none = [], [], np.zeros(z.shape), np.ones(z.shape, bool)
     rounded = float if call.arguments["logits"].dtype == torch.float64 else oracles.float32
     for r in range(rows):
-        domain = range(columns) if trie is None else trie.columns(int(a["node"].reshape(-1)[r]))
+        domain = (
+            range(columns)
+            if tries is None
+            else tries[r * batch // rows].columns(int(a["node"].reshape(-1)[r]))
+        )
         given = z[r].tolist(), domain, targets[r].tolist(), pull[r].tolist(), float(slope[r])
         chosen, h, by_column = oracles.token_logp(*given, a["temperature"], rounded)
         logp.append(chosen)
         entropy.append(h)
         for v, g in by_column.items():
-            gradient[r, v], none[r, v] = g, trie is not None and len(domain) == 1
+            gradient[r, v], none[r, v] = g, tries is not None and len(domain) == 1
     return logp, entropy, gradient, none
 
 

@@ -27,6 +27,21 @@ class Children(NamedTuple):
         offset, token = trie.offset.tolist(), trie.token.tolist()
         return cls([[(token[e], e + 1) for e in range(*ends)] for ends in zip(offset, offset[1:])])
 
+    @classmethod
+    def of_requests(cls, trie: Trie, batch: int) -> list[Children]:
+        """For each request those that a restricted trie leaves."""
+        every = cls.of(trie)
+        if trie.alive is None:
+            return [every] * batch
+        words = trie.alive.tolist()
+
+        def left(word: list[int]) -> Children:
+            alive = [word[n // 32] >> n % 32 & 1 for n in range(trie.num_nodes)]
+            return cls([[child for child in row if alive[child[1]]] for row in every.children])
+
+        found = [left(word) for word in words]
+        return found * batch if len(found) == 1 else found
+
     def columns(self, node: int) -> list[int]:
         return [v for v, _ in self.children[node]] if 0 <= node < len(self.children) else []
 
@@ -35,7 +50,8 @@ def expand_topk(call: Call, arguments: dict[str, Any]) -> Callable[[Results], Ve
     """What compares results with the best in order, save where scores nearly tie, and with the entropies."""
     a, logits, k = dict(arguments), call.arguments["logits"], arguments["k"]
     double = logits.dtype == torch.float64
-    trie, seeds, limit = Children.of(a.pop("trie")), a.pop("gumbel_seed"), limit_of(logits, 1e-5)
+    tries = Children.of_requests(a.pop("trie"), len(a["node"]))
+    seeds, limit = a.pop("gumbel_seed"), limit_of(logits, 1e-5)
     row = a.pop("row")
     if row is not None:
         for name in ("logits", "child_value"):
@@ -47,7 +63,7 @@ def expand_topk(call: Call, arguments: dict[str, Any]) -> Callable[[Results], Ve
         seeds = oracles.splitmix64(seeds, len(a["node"]))
     rounded = float if double else oracles.float32
     with np.errstate(all="ignore"):
-        ranked, entropy = oracles.expand_topk(**a, trie=trie, gumbel_seeds=seeds, rounded=rounded)
+        ranked, entropy = oracles.expand_topk(**a, trie=tries, gumbel_seeds=seeds, rounded=rounded)
 
     def compare(got: Results) -> Verdict:
         verdict = Verdict()
@@ -138,7 +154,7 @@ def ved_evaluate(call: Call, a: dict[str, Any]) -> Callable[[Results], Verdict]:
         value = a["value_weight"] * a["value"]
     each = {
         "logits": logits.reshape(count, 1, logits.shape[2]),
-        "trie": children,
+        "trie": [x for x in Children.of_requests(trie, len(logits)) for _ in range(logits.shape[1])],
         "node": rows.node.reshape(count, 1),
     }
     each |= {"cum_logp": rows.logp.reshape(count, 1)} | {x: a[x] for x in ("temperature", "normalize")}
