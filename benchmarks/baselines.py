@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vstar_ops import Trie
 from vstar_ops.noise import gumbel
+from vstar_ops.reference.filters import pack_bits
 
 
 def child_tables(trie: Trie, depth: int) -> tuple[Tensor, Tensor]:
@@ -188,6 +189,19 @@ def advance_beams(
     tokens = sequence.gather(1, above[:, :, None].expand(-1, -1, sequence.shape[2]))
     grown = torch.cat([tokens.masked_fill(dead[:, :, None], -1), token[:, :, None]], 2)
     return grown, slot.gather(1, above).masked_fill(dead, -1), token.clamp(min=0).long(), None
+
+
+def filter_items(
+    trie: Trie, allowed: Tensor, parent: Tensor, leaf: Tensor, row: Tensor, allow: bool
+) -> tuple[Tensor, Tensor]:
+    """Flags ``[num_items]`` of the items, and of all nodes by one ``amax`` per level; both as bits."""
+    allowed = allowed.clone()
+    allowed[row[0]] = allow
+    alive = torch.zeros(trie.num_nodes, dtype=torch.uint8, device=row.device)
+    alive.scatter_reduce_(0, leaf, allowed.byte(), "amax")
+    for first, end in zip(trie.level_offset[-2:0:-1], trie.level_offset[:0:-1]):
+        alive.scatter_reduce_(0, parent[first:end], alive[first:end].clone(), "amax")
+    return pack_bits(alive[None]), pack_bits(allowed[None])
 
 
 def rows_to_run(

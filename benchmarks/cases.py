@@ -271,6 +271,35 @@ def rows_to_run(items: Tensor, batch: int, width: int) -> Case:
     return Case(f"rows_to_run B={batch} W={width}", variants, [(node, tokens, slot, evaluated)])
 
 
+def filter_items(items: Tensor, number: int, changed: int) -> Case:
+    """One filter of a made catalogue of three levels of 256 codes, of which so many items are banned."""
+    trie = Trie.from_sequences(torch.randint(256, (number, 3)).cpu()).to(items.device)
+    view = trie.restrict(ban=[])
+    planted = view.alive.clone(), view.bits.allowed.clone()
+    parent, leaf = (
+        trie.parent(torch.arange(trie.num_nodes)).long(),
+        torch.repeat_interleave(trie.item_offset.diff()),
+    )
+    flags = torch.ones(number, dtype=torch.bool)
+
+    def ours(row: Tensor) -> tuple[Tensor, ...]:
+        vstar_ops.filter_items(view.bits, trie, row, allow=False)
+        return view.alive, view.bits.allowed
+
+    def torch_way(row: Tensor) -> tuple[Tensor, ...]:
+        return baselines.filter_items(trie, flags, parent, leaf + trie.level_offset[-2], row, allow=False)
+
+    def reset() -> None:
+        view.alive.copy_(planted[0])
+        view.bits.allowed.copy_(planted[1])
+
+    rows = torch.randperm(number)[None, :changed]
+    variants: dict[str, Function] = {"ours": ours, "all nodes, amax by level": torch_way}
+    # Every changed item and its nodes are read and written once.
+    name, words = f"filter_items {number:,} items, {changed:,} changed", 4 * changed * (3 * trie.length + 3)
+    return Case(name, variants, [(rows,)], words, reset=reset, calls=1)
+
+
 def draw_children(items: Tensor, batch: int, candidates: int) -> Case:
     """At depth 1, out of the 50 most probable tokens of the prefixes that random logits leave."""
     trie, columns, node, _ = beams(items, batch, candidates, 1)
@@ -487,6 +516,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         *((make, *size) for make in (prefix_tree, sibling_grpo_loss) for size in ((64, 16), (256, 64))),
         (group_advantage, 256, 64),
         *((make, 64, 16) for make in STEPS),
+        (filter_items, 1_000_000, 10_000),
         *((make, 64, 129) for make in (ved_round, ved_candidates_of)),
         (ved_rows, 64, 12, FP32),
         (ved_level, 64, 12),
@@ -504,6 +534,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (prefix_returns, 256, 64, 64),
         (prefix_tree, 256, 64),
         *((make, 64, 128) for make in STEPS),
+        (filter_items, 1_000_000, 10_000),
         *((token_logp, 4096, columns, BF16) for columns in (151_936, 152_437)),
         (token_logp_legal, 4096, 151_936, BF16),
         *((sibling_grpo_loss, *size) for size in ((64, 16), (1024, 64), (64, 512, 8))),
@@ -518,6 +549,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         *((make, 2, 8) for make in (sibling_advantage, group_advantage, prefix_tree, sibling_grpo_loss)),
         (prefix_returns, 2, 8, 16),
         *((make, 2, 8) for make in STEPS),
+        (filter_items, 500, 20),
         *((make, 4, 5000, BF16) for make in (token_logp, token_logp_legal)),
         *((make, 2, 13) for make in (ved_round, ved_candidates_of)),
         (ved_rows, 2, 4, BF16),

@@ -179,7 +179,7 @@ def test_changes_in_place(backend, seed):
     ("error", "message", "arguments"),
     [
         (TypeError, "allow or ban must be given, got neither", {}),
-        (ValueError, "allow must be ids of the trie's items, got 99, which is none", {"allow": [70, 99]}),
+        (ValueError, "allow must hold ids of the trie's items, got 99, which is none", {"allow": [70, 99]}),
         (ValueError, r"allow must have the shape \[4\] or \[B, 4\], got \[3\]", {"allow": [True] * 3}),
         (ValueError, r"ban must have the shape \[M\] or \[B, M\], got \[\]", {"ban": 70}),
         (ValueError, r"ban must have the shape \[M\] or \[B, M\], got \[1, 1, 1\]", {"ban": [[[70]]]}),
@@ -208,7 +208,7 @@ def test_errors_of_changes():
             change(ban=[[71]])
         with pytest.raises(TypeError, match="^allow or ban must be given"):
             change()
-    with pytest.raises(ValueError, match="^allow must be ids of the trie's items, got 99"):
+    with pytest.raises(ValueError, match="^allow must hold ids of the trie's items, got 99"):
         mine.reset(allow=[99])
     mine.update(allow=[99], ban=[98])
     assert (ids_of(view), ids_of(mine), ids_of(mine, 1)) == ({71, 72, 73}, {71, 72, 73}, {70, 72, 73})

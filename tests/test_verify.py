@@ -161,6 +161,15 @@ def filter_of_the_first_request(run, logits, targets, offset, token, alive, *a):
     return run(logits, targets, offset, token, None if alive is None else alive[:1], *a)
 
 
+def the_root_lives(run, alive, *a):
+    run(alive, *a)
+    alive[:, 0] |= 1
+
+
+def whoever_asks_is_allowed(run, *a):
+    return run(*a[:8], None, *a[9:])
+
+
 def forced_prefixes_are_children(run, *a):
     return run(*a[:4], None, *a[5:])
 
@@ -206,6 +215,8 @@ FAULTS = [
     Fault(skipped_prefixes_are_forgotten, "rows_to_run", "reference"),
     Fault(noise_of_the_root, "draw_children"),
     Fault(the_same_prefix_twice, "distinct_rows", "reference"),
+    Fault(the_root_lives, "filter_items"),
+    Fault(whoever_asks_is_allowed, "filter_items", "reference"),
     Fault(bias_in_bfloat16, "token_logp"),
     Fault(wrong_gradient, "token_logp", found_in="token_logp_backward"),
     Fault(normalizer_ignored, "sibling_grpo_loss"),

@@ -176,3 +176,28 @@ def lexicographic_order(rows: np.ndarray) -> np.ndarray:
         keys[-1] |= column.astype(np.int64) - low if low else column
         bits_left -= bits
     return np.argsort(keys[0], kind="stable") if len(keys) == 1 else np.lexsort(keys[::-1])
+
+
+def is_trie(arrays: dict[str, Tensor], levels: tuple[int, ...], max_children: int) -> bool:
+    """Whether the arrays of a file, by name, form a trie."""
+    offset, token = arrays["offset"].numpy(), arrays["token"].numpy()
+    items, ids = arrays["item_offset"].numpy(), arrays["item_ids"]
+    fanout = np.diff(offset)
+    inner, edges = levels[-2], len(token)
+    rising = np.diff(token) > 0
+    rising[offset[1:inner][offset[1:inner] < edges] - 1] = True  # a new parent may begin anywhere
+    return bool(
+        levels[:2] == (0, 1)
+        and all(a <= b for a, b in zip(levels, levels[1:]))
+        and levels[-2] <= len(token) + 1
+        and all(offset[level] == nxt - 1 for level, nxt in zip(levels[:-2], levels[1:-1]))
+        and np.all(fanout[:inner] > 0) | (edges == 0)
+        and np.all(offset[inner:] == edges)
+        and int(fanout.max()) == max_children
+        and np.all(token >= 0)
+        and np.all(rising)
+        and items[0] == 0
+        and items[-1] == ids.numel()
+        and np.all(np.diff(items) > 0)
+        and ids.numpy().dtype == np.int64
+    )

@@ -118,7 +118,7 @@ class Trie:
 
     @property
     def unrestricted(self) -> Trie:
-        """The whole catalogue: this trie, or what a restricted one is a view of."""
+        """This trie, or the whole catalogue that a restricted one is a view of."""
         return self
 
     @property
@@ -215,33 +215,31 @@ class Trie:
         return self._of(building.without(self._arrays(), gone)).to(self.device)
 
     def restrict(self, allow: Any = None, *, ban: Any = None) -> RestrictedTrie:
-        """A view under which only some items can be found: those of ``allow`` that are not in ``ban``.
+        """A view under which only the items of ``allow`` that are not in ``ban`` can be found.
 
-        Whatever takes a trie takes the view: a node is alive while an allowed item lies below it, no search
-        visits another one, and probabilities are normalized over what is alive. All arrays are shared.
-        A view may be restricted further. See :class:`vstar_ops.RestrictedTrie`, also for its memory.
+        Whatever takes a trie takes the view, and finds what it would find with a catalogue of these alone.
 
         Args:
-            allow, ban: one of them, or both. Ints ``[M]`` are item ids, bools ``[num_items]`` a mask in the
-                order of :attr:`item_ids`. With a dimension more there is a filter per request: ids ``[B, M]``
-                padded with -1, or ``B`` lists of any lengths; or a mask ``[B, num_items]``.
-                All items of an id are meant. Ids of ``ban`` that no item has, such as those of sold out items
-                in a user's history, are skipped; in ``allow`` they are an error, for which the values are
-                looked at.
+            allow, ban: one of them, or both: item ids ``[M]``, or a mask ``[num_items]`` in the order of
+                ``item_ids``. With a dimension more each request has a filter of its own: ids ``[B, M]``,
+                padded with -1, or ``B`` lists of any lengths; or a mask ``[B, num_items]``. All items of an
+                id are meant. An unknown id is skipped in ``ban``, as that of a sold out item in a user's
+                history, and an error in ``allow``, for which the values are looked at.
+
+        Returns:
+            A :class:`vstar_ops.RestrictedTrie`, which can be changed in place, and restricted further.
 
         Raises:
-            TypeError: neither of them is given, or one is neither integers nor bools.
+            TypeError: neither is given, or one is neither integers nor bools.
             ValueError: a wrong shape, another number of requests, an unknown id in ``allow``.
 
         Example:
             >>> trie = Trie.from_sequences([[0, 3], [0, 4], [2, 3]], item_ids=[70, 71, 72])
-            >>> in_stock = trie.restrict(ban=[71, 72])
-            >>> in_stock.children(0).token
-            tensor([0], dtype=torch.int32)
-            >>> not_seen = in_stock.restrict(ban=[[70], []])  # by user
+            >>> in_stock = trie.restrict(ban=[71])
+            >>> not_seen = in_stock.restrict(ban=[[70], []])  # of two users
             >>> not_seen.items([0, 0])
-            tensor([[-1],
-                    [70]])
+            tensor([[72, -1],
+                    [70, 72]])
         """
         from .restricted_trie import restrict
 
@@ -472,7 +470,7 @@ class Trie:
             known = info["format"] == _WITHOUT_CHECKSUM
             if not known and info.get("checksum") != _checksum(info["trie"], arrays):
                 raise ValueError(f"{path}: damaged, its contents do not have the checksum that it names")
-            sound = _is_trie(arrays, levels, widest)
+            sound = building.is_trie(arrays, levels, widest)
         if not sound:
             raise ValueError(f"{path}: damaged, its arrays do not form a trie")
         # Leaves are siblings in runs sorted by token, so the maximum needs every edge; it is one pass
@@ -509,27 +507,3 @@ def pick(source: Tensor, index: Tensor, present: Tensor) -> Tensor:
     if source.numel() == 0:
         return torch.full(index.shape, -1, dtype=source.dtype, device=source.device)
     return torch.where(present, source[torch.where(present, index, 0)], -1)
-
-
-def _is_trie(arrays: dict[str, Tensor], levels: tuple[int, ...], max_children: int) -> bool:
-    offset, token = arrays["offset"].numpy(), arrays["token"].numpy()
-    items, ids = arrays["item_offset"].numpy(), arrays["item_ids"]
-    fanout = np.diff(offset)
-    inner, edges = levels[-2], len(token)
-    rising = np.diff(token) > 0
-    rising[offset[1:inner][offset[1:inner] < edges] - 1] = True  # a new parent may begin anywhere
-    return bool(
-        levels[:2] == (0, 1)
-        and all(a <= b for a, b in zip(levels, levels[1:]))
-        and levels[-2] <= len(token) + 1
-        and all(offset[level] == nxt - 1 for level, nxt in zip(levels[:-2], levels[1:-1]))
-        and np.all(fanout[:inner] > 0) | (edges == 0)
-        and np.all(offset[inner:] == edges)
-        and int(fanout.max()) == max_children
-        and np.all(token >= 0)
-        and np.all(rising)
-        and items[0] == 0
-        and items[-1] == ids.numel()
-        and np.all(np.diff(items) > 0)
-        and ids.dtype == torch.int64
-    )

@@ -340,6 +340,23 @@ def test_refused_rollouts(tmp_path: Path, options: Any, prompts: list[str], mess
         trie_rollout(TRIE, "greedy")
 
 
+def test_a_restricted_trie(tmp_path: Path) -> None:
+    """Of all requests: rollouts and log-probabilities are those of the allowed items. Per request: refused."""
+    allowed = TRIE.item_ids[:12]
+    view = TRIE.restrict(allow=allowed)
+    trainer = make(tmp_path, rollout=trie_rollout(view), trie=view)
+    trainer.train()
+    rollout = trie_rollout(view)([PROMPTS[0]] * GROUP, trainer)
+    sequences = TRIE.sequences(TRIE.level_offset[-2] + torch.arange(12)).tolist()
+    assert all(row[:3] in sequences for row in rollout["completion_ids"])
+    for refused in (
+        lambda: trie_rollout(TRIE.restrict(ban=[[], []])),
+        lambda: make(tmp_path, trie=TRIE.restrict(ban=[[], []])),
+    ):
+        with pytest.raises(ValueError, match="^trie must be restricted for all requests alike"):
+            refused()
+
+
 # ---------------------------------------------------------------- packed prefix trees
 
 

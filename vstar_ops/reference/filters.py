@@ -47,7 +47,7 @@ def pack_bits(bits: Tensor) -> Tensor:
     """int32 ``[R, words]`` of bool ``[R, n]``: bit ``i & 31`` of word ``i >> 5``."""
     missing = num_words(bits.shape[1]) * 32 - bits.shape[1]
     bytes_of = pad(bits.byte(), (0, missing)).unflatten(1, (-1, 8))
-    packed = bytes_of[..., 0].clone()
+    packed = bytes_of[..., 0].clone(memory_format=torch.contiguous_format)
     for i in range(1, 8):
         packed |= bytes_of[..., i] << i
     return packed.view(torch.int32)
