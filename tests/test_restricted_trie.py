@@ -189,7 +189,7 @@ def test_changes_in_place(backend, seed):
         (ValueError, "ban must fit in int64", {"ban": [2**64]}),
         (ValueError, "ban must fit in int64", {"ban": np.array([2**63], np.uint64)}),
         (ValueError, "ban must be rectangular", {"ban": [[True, False], [True]]}),
-        (ValueError, "allow must have one row for each of the 3 requests of the filter, got 2",
+        (ValueError, "allow must have one row for each of the 3 requests of the trie's filter, got 2",
          {"allow": [[70], [71]], "ban": [[70], [71], [72]]}),
     ],
 )  # fmt: skip
@@ -201,7 +201,7 @@ def test_errors_name_the_argument(error, message, arguments):
 def test_errors_of_changes():
     """What is refused changes nothing."""
     view, mine = small().restrict(ban=[70]), small().restrict(ban=[[70], [71]])
-    with pytest.raises(ValueError, match="^ban must have one row for all requests of the filter, got 2"):
+    with pytest.raises(ValueError, match="^ban must have one row for all requests of the trie's filter, got 2"):
         view.update(allow=[70], ban=[[71], [72]])
     for change in (mine.update, mine.reset, mine.restrict):
         with pytest.raises(ValueError, match="^ban must have one row for each of the 2 requests .*, got 1"):
