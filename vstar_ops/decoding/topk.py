@@ -86,9 +86,9 @@ def topk_sampling(
             break
         sequence, prefix, logp = drawn.sequence, drawn.node, drawn.logp.float()
         if constant_shapes:
-            parent = slot.view(batch, len(slot) // max(batch, 1)).expand_as(prefix).masked_fill(prefix < 0, -1)
+            parent = (slot[:, None] if depth == 0 else slot).expand_as(prefix).masked_fill(prefix < 0, -1)
             logits, slot = extend_by_request(model, state, parent, sequence[..., -1].long().clamp(min=0))
-            logits, slot, node = logits.flatten(0, 1), slot.flatten(), prefix.flatten()
+            logits, node = logits.flatten(0, 1), prefix.flatten()
             row = torch.arange(node.numel(), device=device).view_as(prefix)
             forward_tokens += drawn.num_valid
             continue
