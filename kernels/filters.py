@@ -107,7 +107,7 @@ def _listed(
         inside &= ((word >> (item & 31)) & 1) != 0
     alive, allowed = alive + r * words, allowed + r * item_words  # of each item's request
     if up < 0:
-        _change(allowed, item, (allow != 0) & inside, inside)
+        _change(allowed, item, tl.where(inside, allow, 0) != 0, inside)
     else:
         node = tl.load(leaf + item, inside, -1).to(tl.int64)
         inside &= (node >= 0) & (node < nodes)

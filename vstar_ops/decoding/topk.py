@@ -10,7 +10,7 @@ from torch import Tensor
 from .._deprecated import renamed_arguments, renamed_field
 from ..ops import distinct_rows, draw_children, expand_topk
 from ..ops._checks import check_alive, check_int
-from ..trie import Trie
+from ..trie import Trie, pick, ragged
 from .protocol import PrefixModel, extend_by_request
 
 
@@ -82,7 +82,8 @@ def topk_sampling(
     for depth in range(trie.length):
         last = depth + 1 == trie.length
         if per_request:
-            logits = _without_banned(logits, trie, node, request)
+            width = trie.max_children if constant_shapes else None
+            logits = _without_banned(logits, trie, node, request, width)
         out = expand_topk(logits[:, None], plain, node[:, None], top_k, temperature=temperature)
         children = out.logp, out.token, out.node
         drawn = draw_children(
@@ -96,6 +97,7 @@ def topk_sampling(
             logits, slot = extend_by_request(model, state, parent, sequence[..., -1].long().clamp(min=0))
             logits, node = logits.flatten(0, 1), prefix.flatten()
             row = torch.arange(node.numel(), device=device).view_as(prefix)
+            request = row.flatten() // num_candidates
             forward_tokens += drawn.num_valid
             continue
         rows = distinct_rows(prefix, sequence[..., -1], slot, row=row)
@@ -109,12 +111,15 @@ def topk_sampling(
     return SampleResult(drawn.sequence, drawn.node, drawn.logp.float(), drawn.num_valid, forward_tokens)
 
 
-def _without_banned(logits: Tensor, trie: Trie, node: Tensor, request: Tensor) -> Tensor:
-    """``logits[R, V]``, -inf for the children of each row's node that the filter of its request bans."""
+def _without_banned(logits: Tensor, trie: Trie, node: Tensor, request: Tensor, width: int | None) -> Tensor:
+    """``logits[R, V]``, -inf for the children of each row's node that the filter of its request bans.
+
+    ``width`` is that of the lists of children; None for the longest one, which the host waits for.
+    """
     assert trie.alive is not None
-    token, child = trie.unrestricted.children(node)
-    word = trie.alive[request[:, None], child.clamp(min=0) >> 5]
-    banned = (child >= 0) & ((word >> (child & 31)) & 1 == 0)
+    edge, present = ragged(*trie._edges(node.long()), width)
+    token, child = pick(trie.token, edge, present), torch.where(present, edge + 1, 0)
+    banned = present & ((trie.alive[request[:, None], child >> 5] >> (child & 31)) & 1 == 0)
     columns = logits.shape[1]
     mask = torch.zeros(len(logits), columns + 1, dtype=torch.bool, device=logits.device)
     mask.scatter_(1, torch.where(banned, token, columns).long(), True)
