@@ -17,15 +17,15 @@ from ._array import Array, load_float, load_int
 from ._floats import cleaned, divided
 from ._kernel import ADDRESS, ALIGNED, ANY, F32, I32, NUMBERS, kernel
 from ._softmax import LOG2, add, alike, finite, nothing, tile
-from ._trie import edges
+from ._trie import edges, is_alive
 
 # What a score is made of besides the logits: arrays and numbers.
 Terms = namedtuple("Terms", "cum_logp value bonus child_value seed weights")
 Weights = namedtuple("Weights", "logp_weight value_weight entropy_weight inv_temperature")
 # What the scores of a row's children have in common.
 Row = namedtuple("Row", "row_max log_sum cum_logp constant")
-# Legal columns of a row: in a list from `begin`; if `near` also `first` and those after it.
-Children = namedtuple("Children", "token begin count first near")
+# Columns of a row's children: in a list from `begin`; if `near` also `first` and those after it; their bits.
+Children = namedtuple("Children", "token begin count first near alive")
 
 
 @triton.jit
@@ -117,19 +117,19 @@ def extra_score_of(terms, b, line, node, column, inside):
 
 
 @triton.jit
-def _children_of(offset, token, node, num_nodes, num_edges, max_children, readable):
+def _children_of(offset, token, alive, node, num_nodes, num_edges, max_children, readable):
     begin, end = edges(offset, node, num_nodes, num_edges)
     begin, count = begin.to(tl.int64), tl.minimum(end - begin, max_children)
     first = tl.load(token + begin, count > 0, 0)
     last = tl.load(token + begin + count - 1, count > 0, 0)
     # A multiple of 16 lets a thread read several logits at once.
     near = (last - first + 1 == count) & (first >= 0) & (first % 16 == 0) & (first + count <= readable)
-    return Children(token, begin, count, first, near)
+    return Children(token, begin, count, first, near, alive)
 
 
 @triton.jit
-def _load_children(logits, s2, children, columns, readable, c):
-    """Columns and logits of the children ``c`` of a row; those that do not exist are -inf."""
+def _load_children(logits, s2, children, columns, readable, c, FILTER: tl.constexpr):
+    """Columns and logits of the children ``c`` of a row; those that are not there, or not alive, are -inf."""
     rounded = (children.count + 15) // 16 * 16
     if children.near & (children.first + rounded <= readable):
         column = tl.multiple_of(children.first, 16) + c
@@ -139,6 +139,8 @@ def _load_children(logits, s2, children, columns, readable, c):
         column = tl.load(children.token + children.begin + c, c < children.count, -1)
         inside = (column >= 0) & (column < columns)
         z = tl.load(logits + column.to(tl.int64) * s2, inside & (column < readable), 0.0).to(tl.float32)
+    if FILTER:
+        inside &= is_alive(children.alive, children.begin + 1 + c, inside)
     return column, inside, cleaned(z, inside)
 
 
@@ -188,9 +190,10 @@ def expand_rows(
     logits: ANY, s0: ALIGNED, s1: ALIGNED, s2: ALIGNED, index: ADDRESS, index_type, i0, i1, num_rows,
     cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS, value_type, v0, v1, bonus: ADDRESS, bonus_type,
     o0, o1, child_value: ADDRESS, child_value_type, c0, c1, c2, seed: ADDRESS, seed_type, seed_stride,
-    weights: NUMBERS, offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, stats: F32, trie: I32,
-    best: F32, part: F32, entropies: F32, width, columns, num_nodes, num_edges, max_children, vocab,
-    segments, splits, chunk, column_chunk, EXTRA: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    weights: NUMBERS, offset: I32, token: I32, alive: I32, words, shared, node: ADDRESS, node_type, n0, n1,
+    stats: F32, trie: I32, best: F32, part: F32, entropies: F32, width, columns, num_nodes, num_edges,
+    max_children, vocab, segments, splits, chunk, column_chunk, FILTER: tl.constexpr, EXTRA: tl.constexpr,
+    BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     terms = Terms(
         Array(cum_logp, cum_logp_type, a0, a1, 0), Array(value, value_type, v0, v1, 0),
@@ -209,7 +212,8 @@ def expand_rows(
     readable = tl.where(line >= 0, columns, 0)
     best += r * segments
     here = load_int(Array(node, node_type, n0, n1, 0), b, w, 0, True, -1)
-    children = _children_of(offset, token, here, num_nodes, num_edges, max_children, readable)
+    alive += b // shared * words
+    children = _children_of(offset, token, alive, here, num_nodes, num_edges, max_children, readable)
     count = children.count
     low = split * chunk
     high = tl.minimum(low + chunk, count)
@@ -226,17 +230,19 @@ def expand_rows(
     for turn in range(first, whole):
         column = tl.multiple_of(children.first, 16) + turn * BLOCK + c
         z = finite(tl.load(logits + column.to(tl.int64) * s2).to(tl.float32))
+        if FILTER:
+            z = tl.where(is_alive(alive, children.begin + 1 + turn * BLOCK + c, c >= 0), z, float("-inf"))
         if not EXTRA:
             _store_segments(best, z, turn * BLOCK, segments, BLOCK, SEGMENT)
         most, mass, weighted = add(z, most, mass, weighted, weights.inv_temperature)
     for turn in range(whole, last):
-        _, _, z = _load_children(logits, s2, children, columns, readable, turn * BLOCK + c)
+        _, _, z = _load_children(logits, s2, children, columns, readable, turn * BLOCK + c, FILTER)
         if not EXTRA:
             _store_segments(best, z, turn * BLOCK, segments, BLOCK, SEGMENT)
         most, mass, weighted = add(z, most, mass, weighted, weights.inv_temperature)
     row_max, total, moment = _sums(most, mass, weighted, weights.inv_temperature)
     vocab_max, vocab_total = row_max, total
-    if (vocab != 0) & (count != columns):
+    if (vocab != 0) & (FILTER | (count != columns)):
         vocab_max, vocab_total = _vocab_stats(
             logits, s2, column_low, column_high, columns, readable, weights.inv_temperature, c, BLOCK
         )
@@ -251,7 +257,7 @@ def expand_rows(
         store_row(stats, entropies, r, row, entropy, split == 0)
         if EXTRA:
             for start in range(low, high, BLOCK):
-                column, inside, z = _load_children(logits, s2, children, columns, readable, start + c)
+                column, inside, z = _load_children(logits, s2, children, columns, readable, start + c, FILTER)
                 extra_score = extra_score_of(terms, b, line, here, column, inside)
                 score, _ = scored(z, row, extra_score, terms)
                 _store_segments(best, score, start, segments, BLOCK, SEGMENT)

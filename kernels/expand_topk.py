@@ -39,6 +39,7 @@ from ._expand_rows import Terms, Weights, expand_rows, extra_score_of, finish, l
 from ._floats import LOWEST, InverseTemperature, cleaned, divided, from_ordered, inverse_of, ordered
 from ._kernel import ADDRESS, F32, FLOATS, I32, NUMBERS, Specialization, kernel, workspace
 from ._select import append, ranked, shorten, tile
+from ._trie import filter_of, is_alive
 
 _TILES = ((256, 16, 1), (1024, 128, 2))  # children per block and per segment; warps
 # Of a selection: candidates that are sorted, of a block of scores, warps. Other warps spill registers on one
@@ -55,14 +56,12 @@ def expand_topk(
     value_weight, entropy_weight, temperature, vocab, max_children,
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.expand_topk`."""
-    if alive is not None:
-        raise Unsupported("expand_topk: the Triton backend takes no restricted trie")
     batch, width = node.shape
     columns, device = logits.shape[2], logits.device
     if value_weight == 0:
         value = child_value = None
     extra = seed is not None or child_value is not None or logp_weight < 0
-    plan = _plan(batch, width, columns, k, vocab, max_children, extra)
+    plan = _plan(batch, width, columns, k, vocab, max_children, extra, alive is not None)
     score = torch.empty((batch, k), device=device)
     parent = torch.empty((batch, k), dtype=torch.int32, device=device)
     logp, chosen, child = torch.empty_like(score), torch.empty_like(parent), torch.empty_like(parent)
@@ -70,7 +69,7 @@ def expand_topk(
     outputs = score, logp, parent, chosen, child, count, entropy
     if batch == 0:
         return outputs
-    memory = workspace(device, *plan.workspace)
+    memory, bits = workspace(device, *plan.workspace), filter_of(alive, batch, token)
     terms = (
         *strided(cum_logp, 2), *strided(value, 2), *strided(bonus, 2), *strided(child_value, 3),
         *strided(seed, 1), Weights(logp_weight, value_weight, entropy_weight, inverse_of(temperature)),
@@ -78,12 +77,12 @@ def expand_topk(
     if width:
         expand_rows.launch(
             plan.grid, plan.warps, logits, *logits.stride(), *strided(row, 2), logits.shape[1], *terms,
-            offset, token, *strided(node, 2), *memory[:4], entropy, width, columns, offset.numel() - 1,
+            offset, token, *bits, *strided(node, 2), *memory[:4], entropy, width, columns, offset.numel() - 1,
             token.numel(), *plan.rows,
         )  # fmt: skip
     _select.launch(
-        (batch,), plan.select_warps, *strided(logits, 3), *terms, token, *memory[:4], memory[4].data_ptr(),
-        *outputs, width, columns, *plan.select,
+        (batch,), plan.select_warps, *strided(logits, 3), *terms, token, *bits, *memory[:4],
+        memory[4].data_ptr(), *outputs, width, columns, *plan.select,
     )  # fmt: skip
     return outputs
 
@@ -100,7 +99,7 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _plan(batch, width, columns, k, vocab, max_children, extra) -> Plan:
+def _plan(batch, width, columns, k, vocab, max_children, extra, filters=False) -> Plan:
     children = width * max_children
     winners = min(k, children)
     if winners > _MOST_WINNERS:
@@ -125,9 +124,11 @@ def _plan(batch, width, columns, k, vocab, max_children, extra) -> Plan:
         ),
         grid=(rows, splits),
         warps=warps,
-        rows=(max_children, int(vocab), segments, splits, chunk, column_chunk, extra, block, segment),
+        rows=(
+            max_children, int(vocab), segments, splits, chunk, column_chunk, filters, extra, block, segment,
+        ),
         select_warps=select_warps,
-        select=(max_children, segments, parts, int(extra), k, winners, segment, room, keys),
+        select=(max_children, segments, parts, int(extra), k, winners, filters, segment, room, keys),
     )  # fmt: skip
 
 
@@ -169,13 +170,15 @@ def _join_parts(part, stats, entropies, terms, b, width, parts, ROWS: tl.constex
 
 
 @triton.jit
-def _child(logits, token, trie, b, w, c, columns, inside):
+def _child(logits, token, alive, trie, b, w, c, columns, inside, FILTER: tl.constexpr):
     """Edge, column, logit (-inf: there is none) and its line of children ``c`` of the rows ``w``."""
     begin = tl.load(trie + w * 4, inside, 0).to(tl.int64)
     line = tl.load(trie + w * 4 + 3, inside, -1).to(tl.int64)
     inside = inside & (c < tl.load(trie + w * 4 + 1, inside, 0))
     column = tl.load(token + begin + c, inside, -1)
     inside &= (column >= 0) & (column < columns)
+    if FILTER:
+        inside &= is_alive(alive, begin + 1 + c, inside)
     z = load_float(logits, b, line, column.to(tl.int64), inside & (line >= 0))
     return begin + c, column, cleaned(z, inside), line
 
@@ -205,8 +208,8 @@ def _segment_keys(best, stats, terms, i, total, segments, extra):
 
 @triton.jit
 def _child_keys(
-    logits, token, trie, stats, picked, pick, picks, terms, b, columns, max_children, segments,
-    SEGMENT: tl.constexpr,
+    logits, token, alive, trie, stats, picked, pick, picks, terms, b, columns, max_children, segments,
+    FILTER: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Keys of the children of selected segments, as a tile: eight children of a segment per thread."""
     pick = pick[None, :, None]
@@ -214,7 +217,7 @@ def _child_keys(
     which = tl.where(inside, _number(tl.load(picked + pick, inside, -1)), 0)
     w = (which // segments).to(tl.int64)
     c = (which % segments) * SEGMENT + tl.reshape(tile(SEGMENT), (8, 1, SEGMENT // 8))
-    _, column, z, line = _child(logits, token, trie, b, w, c, columns, inside)
+    _, column, z, line = _child(logits, token, alive, trie, b, w, c, columns, inside, FILTER)
     row, node = load_row(stats, w, inside), tl.load(trie + w * 4 + 2, inside, 0)
     extra_score = extra_score_of(terms, b, line, node, column, z > float("-inf"))
     score, _ = scored(z, row, extra_score, terms)
@@ -239,10 +242,11 @@ def _write(
 def _select(
     logits: ADDRESS, logits_type, s0, s1, s2, cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS,
     value_type, v0, v1, bonus: ADDRESS, bonus_type, o0, o1, child_value: ADDRESS, child_value_type, c0, c1,
-    c2, seed: ADDRESS, seed_type, seed_stride, weights: NUMBERS, token: I32, stats: F32, trie: I32,
-    best: F32, part: F32, memory: ADDRESS, out_score: F32, out_logp: F32, out_parent: I32, out_token: I32,
-    out_child: I32, out_count: I32, entropies: F32, width, columns, max_children, segments, parts, extra, k,
-    winners, SEGMENT: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    c2, seed: ADDRESS, seed_type, seed_stride, weights: NUMBERS, token: I32, alive: I32, words, shared,
+    stats: F32, trie: I32, best: F32, part: F32, memory: ADDRESS, out_score: F32, out_logp: F32,
+    out_parent: I32, out_token: I32, out_child: I32, out_count: I32, entropies: F32, width, columns,
+    max_children, segments, parts, extra, k, winners, FILTER: tl.constexpr, SEGMENT: tl.constexpr,
+    ROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     terms = Terms(
         Array(cum_logp, cum_logp_type, a0, a1, 0), Array(value, value_type, v0, v1, 0),
@@ -254,6 +258,7 @@ def _select(
     stats += b * width * 4
     trie += b * width * 4
     best += b * width * segments
+    alive += b // shared * words
     if parts > 0:
         part += b * width * parts * 6
         _join_parts(part, stats, entropies + b * width, terms, b, width, parts, 16, 16)
@@ -273,8 +278,8 @@ def _select(
         else:
             pick = (turn - segment_turns) * (BLOCK // SEGMENT) + tl.arange(0, BLOCK // SEGMENT)
             keys = _child_keys(
-                logits, token, trie, stats, memory, pick, picks, terms, b, columns, max_children, segments,
-                SEGMENT,
+                logits, token, alive, trie, stats, memory, pick, picks, terms, b, columns, max_children,
+                segments, FILTER, SEGMENT,
             )  # fmt: skip
         count = append(memory + kept, count, keys, bound)
         turn += 1
@@ -297,7 +302,7 @@ def _select(
     number = tl.where(exists, _number(key), 0)
     c = number % max_children
     w = (number // max_children).to(tl.int64)
-    edge, column, z, _ = _child(logits, token, trie, b, w, c, columns, exists)
+    edge, column, z, _ = _child(logits, token, alive, trie, b, w, c, columns, exists, FILTER)
     _, logp = scored(z, load_row(stats, w, exists), 0.0, terms)
     score = from_ordered((key >> 32).to(tl.int32))
     _write(
@@ -316,11 +321,12 @@ def _select(
 def specializations() -> Iterator[Specialization]:
     """Everything that is compiled for logits whose last stride is 1 and whose others are multiples of 16."""
     weights = Weights("fp32", "fp32", "fp32", InverseTemperature("fp32", "fp32"))
-    for (dtype, logits), (block, segment, warps), extra in product(FLOATS.items(), _TILES, (False, True)):
-        constants = {"EXTRA": extra, "BLOCK": block, "SEGMENT": segment, "s2": 1}
-        name = f"expand_topk rows {block}{', extra score' * extra}, {dtype}"
+    two = False, True
+    for (dtype, logits), (block, segment, warps), extra, bits in product(FLOATS.items(), _TILES, two, two):
+        constants = {"FILTER": bits, "EXTRA": extra, "BLOCK": block, "SEGMENT": segment, "s2": 1}
+        name = f"expand_topk rows {block}{', extra score' * extra}, {dtype}{', filter' * bits}"
         yield Specialization(name, expand_rows, warps, constants, {"logits": logits, "weights": weights})
-    for (room, keys, warps), (_, segment, _) in product(_SELECTIONS, _TILES):
-        name = f"expand_topk select {room} of {keys}, segments of {segment}"
-        constants = {"SEGMENT": segment, "ROOM": room, "BLOCK": keys}
+    for (room, keys, warps), (_, segment, _), bits in product(_SELECTIONS, _TILES, two):
+        name = f"expand_topk select {room} of {keys}, segments of {segment}{', filter' * bits}"
+        constants = {"FILTER": bits, "SEGMENT": segment, "ROOM": room, "BLOCK": keys}
         yield Specialization(name, _select, warps, constants, {"weights": weights})
