@@ -57,13 +57,13 @@ def _dense() -> CostCase:
     chunks = [Loop(r"MUFU\.EX2", 2, which=1, latency=L2), Loop(r"MUFU\.EX2", 1, which=1, up=1, latency=L2)]
     triton = [Loop(WIDE, columns // 1024, {WIDE: 2, "STG": 1}, latency=MEMORY)]
     picks = [*chunks, *_selection(16, 32, {"U16": 4}, L2)]
-    items, name = 256 * 512 * (16 + 32), "expand_select_kernelINS_8BFloat16ELb0"
+    items, name = 256 * 512 * (16 + 32), "expand_select_kernelINS_8BFloat16ELb0ELb0"
     select = Launch(name, 256, 16, again, {}, picks, items, 64_000, L2)
     return CostCase(
         "expand_topk dense bf16 B=256 W=128 V=8192 K=128",
         (logits / COPY / 0.7, logits / COPY / 0.6),
         [
-            Launch("expand_rows_kernelINS_8BFloat16", rows // 2, 4, moved, {}, loops, rows * columns),
+            Launch("expand_rows_kernelINS_8BFloat16ELb0", rows // 2, 4, moved, {}, loops, rows * columns),
             select,
         ],
         [
@@ -92,7 +92,7 @@ def _legal() -> CostCase:
     return CostCase(
         "expand_topk legal depth 1 bf16 B=16 W=128 V=768 K=128",
         (10e-6, 15e-6),
-        [Launch("expand_fused_kernelINS_8BFloat16ELb0", 16, 16, moved, {}, loops, children, 64_000)],
+        [Launch("expand_fused_kernelINS_8BFloat16ELb0ELb0", 16, 16, moved, {}, loops, children, 64_000)],
         [
             Launch("expand_topk rows 256, bfloat16", rows, 1, moved, {"STG": 10}, triton, children),
             _triton_selection(16, moved, 2, 4),
@@ -212,7 +212,7 @@ def _token_logp(columns: int, odd: bool) -> CostCase:
     coefficients = [Loop("LDG", 1, {"LDG": 3}, latency=L2), Loop("STG", turns, all_, latency=MEMORY)]
     targets = [coefficients[0], Loop("SHFL", 1, {"LDG": 3}), Loop("SHFL", 1, {"STG": 1}, up=1)]
     both = 2 * moved
-    name, other = "token_logp_kernelINS_8BFloat16ELi8", "token_logp_backward_kernelINS_8BFloat16"
+    name, other = "token_logp_kernelINS_8BFloat16ELi8ELb0", "token_logp_backward_kernelINS_8BFloat16ELb0"
     return CostCase(
         f"token_logp bf16 [{rows}, {columns}] forward, backward",
         (1.2 * 3 * moved / COPY, 1.3 * 3 * moved / COPY),

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 
-from .._triton import Unsupported
 from ._array import Array, array, load_float, load_int, store_float, strided
 from ._floats import InverseTemperature, cleaned, divided, inverse_of
 from ._kernel import (
@@ -36,7 +36,7 @@ from ._kernel import (
     kernel,
 )
 from ._softmax import LOG2, LOG2E, add, alike, finite, in_octaves, nothing, tile
-from ._trie import edges
+from ._trie import edges, filter_of, is_alive
 
 _BLOCK, _WARPS = 4096, 8  # columns that are streamed together, and warps
 _GRADIENT_BLOCK, _GRADIENT_WARPS = 2048, 4
@@ -46,8 +46,6 @@ _PROGRAMS = 8192  # rows are shared until there are about as many
 
 def token_logp(logits, targets, offset, token, alive, node, temperature, max_children):
     """The dispatcher's signature; see :func:`vstar_ops.token_logp`."""
-    if alive is not None:
-        raise Unsupported("token_logp: the Triton backend takes no restricted trie")
     batch, width, columns = logits.shape
     number = targets.shape[2]
     logp = torch.empty(targets.shape, device=logits.device)
@@ -66,8 +64,9 @@ def token_logp(logits, targets, offset, token, alive, node, temperature, max_chi
         block, warps = block_for(max_children)
         _legal_statistics.launch(
             (batch * width,), warps,
-            *strided(logits, 3), *strided(targets, 3), offset, token, *strided(node, 2), *sizes,
-            offset.numel() - 1, token.numel(), max_children.bit_length(), BLOCK=block, TARGETS=_TARGETS,
+            *strided(logits, 3), *strided(targets, 3), offset, token, *filter_of(alive, batch, token),
+            *strided(node, 2), *sizes, offset.numel() - 1, token.numel(), max_children.bit_length(),
+            FILTER=alive is not None, BLOCK=block, TARGETS=_TARGETS,
         )  # fmt: skip
     return results
 
@@ -101,8 +100,9 @@ def token_logp_backward(
         block, warps = block_for(max_children)
         _legal_gradient.launch(
             (batch * width,), warps,
-            *strided(logits, 3), *common, *array(gradient), offset, token, *strided(node, 2),
-            offset.numel() - 1, token.numel(), BLOCK=block, TARGETS=_TARGETS,
+            *strided(logits, 3), *common, *array(gradient), offset, token, *filter_of(alive, batch, token),
+            *strided(node, 2), offset.numel() - 1, token.numel(), FILTER=alive is not None, BLOCK=block,
+            TARGETS=_TARGETS,
         )  # fmt: skip
     if number:
         _target_gradient.launch((batch * width,), 1, *common, *array(gradient), TARGETS=_TARGETS)
@@ -165,17 +165,21 @@ def _vocab_statistics(
 
 
 @triton.jit
-def _load_children(logits, b, w, token, start, end, columns, BLOCK: tl.constexpr):
-    """Columns and logits of a block of edges, and which of them exist."""
+def _load_children(
+    logits, b, w, token, alive, start, end, columns, FILTER: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Columns and logits of a block of edges, and which of them are legal."""
     edge = start + tl.arange(0, BLOCK)
     v = tl.load(token + edge, edge < end, -1).to(tl.int64)
     inside = (v >= 0) & (v < columns)
+    if FILTER:
+        inside &= is_alive(alive, edge + 1, inside)
     return v, cleaned(load_float(logits, b, w, v, inside), inside), inside
 
 
 @triton.jit
-def _find(token, begin, end, target, bits, TARGETS: tl.constexpr):
-    """Whether targets are among a node's children, whose tokens rise: the first not below it is looked up."""
+def _find(token, alive, begin, end, target, bits, FILTER: tl.constexpr, TARGETS: tl.constexpr):
+    """Whether targets are among a node's legal children, whose tokens rise: a binary search."""
     low = tl.zeros((TARGETS,), tl.int32) + begin
     high = tl.zeros((TARGETS,), tl.int32) + end
     for _ in range(bits):
@@ -184,30 +188,33 @@ def _find(token, begin, end, target, bits, TARGETS: tl.constexpr):
         high = tl.where(below | (low >= high), high, middle)
         low = tl.where(below, middle + 1, low)
     inside = (low < end) & (target >= 0)
+    if FILTER:
+        inside &= is_alive(alive, low + 1, inside)
     return inside & (tl.load(token + low, inside, -1).to(tl.int64) == target)
 
 
 @kernel
 def _legal_statistics(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, t0, t1, t2, offset: I32,
-    token: I32, node: ADDRESS, node_type, n0, n1, logp: F32, entropy: F32, row_max: F32, log_mass: F32, width,
-    columns, number, inv_temperature: NUMBERS, num_nodes, num_edges, bits, BLOCK: tl.constexpr,
-    TARGETS: tl.constexpr,
+    token: I32, alive: I32, words, shared, node: ADDRESS, node_type, n0, n1, logp: F32, entropy: F32,
+    row_max: F32, log_mass: F32, width, columns, number, inv_temperature: NUMBERS, num_nodes, num_edges, bits,
+    FILTER: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     logits, targets = Array(logits, logits_type, z0, z1, z2), Array(targets, targets_type, t0, t1, t2)
     node = Array(node, node_type, n0, n1, 0)
     r = tl.program_id(0).to(tl.int64)
     b, w = r // width, r % width
     begin, end = edges(offset, load_int(node, b, w, 0, True, -1), num_nodes, num_edges)
+    alive += b // shared * words
     most, mass, weighted = nothing(BLOCK)
     for start in range(begin, end, BLOCK):
-        _, z, _ = _load_children(logits, b, w, token, start, end, columns, BLOCK)
+        _, z, _ = _load_children(logits, b, w, token, alive, start, end, columns, FILTER, BLOCK)
         most, mass, weighted = add(z[:, None], most, mass, weighted, inv_temperature)
     max_value, log_total = _finish(r, most, mass, weighted, inv_temperature, entropy, row_max, log_mass)
     for start in range(0, number, TARGETS):
         t = start + tl.arange(0, TARGETS).to(tl.int64)
         target = load_int(targets, b, w, t, t < number, -1)
-        found = _find(token, begin, end, target, bits, TARGETS) & (target < columns)
+        found = _find(token, alive, begin, end, target, bits, FILTER, TARGETS) & (target < columns)
         z = cleaned(load_float(logits, b, w, target, found), found)
         _write_logp(logp, r * number + t, t < number, target, found, z, max_value, log_total, inv_temperature)
 
@@ -294,8 +301,8 @@ def _legal_gradient(
     logits: ADDRESS, logits_type, z0, z1, z2, targets: ADDRESS, targets_type, grad_logp: ADDRESS,
     grad_logp_type, grad_entropy: ADDRESS, grad_entropy_type, logp: F32, entropy: F32, row_max: F32,
     log_mass: F32, width, columns, number, inv_temperature: NUMBERS, gradient: ADDRESS, gradient_type,
-    offset: I32, token: I32, node: ADDRESS, node_type, n0, n1, num_nodes, num_edges, BLOCK: tl.constexpr,
-    TARGETS: tl.constexpr,
+    offset: I32, token: I32, alive: I32, words, shared, node: ADDRESS, node_type, n0, n1, num_nodes,
+    num_edges, FILTER: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     saved = Saved(
         targets, targets_type, grad_logp, grad_logp_type, grad_entropy, grad_entropy_type, logp, entropy,
@@ -307,8 +314,9 @@ def _legal_gradient(
     slope, curve = _coefficients(saved, r, inv_temperature, TARGETS)
     max_value, log_total = tl.load(row_max + r), tl.load(log_mass + r)
     begin, end = edges(offset, load_int(node, b, w, 0, True, -1), num_nodes, num_edges)
+    alive += b // shared * words
     for start in range(begin, end, BLOCK):
-        v, z, inside = _load_children(logits, b, w, token, start, end, columns, BLOCK)
+        v, z, inside = _load_children(logits, b, w, token, alive, start, end, columns, FILTER, BLOCK)
         value = _row_grad(z, max_value, log_total, slope, curve, inv_temperature)
         store_float(gradient, gradient_type, r * columns + v, value, inside)
 
@@ -351,8 +359,8 @@ def specializations() -> Iterator[Specialization]:
         name = f"token_logp gradient {dtype}"
         constants = {"z2": 1, "BLOCK": _GRADIENT_BLOCK} | targets
         yield Specialization(name, _vocab_gradient, _GRADIENT_WARPS, constants, types)
-    for block, warps in map(block_for, BLOCKS):
-        few = {"BLOCK": block} | targets
-        yield Specialization(f"token_logp legal {block}", _legal_statistics, warps, few, inverse)
-        yield Specialization(f"token_logp legal gradient {block}", _legal_gradient, warps, few, inverse)
+    for (block, warps), filters in product(map(block_for, BLOCKS), (False, True)):
+        few, end = {"FILTER": filters, "BLOCK": block} | targets, ", filter" * filters
+        yield Specialization(f"token_logp legal {block}{end}", _legal_statistics, warps, few, inverse)
+        yield Specialization(f"token_logp legal gradient {block}{end}", _legal_gradient, warps, few, inverse)
     yield Specialization("token_logp gradient of targets", _target_gradient, 1, targets, inverse)

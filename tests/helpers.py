@@ -9,7 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vstar_ops
-from vstar_ops.verify.calls import map_tensors, tensors
+from vstar_ops.verify.calls import Call, map_tensors, tensors
+from vstar_ops.verify.cases import restricted
+from vstar_ops.verify.wants import expectation
 
 
 def check_every_float16() -> None:
@@ -29,6 +31,51 @@ def check_every_float16() -> None:
         vstar_ops.token_logp(x, target).logp.sum().backward()
     assert halves.grad is not None and floats.grad is not None
     assert_same(halves.grad, floats.grad.half())
+
+
+# Children of the root's children: a row of one, rows that end at a word of the bits and behind it; long ones.
+SHORT, LONG = (1, 2, 29, 31, 33, 70), (1100, 3)
+_KEPT: dict[str, Callable[[int], Any]] = {
+    "none": lambda n: range(0),
+    "all": range,
+    "not the first": lambda n: range(1, n),
+    "not the last": lambda n: range(n - 1),
+    "not the middle one": lambda n: [i for i in range(n) if i != n // 2],
+    "the first alone": lambda n: range(1),
+    "the last alone": lambda n: range(n - 1, n),
+    "one in the middle": lambda n: range(n // 2, n // 2 + 1),
+    "every third": lambda n: range(1, n, 3),
+}
+
+
+def restricted_tries(sizes: tuple[int, ...], batch: int = 2) -> list[vstar_ops.Trie]:
+    """Tries of two levels whose rows lose some children: of neighboring tokens, or of every second one.
+
+    Each row keeps something else, the same for all requests or not. Of the short ones some have a multiple of 32
+    nodes.
+    """
+    names, found = list(_KEPT), []
+    for step in (1, 2):
+        for extra in range(33 if sizes is SHORT and step == 1 else 2):
+            lengths = (*sizes, 1 + extra)
+            rows = [[i, step * j] for i, n in enumerate(lengths) for j in range(n)]
+            requests = batch if extra % 2 else 1
+            allowed = torch.zeros(requests, len(rows), dtype=torch.bool)
+            for r in range(requests):
+                begin = 0
+                for i, n in enumerate(lengths):
+                    kept = _KEPT[names[(i + r + extra) % len(names)]](n)
+                    allowed[r, [begin + j for j in kept]] = True
+                    begin += n
+            found.append(restricted(vstar_ops.Trie.from_sequences(rows), allowed))
+    assert len(sizes) < 5 or any(trie.num_nodes % 32 == 0 for trie in found)
+    return found
+
+
+def assert_as_expected(op: str, call: Call) -> None:
+    """A call of an op, against its oracle."""
+    verdict = expectation(op, call)(call())
+    assert not verdict.problems, verdict.problems[0]
 
 
 def assert_same(got: Any, want: Any) -> None:

@@ -73,11 +73,11 @@ def loads_and_stores(kernel: str) -> list[str]:
 
 def test_rows_are_read_and_written_by_128_bits() -> None:
     """What is read from contiguous rows. The test below holds the table to the machine code."""
-    aligned, odd = loads_and_stores("token_logp_kernelINS_8BFloat16ELi8")
+    aligned, odd = loads_and_stores("token_logp_kernelINS_8BFloat16ELi8ELb0")
     assert "load 4 x 128" in aligned
     assert "load 8 x 128" in odd  # two neighbors each
-    assert "load 4 x 128" in loads_and_stores("expand_rows_kernelINS_8BFloat16")[0]
-    aligned, odd = loads_and_stores("token_logp_backward_kernelINS_8BFloat16")
+    assert "load 4 x 128" in loads_and_stores("expand_rows_kernelINS_8BFloat16ELb0")[0]
+    aligned, odd = loads_and_stores("token_logp_backward_kernelINS_8BFloat16ELb0")
     assert "load 128" in aligned
     assert "store 128" in aligned
     assert "store 8 x 16" in odd  # each entry by itself: slow, as the table says

@@ -89,7 +89,7 @@ def test_more_children_than_32_bits_number():
     node = torch.zeros(1, 1, dtype=torch.int32).expand(1, 2**30)
     case = list(expansion(torch.zeros(1, 1, 4), trie, 3))
     with pytest.raises(RuntimeError, match=r"logits must have fewer than 2\^32 legal children per request"):
-        run("expand_topk", logits, *case[1:3], node, *case[4:])
+        run("expand_topk", logits, *case[1:4], node, *case[5:])
 
 
 def test_groups_beyond_shared_memory():

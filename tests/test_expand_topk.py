@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same
+from helpers import LONG, SHORT, assert_as_expected, assert_same, restricted_tries
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vstar_ops
 from vstar_ops import Trie, expand_topk
 from vstar_ops.verify import oracles
-from vstar_ops.verify.cases import prefixes
+from vstar_ops.verify.calls import Call, with_alive
+from vstar_ops.verify.cases import prefixes, restricted
 
 INF = float("inf")
 NAN = float("nan")
@@ -795,3 +796,88 @@ def test_compile_with_an_int_as_seed():
         return expand_topk(z * 2, trie, node, 5, gumbel_seed=3)
 
     assert_same(torch.compile(step, fullgraph=True, backend="aot_eager")(logits), step(logits))
+
+
+# ---------------------------------------------------------------- restricted tries
+
+
+@pytest.mark.parametrize("sizes", [SHORT, LONG])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize": "vocab", "entropy_weight": 0.5},
+        {"gumbel_seed": torch.tensor([3, 4]), "temperature": 0.5},
+        {"row": torch.tensor([[0, 1, 1, -1] * 3, [1, 0, -1, 1] * 3])},
+    ],
+    ids=lambda x: next(iter(x), "plain"),
+)
+def test_a_restricted_trie(backend, sizes, options):
+    """Rows of which no child is alive, one, all but one, or some, against the brute force."""
+    random = torch.Generator().manual_seed(0)
+    tries = restricted_tries(sizes)
+    for trie in tries if backend in ("cpu", "reference") else tries[:: 1 + len(tries) // 3]:
+        inner = trie.level_offset[2]
+        node = torch.stack([torch.arange(12) % inner, torch.randint(-1, inner, (12,), generator=random)])
+        shape = (2, trie.max_token + 3) if "row" in options else (2, 12, trie.max_token + 3)
+        logits = torch.randn(shape, generator=random)
+        given: dict[str, Any] = {"gumbel_seed": None, "row": None, **options}
+        for k in (7, 2000):
+            call = Call(expand_topk, {"logits": logits, "trie": trie, "node": node, "k": k, **given})
+            assert_as_expected("expand_topk", call)
+
+
+def test_a_trie_that_is_restricted_to_all_of_it(backend):
+    """The same bits as without bits, and in a batch as alone."""
+    for columns in (50, 1300):
+        logits, trie, node = prefixes(3, columns=columns, items=4000)
+        node[:, 0] = 0
+        every = restricted(trie, torch.ones(1, trie.num_sequences, dtype=torch.bool))
+        for options in ({}, {"normalize": "vocab"}, {"gumbel_seed": torch.arange(3)}):
+            assert_same(
+                expand_topk(logits, every, node, 9, **options), expand_topk(logits, trie, node, 9, **options)
+            )
+
+
+def test_bits_that_change_are_read_at_the_next_call(backend):
+    trie = restricted(CATALOGUE, torch.tensor([[True, False, True]]))
+    root = torch.zeros(1, 1, dtype=torch.int32)
+    logits = torch.tensor([3.0, 9, 1, 9, 9]).log().view(1, 1, 5)
+    assert expand_topk(logits, trie, root, 2).token.tolist() == [[0, 2]]
+    trie.alive.fill_(0b101001)  # the nodes 0, 3 and 5; 1 and 2 are dead
+    assert expand_topk(logits, trie, root, 2).num_valid.tolist() == [0]
+    trie.alive.fill_(0b101101)
+    out = expand_topk(logits, trie, root, 2)
+    assert out.token.tolist() == [[2, -1]] and out.logp[0, 0] == 0 and out.entropy.tolist() == [[0.0]]
+
+
+WORDS = torch.zeros(1, 2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("alive", "error", "message"),
+    [
+        (WORDS.expand(3, 2).clone(), ValueError, "trie is restricted for 3 requests, got logits of 2"),
+        (torch.zeros(0, 2).int(), ValueError, "trie is restricted for 0 requests, got logits of 2"),
+        (WORDS[:, :1], ValueError, r"trie.alive must have the shape \[R, 2\], got \[1, 1\]"),
+        (WORDS[0], ValueError, r"trie.alive must have the shape \[R, 2\], got \[2\]"),
+        (WORDS.long(), TypeError, "trie.alive must be int32, got int64"),
+        (WORDS.bool(), TypeError, "trie.alive must be int32, got bool"),
+        (WORDS.to("meta"), ValueError, "trie.alive must be on cpu like the other tensors, got meta"),
+        (
+            torch.zeros(2, 4).int()[:, ::2],
+            ValueError,
+            r"trie.alive must be contiguous, got the strides \[4, 2\]",
+        ),
+    ],
+)
+def test_bad_bits_are_named(alive, error, message):
+    trie, node = with_alive(CATALOGUE, alive), torch.zeros(2, 1, dtype=torch.int32)
+    with pytest.raises(error, match=message):
+        expand_topk(torch.zeros(2, 1, 5), trie, node, 2)
+    with pytest.raises(error, match=message):
+        vstar_ops.token_logp(torch.zeros(2, 1, 5), node, trie, node)
+    trees = vstar_ops.SearchTrees.empty(2, 1, 1, children=2, leaves=2)
+    rows = vstar_ops.SelectedRows(node, node, node.float())
+    with pytest.raises(error, match=message):
+        vstar_ops.ved_evaluate(trees, trie, rows, torch.zeros(2, 1, 5), node.long(), torch.arange(2))

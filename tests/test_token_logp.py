@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers import LONG, SHORT, assert_as_expected, restricted_tries
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 import vstar_ops
 from vstar_ops import Trie, token_logp
 from vstar_ops.verify import oracles
+from vstar_ops.verify.calls import Call, token_logp_gradient
+from vstar_ops.verify.cases import restricted
 
 OP = vstar_ops.ops.OPS["token_logp"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -451,3 +454,52 @@ def test_legal_gradients_can_be_used_like_any_other(cpu):
     assert z.grad.data_ptr() % 64 == 0
     assert z.grad[:, :3].tolist() == [[3.0, 0.0, -3.0], [-3.0, 0.0, 3.0], [3.0, 0.0, -3.0]]
     assert not z.grad[:, 3:].any()
+
+
+# ---------------------------------------------------------------- restricted tries
+
+
+@pytest.mark.parametrize("sizes", [SHORT, LONG])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_restricted_trie(backend, sizes, dtype):
+    """Rows of which no child is alive, one, all but one, or some, against the brute force."""
+    random = torch.Generator().manual_seed(0)
+    tries = restricted_tries(sizes)
+    for trie in tries if backend in ("cpu", "reference") else tries[:: 1 + len(tries) // 3]:
+        inner, columns = trie.level_offset[2], trie.max_token + 3
+        node = torch.stack([torch.arange(9) % inner, torch.randint(-1, inner, (9,), generator=random)])
+        a = {"logits": torch.randn(2, 9, columns, generator=random).to(dtype), "trie": trie, "node": node}
+        a["targets"] = torch.randint(-1, columns, (2, 9, 4), generator=random)
+        first = trie.children(node).token[..., :4]
+        a["targets"][..., : first.shape[2]] = torch.where(first < 0, 1, first)
+        assert_as_expected("token_logp", Call(token_logp, dict(a)))
+        pull, slope = torch.randn(2, 9, 4, generator=random), torch.randn(2, 9, generator=random)
+        for grad_logp, grad_entropy in ((pull, slope), (pull, None), (None, slope)):
+            given = {**a, "grad_logp": grad_logp, "grad_entropy": grad_entropy}
+            assert_as_expected("token_logp_backward", Call(token_logp_gradient, given))
+
+
+def test_requests_of_a_restricted_trie_are_the_first_dimension(backend):
+    """Of one to four dimensions of rows."""
+    trie = restricted(CATALOGUE, torch.tensor([[True, True, False], [False, True, True]]))
+    logits, node, target = (
+        torch.zeros(2, 3, 2, 2, 5),
+        torch.ones(2, 3, 2, 2).int(),
+        torch.full((2, 3, 2, 2), 4),
+    )
+    half, alone = math.log(1 / 2), 0.0
+    for index in ((..., 0, 0, 0, slice(None)), (..., 0, 0, slice(None)), (..., 0, slice(None)), (...,)):
+        where = index if len(index) == 1 else index[:-1]
+        logp = token_logp(logits[index], target[where], trie, node[where]).logp
+        assert logp[0].flatten().tolist() == pytest.approx([half] * logp[0].numel())
+        assert logp[1].flatten().tolist() == [alone] * logp[1].numel()
+
+
+def test_bits_that_change_before_the_gradient(cpu):
+    """The gradient would be that of another distribution."""
+    trie = restricted(CATALOGUE, torch.tensor([[True, True, False]]))
+    logits = torch.zeros(1, 5, requires_grad=True)
+    logp = token_logp(logits, torch.tensor([4]), trie, torch.tensor([1])).logp
+    trie.alive.fill_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()

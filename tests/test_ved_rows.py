@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same
+from helpers import LONG, SHORT, assert_as_expected, assert_same, restricted_tries
 from torch import Tensor
 
 import vstar_ops
 from vstar_ops import ExpandTopK, SearchTrees, SelectedRows, Trie, ved_beams, ved_evaluate, ved_inputs
 from vstar_ops.verify import sampling
+from vstar_ops.verify.calls import Call
 from vstar_ops.verify.wants import expectation
 
 # The catalogue of the tables: node 0 is the root; its children are 1 and 2, by the tokens 0 and 1; those of 1
@@ -180,6 +181,25 @@ def test_beams_by_hand(backend, lesson, options, want):
     rows = ved_beams(trees, CATALOGUE, rows_of(1, 2, -1), extensions((3, 0), (-1, -1), (5, 1)), **given)
     assert list(zip(rows.node[0].tolist(), rows.parent[0].tolist())) == want
     assert rows.logp[0].tolist() == [-float(node) if node >= 0 else -math.inf for node, _ in want]
+
+
+@pytest.mark.parametrize("sizes", [SHORT, LONG])
+@pytest.mark.parametrize("options", [{}, {"normalize": "vocab", "skip_forced": True}], ids=["legal", "vocab"])
+def test_a_restricted_trie(backend, sizes, options):
+    """Rows of which no child is alive, one, all but one, or some, against the brute force."""
+    random = torch.Generator().manual_seed(0)
+    tries = restricted_tries(sizes)
+    for trie in tries if backend in ("cpu", "reference") else tries[:: 1 + len(tries) // 3]:
+        inner, columns = trie.level_offset[2], trie.max_token + 3
+        node = torch.stack([torch.arange(9) % inner, torch.randint(-1, inner, (9,), generator=random)]).int()
+        trees = SearchTrees.empty(2, 1, 2, children=20, leaves=20)
+        a = {"trees": trees, "trie": trie, "rows": SelectedRows(node, node, torch.zeros(2, 9)), **options}
+        a |= {
+            "logits": torch.randn(2, 9, columns, generator=random),
+            "slot": node.long(),
+            "seeds": torch.arange(2),
+        }
+        assert_as_expected("ved_evaluate", Call(ved_evaluate, a))
 
 
 @pytest.mark.parametrize("op", ["ved_inputs", "ved_evaluate", "ved_beams"])

@@ -53,8 +53,8 @@ VSTAR_DEVICE float segment_max(float x) {
 // ---------------------------------------------------------------- long rows
 
 // Statistics of a chunk; with `best`, also the largest logits of its segments.
-template <class T>
-VSTAR_DEVICE RowStats read_chunk(const RowReader<T>& reader, int32_t begin, InverseTemperature inv_temperature, float* best) {
+template <class T, bool kFiltered>
+VSTAR_DEVICE RowStats read_chunk(const RowReader<T, kFiltered>& reader, int32_t begin, InverseTemperature inv_temperature, float* best) {
   const int32_t end = reader.count - begin < kChunk ? reader.count : begin + kChunk;
   const int32_t mine = 128 * (lane() / 4) + 8 * (lane() % 4);
   RowStats s;
@@ -69,8 +69,8 @@ VSTAR_DEVICE RowStats read_chunk(const RowReader<T>& reader, int32_t begin, Inve
   return joined<1>(s, inv_temperature, nullptr);
 }
 
-// A warp per chunk.
-template <class T>
+// A warp per chunk. kFiltered, here and below: the trie is restricted.
+template <class T, bool kFiltered>
 __global__ void __launch_bounds__(32 * kRowWarps, 6) expand_rows_kernel(ExpandLaunch a, bool keeps_best) {
   const uint32_t task = blockIdx.x * kRowWarps + warp(), chunks = uint32_t(a.plan.chunks), width = uint32_t(a.width);
   const uint32_t r = task / chunks, b = r / width, w = r % width;
@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(32 * kRowWarps, 6) expand_rows_kernel(ExpandLa
   const int64_t first = count > 0 ? load(token) : 0, last = count > 0 ? load(token + count - 1) : -1;
   const int64_t line = a.row_of(b, w), stride = line >= 0 ? a.logits.stride[2] : 0;
   const T* const from = line >= 0 ? a.logits.pointer<T>(b, line) : reinterpret_cast<const T*>(&kZeroLogit);
-  const RowReader<T> legal(from, stride, token, first, last, a.columns, count);
+  const AliveNodes alive = kFiltered ? a.trie.alive_of(b) : AliveNodes{};
+  const RowReader<T, kFiltered> legal(from, stride, token, first, last, a.columns, count, alive);
   if (chunk == 0 && lane() == 0) {
     a.edges[r].begin = int32_t(edges.begin);
     a.edges[r].count = count;
@@ -91,15 +92,16 @@ __global__ void __launch_bounds__(32 * kRowWarps, 6) expand_rows_kernel(ExpandLa
   }
   const bool whole = chunk >= a.plan.legal_chunks;
   const int32_t begin = kChunk * (whole ? chunk - a.plan.legal_chunks : chunk);
-  if (whole ? count == 0 || count == a.columns : begin >= count) return;
-  const RowReader<T> reader =
-      whole ? RowReader<T>(from, stride, nullptr, 0, a.columns - 1, a.columns, int32_t(a.columns)) : legal;
+  if (whole ? count == 0 || (!kFiltered && count == a.columns) : begin >= count) return;
+  const RowReader<T, kFiltered> reader =
+      whole ? RowReader<T, kFiltered>(from, stride, nullptr, 0, a.columns - 1, a.columns, int32_t(a.columns)) : legal;
   float* const best = whole || !keeps_best ? nullptr : a.best + int64_t(r) * a.plan.segments;
   const RowStats s = read_chunk(reader, begin, in_base_2(a.inv_temperature), best);
   if (lane() == 0) a.stats[task] = make_float4(s.top, s.total, s.moment, 0);
 }
 
 // A row whose chunks have been read.
+template <bool kFiltered>
 VSTAR_DEVICE ExpandRow finished_row(
     const ExpandLaunch& a, int64_t b, int64_t w, const ExpandEdges& edges, const float4* stats, float& entropy) {
   const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
@@ -112,7 +114,7 @@ VSTAR_DEVICE ExpandRow finished_row(
     return s;
   };
   const RowStats legal = join(0, edges.count);
-  const bool whole = a.vocab && edges.count > 0 && edges.count != a.columns;
+  const bool whole = a.vocab && edges.count > 0 && (kFiltered || edges.count != a.columns);
   const RowStats all = whole ? join(a.plan.legal_chunks, a.columns) : legal;
   const float log_sum = logf(legal.total);
   entropy = log_sum - legal.moment * 0.69314718055994531f / legal.total;
@@ -129,8 +131,9 @@ VSTAR_DEVICE ExpandRow finished_row(
 // ---------------------------------------------------------------- children
 
 // The tokens and logits, cleaned, of a row's children c, c + step, ...: -1 and -inf for none. No load waits for another but
-// for that of its token: what is none reads the last child instead. T is the logits' type; void: looked up.
-template <class T, int kCount>
+// for that of its token: what is none reads the last child instead. T is the logits' type; void: looked up. A row that does
+// not begin in the trie, at -1, is of all columns.
+template <class T, bool kFiltered, int kCount>
 VSTAR_DEVICE void read_children(
     const ExpandLaunch& a, int64_t b, const ExpandEdges& row, int32_t c, int32_t step, int32_t (&token)[kCount],
     float (&z)[kCount]) {
@@ -147,6 +150,12 @@ VSTAR_DEVICE void read_children(
     const int32_t* const list = a.trie.token + row.begin;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) token[j] = load(list + clamped(c + j * step, row.count - 1));
+  }
+  bool alive[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const int64_t child = int64_t(row.begin) + clamped(c + j * step, row.count - 1) + 1;
+    alive[j] = !kFiltered || row.begin < 0 || a.trie.alive_of(b).has(child);
   }
   const int32_t last = int32_t(a.columns) - 1;
   if constexpr (std::is_void<T>::value) {
@@ -166,7 +175,7 @@ VSTAR_DEVICE void read_children(
   }
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    const bool there = c + j * step < row.count && token[j] >= 0 && token[j] <= last;
+    const bool there = c + j * step < row.count && token[j] >= 0 && token[j] <= last && alive[j];
     z[j] = there ? cleaned(z[j]) : -kInf;
     token[j] = there ? token[j] : -1;
   }
@@ -198,7 +207,7 @@ VSTAR_DEVICE Scored scored_child(
 }
 
 // The best scores of a row's segments from child `begin` on; by a warp.
-template <class T, int kBits>
+template <class T, int kBits, bool kFiltered>
 VSTAR_DEVICE void score_segments(
     const ExpandLaunch& a, int64_t b, int64_t w, const ExpandRow& row, int32_t begin, float* best) {
   constexpr int kLanes = kBits > 5 ? 32 : 1 << kBits, kSteps = (1 << kBits) / kLanes;
@@ -209,7 +218,7 @@ VSTAR_DEVICE void score_segments(
     for (int j = 0; j < kSteps; ++j) {
       int32_t token[1];
       float z[1];
-      read_children<T>(a, b, row, at + 32 * j + lane(), 0, token, z);
+      read_children<T, kFiltered>(a, b, row, at + 32 * j + lane(), 0, token, z);
       mine = fmaxf(mine, scored_child<true>(a, b, w, row, token[0], z[0]).score);
     }
     mine = segment_max<kLanes>(mine);

@@ -51,7 +51,7 @@ struct ExpandSpace {
 };
 
 // Hand every child of the picked segments, as a key, to `use`.
-template <class T, int kBits, bool kExtra, class Use>
+template <class T, int kBits, bool kExtra, bool kFiltered, class Use>
 VSTAR_DEVICE void each_child(const ExpandLaunch& a, int64_t b, const ExpandSpace& space, uint32_t picked, const Use& use) {
   constexpr int kLanes = kBits > 5 ? 32 : 1 << kBits, kSteps = (1 << kBits) / kLanes;  // a segment: lanes, steps of each
   const uint32_t within = threadIdx.x % kLanes, segments = uint32_t(a.plan.segments);
@@ -60,7 +60,7 @@ VSTAR_DEVICE void each_child(const ExpandLaunch& a, int64_t b, const ExpandSpace
     const ExpandRow row = space.row[w];
     int32_t token[kSteps];
     float z[kSteps];
-    read_children<T>(a, b, row, int32_t(first + within), kLanes, token, z);
+    read_children<T, kFiltered>(a, b, row, int32_t(first + within), kLanes, token, z);
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
       const float score = scored_child<kExtra>(a, b, w, row, token[j], z[j]).score;
@@ -72,7 +72,7 @@ VSTAR_DEVICE void each_child(const ExpandLaunch& a, int64_t b, const ExpandSpace
 
 // A block selects a request's winners. Its rows are finished; `best` may be the same memory as space.key. Counters and
 // s.found are clear.
-template <class T, int kBits, bool kExtra>
+template <class T, int kBits, bool kExtra, bool kFiltered>
 VSTAR_DEVICE void select_children(const ExpandLaunch& a, int64_t b, const ExpandSpace& space, const float* best, SelectScratch& s) {
   const ExpandPlan& p = a.plan;
   const uint32_t thread = threadIdx.x, segments = uint32_t(p.segments), all_segments = uint32_t(a.width) * segments;
@@ -124,12 +124,12 @@ VSTAR_DEVICE void select_children(const ExpandLaunch& a, int64_t b, const Expand
   while (true) {
     if (thread == 0) s.found = 0;
     __syncthreads();
-    each_child<T, kBits, kExtra>(a, b, space, picked, enlist);
+    each_child<T, kBits, kExtra, kFiltered>(a, b, space, picked, enlist);
     __syncthreads();
     found = s.found;
     __syncthreads();
     if (found <= uint32_t(p.list)) break;
-    const auto each = [&](const auto& use) { each_child<T, kBits, kExtra>(a, b, space, picked, use); };
+    const auto each = [&](const auto& use) { each_child<T, kBits, kExtra, kFiltered>(a, b, space, picked, use); };
     least = find_bound(each, {least, range.high, found}, winners, uint32_t(p.sorted), s);
   }
   if (found > uint32_t(p.sorted)) {
@@ -163,7 +163,7 @@ VSTAR_DEVICE void select_children(const ExpandLaunch& a, int64_t b, const Expand
     const int32_t c = key > 0 ? int32_t(number - w * span) : row.count;
     int32_t token[1];
     float z[1];
-    read_children<T>(a, b, row, c, 0, token, z);
+    read_children<T, kFiltered>(a, b, row, c, 0, token, z);
     const float logp = scored(a, row, z[0], 0.0f).logp;
     const uint32_t place = ranked ? rank_of_own(space.list, found) : i;
     if (key > 0 && place < count) a.store(b, place, key_score(key), logp, int32_t(w), token[0], row.begin + c);
@@ -173,11 +173,12 @@ VSTAR_DEVICE void select_children(const ExpandLaunch& a, int64_t b, const Expand
 }
 
 // Finish the rows of a request. Ends with a barrier.
+template <bool kFiltered>
 VSTAR_DEVICE void finish_rows(
     const ExpandLaunch& a, int64_t b, const ExpandEdges* edges, const float4* stats, ExpandRow* row, SelectScratch& s) {
   for (int64_t w = threadIdx.x; w < a.width; w += kSelectThreads) {
     float entropy;
-    row[w] = finished_row(a, b, w, edges[w], stats + w * a.plan.chunks, entropy);
+    row[w] = finished_row<kFiltered>(a, b, w, edges[w], stats + w * a.plan.chunks, entropy);
     a.entropy[b * a.width + w] = entropy;
   }
   clear(s);
@@ -186,17 +187,18 @@ VSTAR_DEVICE void finish_rows(
 constexpr int64_t kSelectScratch = (sizeof(SelectScratch) + 15) / 16 * 16;
 
 // T is the logits' type where the selection's arrays lie in shared memory, else void.
-template <class T, bool kExtra>
+template <class T, bool kExtra, bool kFiltered>
 __global__ void __launch_bounds__(kSelectThreads, std::is_void<T>::value ? 1 : 2) expand_select_kernel(ExpandLaunch a) {
   VSTAR_SHARED(memory);
   SelectScratch& s = *reinterpret_cast<SelectScratch*>(memory);
   const int64_t b = blockIdx.x, rows = b * a.width;
   constexpr bool kSmall = !std::is_void<T>::value;
   const ExpandSpace space(a, kSmall ? memory + kSelectScratch : a.space + b * a.plan.space);
-  finish_rows(a, b, a.edges + rows, a.stats + rows * a.plan.chunks, space.row, s);
-  select_children<T, kLongSegment, kExtra>(a, b, space, a.best + rows * a.plan.segments, s);
+  finish_rows<kFiltered>(a, b, a.edges + rows, a.stats + rows * a.plan.chunks, space.row, s);
+  select_children<T, kLongSegment, kExtra, kFiltered>(a, b, space, a.best + rows * a.plan.segments, s);
 }
 
+template <bool kFiltered>
 __global__ void __launch_bounds__(32 * kRowWarps) expand_terms_kernel(ExpandLaunch a) {
   const uint32_t parts = uint32_t((a.max_children + kTermsChunk - 1) / kTermsChunk), width = uint32_t(a.width);
   const uint32_t task = blockIdx.x * kRowWarps + warp(), r = task / parts, b = r / width, w = r % width;
@@ -205,14 +207,14 @@ __global__ void __launch_bounds__(32 * kRowWarps) expand_terms_kernel(ExpandLaun
   const ExpandEdges edges = a.edges[r];
   if (begin >= edges.count) return;
   float entropy;
-  const ExpandRow row = finished_row(a, b, w, edges, a.stats + int64_t(r) * a.plan.chunks, entropy);
-  score_segments<void, kLongSegment>(a, b, w, row, begin, a.best + int64_t(r) * a.plan.segments);
+  const ExpandRow row = finished_row<kFiltered>(a, b, w, edges, a.stats + int64_t(r) * a.plan.chunks, entropy);
+  score_segments<void, kLongSegment, kFiltered>(a, b, w, row, begin, a.best + int64_t(r) * a.plan.segments);
 }
 
 // ---------------------------------------------------------------- short rows
 
 // Statistics of four rows, by eight lanes each, and with `best` the largest logits of their segments. All lanes take part.
-template <class T>
+template <class T, bool kFiltered>
 VSTAR_DEVICE RowStats read_short(const ExpandLaunch& a, int64_t b, const ExpandEdges& row, float* best) {
   constexpr int kLanes = 1 << kShortSegment;
   const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
@@ -220,7 +222,7 @@ VSTAR_DEVICE RowStats read_short(const ExpandLaunch& a, int64_t b, const ExpandE
   for (int32_t tile = 0; __any_sync(kAll, tile < row.count); tile += 64) {
     int32_t token[8];
     float z[8], top = -kInf;
-    read_children<T>(a, b, row, tile + lane() % kLanes, kLanes, token, z);
+    read_children<T, kFiltered>(a, b, row, tile + lane() % kLanes, kLanes, token, z);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float most = segment_max<kLanes>(z[j]);
@@ -242,7 +244,7 @@ inline int64_t fused_bytes(const ExpandLaunch& a) {
 }
 
 // All of it, a block per request.
-template <class T, bool kExtra>
+template <class T, bool kExtra, bool kFiltered>
 __global__ void __launch_bounds__(kSelectThreads, 2) expand_fused_kernel(ExpandLaunch a) {
   VSTAR_SHARED(memory);
   SelectScratch& s = *reinterpret_cast<SelectScratch*>(memory);
@@ -268,20 +270,20 @@ __global__ void __launch_bounds__(kSelectThreads, 2) expand_fused_kernel(ExpandL
     if (w < a.width) row = edges[w];
     for (int32_t chunk = 0; chunk < a.plan.chunks; ++chunk) {
       const bool whole = chunk > 0;
-      if (whole) row = ExpandEdges{0, row.count > 0 ? int32_t(a.columns) : 0, 0, row.line};
-      const RowStats x = read_short<T>(a, b, row, whole || kExtra ? nullptr : best + w * a.plan.segments);
+      if (whole) row = ExpandEdges{kFiltered ? -1 : 0, row.count > 0 ? int32_t(a.columns) : 0, 0, row.line};
+      const RowStats x = read_short<T, kFiltered>(a, b, row, whole || kExtra ? nullptr : best + w * a.plan.segments);
       if (lane() % kLanes == 0 && w < a.width) stats[w * a.plan.chunks + chunk] = make_float4(x.top, x.total, x.moment, 0);
     }
   }
   __syncthreads();
-  finish_rows(a, b, edges, stats, space.row, s);
+  finish_rows<kFiltered>(a, b, edges, stats, space.row, s);
   if (kExtra) {
     for (int64_t w = warp(); w < a.width; w += kSelectWarps) {
-      score_segments<T, kShortSegment>(a, b, w, space.row[w], 0, best + w * a.plan.segments);
+      score_segments<T, kShortSegment, kFiltered>(a, b, w, space.row[w], 0, best + w * a.plan.segments);
     }
     __syncthreads();
   }
-  select_children<T, kShortSegment, kExtra>(a, b, space, best, s);
+  select_children<T, kShortSegment, kExtra, kFiltered>(a, b, space, best, s);
 }
 
 // ---------------------------------------------------------------- launches
@@ -311,14 +313,15 @@ inline ExpandPlan plan_expand_topk(const ExpandLaunch& a, int segment_bits) {
 
 inline unsigned row_blocks(int64_t tasks) { return unsigned((tasks + kRowWarps - 1) / kRowWarps); }
 
-template <class T>
+template <class T, bool kFiltered>
 inline void launch_expand_topk(const Gpu& gpu, ExpandLaunch& a, bool extra) {
   const dim3 requests{unsigned(a.batch)};
   a.plan = plan_expand_topk(a, kShortSegment);
   a.plan.space = ExpandSpace::bytes(a);
   const bool short_rows = a.max_children <= kShortRow && (!a.vocab || a.columns <= kShortRow);
   if (short_rows && a.width * a.max_children <= (extra ? 8192 : 32768) && fused_bytes(a) <= kMostShared) {
-    gpu.launch(extra ? expand_fused_kernel<T, true> : expand_fused_kernel<T, false>, requests, kSelectThreads, fused_bytes(a), a);
+    const auto fused = extra ? expand_fused_kernel<T, true, kFiltered> : expand_fused_kernel<T, false, kFiltered>;
+    gpu.launch(fused, requests, kSelectThreads, fused_bytes(a), a);
     return;
   }
   const ExpandPlan& p = a.plan = plan_expand_topk(a, kLongSegment);
@@ -333,12 +336,13 @@ inline void launch_expand_topk(const Gpu& gpu, ExpandLaunch& a, bool extra) {
   a.best = reinterpret_cast<float*>(memory + edge_bytes + stat_bytes);
   a.space = memory + edge_bytes + stat_bytes + best_bytes;
   if (rows > 0) {
-    gpu.launch(expand_rows_kernel<T>, dim3{row_blocks(rows * p.chunks)}, 32 * kRowWarps, 0, a, !extra);
+    gpu.launch(expand_rows_kernel<T, kFiltered>, dim3{row_blocks(rows * p.chunks)}, 32 * kRowWarps, 0, a, !extra);
     const int64_t parts = (a.max_children + kTermsChunk - 1) / kTermsChunk;
-    if (extra) gpu.launch(expand_terms_kernel, dim3{row_blocks(rows * parts)}, 32 * kRowWarps, 0, a);
+    if (extra) gpu.launch(expand_terms_kernel<kFiltered>, dim3{row_blocks(rows * parts)}, 32 * kRowWarps, 0, a);
   }
-  const auto select = small ? (extra ? expand_select_kernel<T, true> : expand_select_kernel<T, false>)
-                            : (extra ? expand_select_kernel<void, true> : expand_select_kernel<void, false>);
+  const auto select =
+      small ? (extra ? expand_select_kernel<T, true, kFiltered> : expand_select_kernel<T, false, kFiltered>)
+            : (extra ? expand_select_kernel<void, true, kFiltered> : expand_select_kernel<void, false, kFiltered>);
   gpu.launch(select, requests, kSelectThreads, kSelectScratch + (small ? p.space : 0), a);
 }
 
@@ -348,7 +352,13 @@ inline void run(const Gpu& gpu, const ExpandTopKArgs& args) {
   static_cast<ExpandTopKArgs&>(a) = args;
   a.max_children = a.max_children > 1 ? a.max_children : 1;
   const bool extra = args.seed || args.child_value || args.logp_weight < 0;
-  dispatch(a.logits.type, [&](auto zero) { launch_expand_topk<decltype(zero)>(gpu, a, extra); });
+  dispatch(a.logits.type, [&](auto zero) {
+    if (a.trie.alive) {
+      launch_expand_topk<decltype(zero), true>(gpu, a, extra);
+    } else {
+      launch_expand_topk<decltype(zero), false>(gpu, a, extra);
+    }
+  });
 }
 
 }  // namespace vstar

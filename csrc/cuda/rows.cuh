@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/temperature.h"
+#include "common/trie.h"
 #include "cuda/device.cuh"
 
 namespace vstar {
@@ -93,6 +94,11 @@ VSTAR_DEVICE float cleaned(float z) { return fminf(fmaxf(z, -kInf), kFloatMax); 
 template <class T> constexpr uint32_t kNone = 0;  // the bits of -inf
 template <> inline constexpr uint32_t kNone<BFloat16> = 0xFF80;
 template <> inline constexpr uint32_t kNone<Float16> = 0xFC00;
+
+template <class T>
+VSTAR_DEVICE T lowest() { return T{uint16_t(kNone<T>)}; }
+template <>
+VSTAR_DEVICE float lowest<float>() { return -kInf; }
 
 VSTAR_DEVICE float widened(float x) { return x; }
 VSTAR_DEVICE float widened(BFloat16 x) { return to_float(x); }
@@ -200,8 +206,16 @@ struct Eight<float> {
   VSTAR_DEVICE void put(int i, float x) { z[i] = x; }
 };
 
-// Columns of a row of logits: those of a list of tokens, or `count` from `first` on.
-template <class T>
+// The bits of 32 nodes from one on; behind those of the last node is a word more.
+VSTAR_DEVICE uint32_t alive_from(const int32_t* bits, int64_t node) {
+  const int32_t* const word = bits + (node >> 5);
+  const uint64_t both = uint32_t(load(word)) | uint64_t(uint32_t(load(word + 1))) << 32;
+  return uint32_t(both >> (node & 31));
+}
+
+// Columns of a row of logits: those of a list of tokens, or `count` from `first` on. kFiltered: children that are not alive
+// read as -inf.
+template <class T, bool kFiltered = false>
 struct RowReader {
   const T* from;
   int64_t stride;
@@ -209,10 +223,14 @@ struct RowReader {
   int64_t first, columns;
   int32_t count, skip;  // bytes from a multiple of 16 to the first
   bool plain;           // consecutive in memory and inside of the row
+  const int32_t* bits;  // of the nodes, null: all are alive
+  int64_t child;        // the node of the first
 
   VSTAR_DEVICE RowReader(
-      const T* from, int64_t stride, const int32_t* token, int64_t first, int64_t last, int64_t columns, int32_t count)
-      : from(from), stride(stride), token(token), first(first), columns(columns), count(count) {
+      const T* from, int64_t stride, const int32_t* token, int64_t first, int64_t last, int64_t columns, int32_t count,
+      const AliveNodes& alive = {})
+      : from(from), stride(stride), token(token), first(first), columns(columns), count(count), bits(alive.bits),
+        child(kFiltered ? alive.child(token) : 0) {
     const bool consecutive = count > 0 && first >= 0 && last < columns && last - first + 1 == count;
     plain = consecutive && stride == 1;
     if (consecutive) this->token = nullptr;
@@ -220,15 +238,31 @@ struct RowReader {
   }
   VSTAR_DEVICE int64_t column(int32_t c) const { return token ? int64_t(token[c]) : first + c; }
 
+  // Whether child c, which exists, is alive.
+  VSTAR_DEVICE bool alive(int32_t c) const { return !kFiltered || !bits || alive_from(bits, child + c) & 1; }
+  // -inf for those of the children c .. c + 7 that are not.
+  VSTAR_DEVICE void drop(int32_t c, Eight<T>& z) const {
+    if (!kFiltered || !bits || c >= count) return;
+    const uint32_t kept = alive_from(bits, child + c);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (!(kept >> i & 1)) z.put(i, lowest<T>());
+    }
+  }
+
   // The logit of child c; -inf if there is none.
   VSTAR_DEVICE float at(int32_t c) const {
-    if (c >= count) return -kInf;
+    if (c >= count || !alive(c)) return -kInf;
     const int64_t v = column(c);
     return v >= 0 && v < columns ? widened(load(from + v * stride)) : -kInf;
   }
 
   // The logits of the children c .. c + 7, a multiple of 8; -inf where there is none.
   VSTAR_DEVICE void read(int32_t c, Eight<T>& z) const {
+    read_all(c, z);
+    drop(c, z);
+  }
+  VSTAR_DEVICE void read_all(int32_t c, Eight<T>& z) const {
     if (plain && skip == 0 && c + 8 <= count) {
       z.read(from + first + c);
       return;
@@ -258,8 +292,10 @@ struct RowReader {
       for (int v = 0; v < kVectors; ++v) z[v].read_skewed(from + first + c + v * step, skip);
     } else {
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) read(c + v * step, z[v]);
+      for (int v = 0; v < kVectors; ++v) read_all(c + v * step, z[v]);
     }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) drop(c + v * step, z[v]);
   }
 };
 
@@ -273,9 +309,9 @@ VSTAR_DEVICE float largest(const Eight<T> (&z)[kVectors]) {
 }
 
 // Statistics of what `reader` reads.
-template <class T, int kWarps, int kVectors>
+template <class T, int kWarps, int kVectors, bool kFiltered>
 VSTAR_DEVICE RowStats read_row(
-    const RowReader<T>& reader, int thread, InverseTemperature inv_temperature, float* scratch) {
+    const RowReader<T, kFiltered>& reader, int thread, InverseTemperature inv_temperature, float* scratch) {
   constexpr int kThreads = 32 * kWarps;
   RowStats s;
   for (int32_t tile = 0; tile < reader.count; tile += 8 * kThreads * kVectors) {

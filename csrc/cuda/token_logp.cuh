@@ -17,7 +17,7 @@ namespace vstar {
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
 // A row: what it is normalized over, and where it lies.
-template <class T>
+template <class T, bool kFiltered>
 struct TokenRow {
   int64_t b, w;
   const bool legal;      // or the whole vocabulary
@@ -25,6 +25,7 @@ struct TokenRow {
   int32_t count;
   const T* from;
   int64_t stride;
+  AliveNodes alive;  // kFiltered: of the legal ones
 
   VSTAR_DEVICE TokenRow(const LogitRows& a, int64_t r) : b(r / a.width), w(r % a.width), legal(bool(a.node)), token(nullptr), count(0) {
     from = a.logits.pointer<T>(b, w);
@@ -35,12 +36,13 @@ struct TokenRow {
     }
     const EdgeRange edges = a.trie.edges(a.node.at(b, w));  // none for what is not a node
     token = a.trie.token + edges.begin;
+    if (kFiltered) alive = a.trie.alive_of(b);
     count = int32_t(edges.end - edges.begin < a.max_children ? edges.end - edges.begin : a.max_children);
   }
-  VSTAR_DEVICE RowReader<T> reader(const LogitRows& a) const {
+  VSTAR_DEVICE RowReader<T, kFiltered> reader(const LogitRows& a) const {
     const int64_t first = !legal || count == 0 ? 0 : token[0];
     const int64_t last = !legal || count == 0 ? int64_t(count) - 1 : token[count - 1];
-    return {from, stride, token, first, last, a.columns, count};
+    return {from, stride, token, first, last, a.columns, count, alive};
   }
   VSTAR_DEVICE bool holds(const LogitRows& a, int64_t v) const {
     if (v < 0 || v >= a.columns) return false;
@@ -50,19 +52,30 @@ struct TokenRow {
       const int32_t middle = (low + high) / 2;
       if (token[middle] < v) low = middle + 1; else high = middle;
     }
-    return low < count && token[low] == v;
+    return low < count && token[low] == v && is_alive(low);
+  }
+  VSTAR_DEVICE bool is_alive(int32_t c) const { return !kFiltered || alive.has(alive.child(token) + c); }
+  // Whether no more than one token is legal.
+  VSTAR_DEVICE bool forced() const {
+    if (!kFiltered || count < 2) return count < 2;
+    int left = 0;
+    for (int32_t c = 0; c < count && left < 2; c += 32) {
+      const uint32_t bits = alive_from(alive.bits, alive.child(token) + c);
+      left += __popc(count - c < 32 ? bits & ((1u << (count - c)) - 1) : bits);
+    }
+    return left < 2;
   }
   VSTAR_DEVICE float at(int64_t v) const { return cleaned(widened(load(from + v * stride))); }
 };
 
-template <class T, int kWarps>
+template <class T, int kWarps, bool kFiltered>
 __global__ void __launch_bounds__(256, 3) token_logp_kernel(TokenLogpArgs a) {
   constexpr int kThreads = 32 * kWarps, kVectors = kWarps == 1 ? 1 : 4;
   VSTAR_SHARED(memory);
   const int thread = kWarps == 1 ? lane() : int(threadIdx.x);
   const int64_t r = kWarps == 1 ? int64_t(blockIdx.x) * 8 + warp() : int64_t(blockIdx.x);
   if (r >= a.rows()) return;  // a whole warp, and no barriers of the block follow
-  const TokenRow<T> row(a, r);
+  const TokenRow<T, kFiltered> row(a, r);
   const RowStats s = read_row<T, kWarps, kVectors>(
       row.reader(a), thread, in_base_2(a.inv_temperature), reinterpret_cast<float*>(memory));
   const float log_mass = s.total > 0 ? logf(s.total) : 0.0f, row_max = s.top > -kInf ? s.top : 0.0f;
@@ -133,14 +146,14 @@ VSTAR_DEVICE void write_eight(Half* to, const float* x, bool whole, int64_t left
 
 constexpr int kGradientWarps = 8;
 
-template <class T>
+template <class T, bool kFiltered>
 __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_kernel(TokenLogpBackwardArgs a) {
   constexpr int kThreads = 32 * kGradientWarps;
   VSTAR_SHARED(memory);
   double* const scratch = reinterpret_cast<double*>(memory);
   const int thread = int(threadIdx.x);
   const int64_t r = blockIdx.x;
-  const TokenRow<T> row(a, r);
+  const TokenRow<T, kFiltered> row(a, r);
   const int32_t count = row.count;
   T* const to = static_cast<T*>(a.gradient) + r * a.columns;
 
@@ -158,9 +171,10 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
       top > -kInf ? top : 0.0f, a.log_mass[r], a.inv_temperature, float(total[0]),
       a.grad_entropy ? a.grad_entropy.at(row.b, row.w) : 0.0f, a.entropy_of(r), a.divided_last()};
 
+  const bool forced = row.legal && row.forced();
   const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0;
   if (!row.legal) {
-    const RowReader<T> reader = row.reader(a);
+    const RowReader<T, kFiltered> reader = row.reader(a);
     for (int64_t first = 8 * thread; first < count; first += 8 * kThreads) {
       Eight<T> z;
       float x[8];
@@ -177,10 +191,10 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 4) token_logp_backward_ke
     __syncthreads();  // legal entries are other threads'
     for (int32_t c = thread; c < count; c += kThreads) {
       const int64_t v = row.token[c];
-      if (v >= 0 && v < a.columns) put(count > 1 ? gradient.summed(gradient.at(row.at(v))) : 0.0f, to + v);
+      if (v >= 0 && v < a.columns && row.is_alive(c)) put(forced ? 0.0f : gradient.summed(gradient.at(row.at(v))), to + v);
     }
   }
-  if (!a.grad_logp || (row.legal && count < 2)) return;
+  if (!a.grad_logp || forced) return;
   __syncthreads();  // the targets' entries have been written by other threads
   for (int64_t t = thread; t < a.targets; t += kThreads) {
     const int64_t v = a.target.at(row.b, row.w, t);
@@ -198,10 +212,13 @@ inline void run(const Gpu& gpu, const TokenLogpArgs& a) {
   if (a.rows() == 0) return;
   dispatch(a.logits.type, [&](auto zero) {
     using T = decltype(zero);
+    const bool filtered = a.trie.alive;
     if (a.node && a.max_children <= 1024) {
-      gpu.launch(token_logp_kernel<T, 1>, dim3{unsigned((a.rows() + 7) / 8)}, 256, 0, a);
+      const auto kernel = filtered ? token_logp_kernel<T, 1, true> : token_logp_kernel<T, 1, false>;
+      gpu.launch(kernel, dim3{unsigned((a.rows() + 7) / 8)}, 256, 0, a);
     } else {
-      gpu.launch(token_logp_kernel<T, 8>, dim3{unsigned(a.rows())}, 256, 4 * 3 * 8, a);
+      const auto kernel = filtered ? token_logp_kernel<T, 8, true> : token_logp_kernel<T, 8, false>;
+      gpu.launch(kernel, dim3{unsigned(a.rows())}, 256, 4 * 3 * 8, a);
     }
   });
 }
@@ -209,8 +226,10 @@ inline void run(const Gpu& gpu, const TokenLogpArgs& a) {
 inline void run(const Gpu& gpu, const TokenLogpBackwardArgs& a) {
   if (a.rows() == 0 || a.columns == 0) return;
   dispatch(a.logits.type, [&](auto zero) {
+    using T = decltype(zero);
     constexpr int kThreads = 32 * kGradientWarps, kShared = 8 * kGradientWarps;
-    gpu.launch(token_logp_backward_kernel<decltype(zero)>, dim3{unsigned(a.rows())}, kThreads, kShared, a);
+    const auto kernel = a.trie.alive ? token_logp_backward_kernel<T, true> : token_logp_backward_kernel<T, false>;
+    gpu.launch(kernel, dim3{unsigned(a.rows())}, kThreads, kShared, a);
   });
 }
 

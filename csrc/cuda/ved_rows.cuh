@@ -49,8 +49,8 @@ struct EvaluateScratch {
 constexpr int64_t kEvaluateScratch = (sizeof(EvaluateScratch) + 15) / 16 * 16;
 
 // Statistics of a short row by eight lanes, in the order of expand_topk's read_short.
-template <class T>
-VSTAR_DEVICE RowStats read_by_eight(const RowReader<T>& reader, InverseTemperature inv_temperature) {
+template <class T, bool kFiltered>
+VSTAR_DEVICE RowStats read_by_eight(const RowReader<T, kFiltered>& reader, InverseTemperature inv_temperature) {
   RowStats s;
   for (int32_t tile = 0; tile < reader.count; tile += 64) {
     float z[8], top = -kInf;
@@ -68,11 +68,11 @@ VSTAR_DEVICE RowStats read_by_eight(const RowReader<T>& reader, InverseTemperatu
   return s;
 }
 
-template <class T, int kWarps>
+template <class T, int kWarps, bool kFiltered>
 VSTAR_DEVICE EvaluatedRow evaluated_row(
-    const VedEvaluateLaunch& a, const RowReader<T>& reader, int64_t b, int64_t p, float* scratch) {
+    const VedEvaluateLaunch& a, const RowReader<T, kFiltered>& reader, int64_t b, int64_t p, float* scratch) {
   const InverseTemperature inv_temperature = in_base_2(a.inv_temperature);
-  const auto read = [&](const RowReader<T>& from) {
+  const auto read = [&](const RowReader<T, kFiltered>& from) {
     RowStats s;
     if constexpr (kWarps == 1) {  // four times the same
       s = read_by_eight(from, inv_temperature);
@@ -96,15 +96,15 @@ VSTAR_DEVICE EvaluatedRow evaluated_row(
   };
   const RowStats legal = read(reader);
   RowStats all = legal;
-  if (a.vocab && reader.count > 0 && reader.count != a.columns) {
-    all = read(RowReader<T>(reader.from, reader.stride, nullptr, 0, a.columns - 1, a.columns, int32_t(a.columns)));
+  if (a.vocab && reader.count > 0 && (kFiltered || reader.count != a.columns)) {
+    all = read(RowReader<T, kFiltered>(reader.from, reader.stride, nullptr, 0, a.columns - 1, a.columns, int32_t(a.columns)));
   }
   float entropy = logf(legal.total) - legal.moment * 0.69314718055994531f / legal.total;
   if (reader.count < 2 || !(legal.total > 0) || !(entropy > 0)) entropy = 0;
   return {all.top > -kInf ? all.top : 0.0f, all.total > 0 ? logf(all.total) : 0.0f, a.logp.at(b, p), entropy};
 }
 
-template <class T, int kWarps>
+template <class T, int kWarps, bool kFiltered>
 __global__ void __launch_bounds__(kWarps == 1 ? 64 : 32 * kWarps, 1) ved_evaluate_kernel(VedEvaluateLaunch a) {
   VSTAR_SHARED(memory);
   EvaluateScratch& s = *reinterpret_cast<EvaluateScratch*>(memory);
@@ -115,11 +115,12 @@ __global__ void __launch_bounds__(kWarps == 1 ? 64 : 32 * kWarps, 1) ved_evaluat
   const int32_t n = int32_t(edges.end - edges.begin < a.max_children ? edges.end - edges.begin : a.max_children);
   const int32_t* const token = a.trie.token + edges.begin;
   const T* const from = a.logits.pointer<T>(b, p);
-  const RowReader<T> reader(
-      from, a.logits.stride[2], token, n > 0 ? token[0] : 0, n > 0 ? token[n - 1] : -1, a.columns, n);
+  const RowReader<T, kFiltered> reader(
+      from, a.logits.stride[2], token, n > 0 ? token[0] : 0, n > 0 ? token[n - 1] : -1, a.columns, n,
+      kFiltered ? a.trie.alive_of(b) : AliveNodes{});
   if (kWarps > 1) clear(s.select);
   if (kWarps > 1 || warp() == 0) {
-    const EvaluatedRow mine = evaluated_row<T, kWarps>(a, reader, b, p, s.sums);
+    const EvaluatedRow mine = evaluated_row<T, kWarps, kFiltered>(a, reader, b, p, s.sums);
     if (thread == 0) s.row = mine;
   }
   __syncthreads();
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kWarps == 1 ? 64 : 32 * kWarps, 1) ved_evaluat
     };
     const auto key = [&](int64_t i) -> uint32_t {
       const int64_t v = reader.column(int32_t(i));
-      if (v < 0 || v >= a.columns || !a.listed(edges.begin + i + 1, among_leaves)) return 0;
+      if (v < 0 || v >= a.columns || !reader.alive(int32_t(i)) || !a.listed(edges.begin + i + 1, among_leaves)) return 0;
       const float logp = logp_of(v);
       float score = weight == 0 ? 0.0f : weight * logp;
       if (!among_leaves) score += gumbel_from_bits(philox(uint64_t(a.seed.at(b)), uint32_t(node), uint32_t(v)));
@@ -201,10 +202,13 @@ inline void run(const Gpu& gpu, const VedEvaluateArgs& args) {
   const int64_t shared = kEvaluateScratch + (small ? 8 * a.list : 0);
   dispatch(a.logits.type, [&](auto zero) {
     using T = decltype(zero);
+    const bool filtered = a.trie.alive;
     if (is_long) {
-      gpu.launch(ved_evaluate_kernel<T, kSelectWarps>, dim3{unsigned(rows)}, kSelectThreads, shared, a);
+      const auto kernel = filtered ? ved_evaluate_kernel<T, kSelectWarps, true> : ved_evaluate_kernel<T, kSelectWarps, false>;
+      gpu.launch(kernel, dim3{unsigned(rows)}, kSelectThreads, shared, a);
     } else {
-      gpu.launch(ved_evaluate_kernel<T, 1>, dim3{unsigned(rows)}, 64, shared, a);
+      const auto kernel = filtered ? ved_evaluate_kernel<T, 1, true> : ved_evaluate_kernel<T, 1, false>;
+      gpu.launch(kernel, dim3{unsigned(rows)}, 64, shared, a);
     }
   });
 }

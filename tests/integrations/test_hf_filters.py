@@ -1,4 +1,4 @@
-"""Restricted catalogues: beam search and scores of Hugging Face models, and ``generate()``, find allowed items only."""
+"""Restricted catalogues: searches and scores of Hugging Face models, and ``generate()``."""
 
 from __future__ import annotations
 

@@ -341,7 +341,7 @@ def test_refused_rollouts(tmp_path: Path, options: Any, prompts: list[str], mess
 
 
 def test_a_restricted_trie(tmp_path: Path) -> None:
-    """Of all requests: rollouts and log-probabilities are those of the allowed items. Per request: refused."""
+    """Of all requests alike, rollouts hold allowed items only; filters per request are refused."""
     allowed = TRIE.item_ids[:12]
     view = TRIE.restrict(allow=allowed)
     trainer = make(tmp_path, rollout=trie_rollout(view), trie=view)

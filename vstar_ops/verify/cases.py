@@ -70,6 +70,13 @@ def restricted(trie: Trie, allowed: Tensor) -> Trie:
     return with_alive(trie, bits.to(torch.int32))
 
 
+def half_of(trie: Trie, filters: int | None, batch: int) -> Trie:
+    """A trie as it is, or half of its sequences: the same for all requests (1), or others for each (0)."""
+    if filters is None:
+        return trie
+    return restricted(trie, torch.rand(filters or batch, trie.num_sequences, generator=seeded(18)) < 0.5)
+
+
 def prefixes(
     batch: int = 6, width: int = 3, columns: int = 50, items: int = 400, seed: int = 0
 ) -> tuple[Tensor, Trie, Tensor]:
@@ -88,11 +95,13 @@ def expansion(
     options: bool = False,
     root: bool = False,
     tied: bool = False,
+    filters: int | None = None,
     dtype: torch.dtype = torch.float32,
     **sizes: int,
 ) -> Call:
     """``expand_topk``, with every option or none, and all logits equal if ``tied``."""
     logits, trie, node = prefixes(batch, **sizes)
+    trie = half_of(trie, filters, batch)
     logits = (logits * (not tied)).to(dtype)
     arguments: dict[str, Any] = {"logits": logits, "trie": trie, "node": node * (not root), "k": k}
     if options:
@@ -292,6 +301,7 @@ def scored(
     targets: int = 2,
     *,
     legal: bool = False,
+    filters: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Call:
     """``token_logp`` of rows ``[B, V]``, with or without a trie."""
@@ -303,7 +313,7 @@ def scored(
     if legal:
         trie = Trie.from_sequences(torch.randint(0, columns, (4 * columns, 2), generator=random))
         node = torch.randint(-1, trie.level_offset[2], (batch,), generator=random)
-        arguments |= {"trie": trie, "node": node}
+        arguments |= {"trie": half_of(trie, filters, batch), "node": node}
     return Call(vstar_ops.token_logp, arguments | {"temperature": 0.7})
 
 
@@ -400,13 +410,18 @@ def inputs(batch: int) -> Call:
 
 
 def evaluation(
-    batch: int, *, options: bool = False, dtype: torch.dtype = torch.float32, **sizes: int
+    batch: int,
+    *,
+    options: bool = False,
+    filters: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **sizes: int,
 ) -> Call:
     """``ved_evaluate``, with every option or none."""
     logits, trie, given = rows_to_run(batch, **sizes)
     random = seeded(16)
     given |= {
-        "trie": trie,
+        "trie": half_of(trie, filters, batch),
         "logits": logits.to(dtype),
         "slot": torch.zeros(logits.shape[:2], dtype=torch.int64),
     }
@@ -441,7 +456,11 @@ HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 LONG: dict[str, Any] = {"columns": 1300, "root": True, "items": 4000}
 CASES: dict[str, dict[str, Callable[[int], Call]]] = {
-    "expand_topk": {"plain": expansion, "options": partial(expansion, options=True)},
+    "expand_topk": {
+        "plain": expansion,
+        "filters": partial(expansion, filters=0),
+        "options": partial(expansion, options=True, filters=1),
+    },
     "filter_items": {
         "plain": filtering,
         "options": partial(filtering, listed=40, allow=True, within=2),
@@ -471,11 +490,16 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     "rows_to_run": {"plain": pending},
     "draw_children": {"plain": draws, "options": partial(draws, options=True)},
     "distinct_rows": {"plain": distinct, "options": partial(distinct, options=True)},
-    "token_logp": {"plain": partial(scored, targets=1, **BFLOAT16), "legal": partial(scored, legal=True)},
+    "token_logp": {
+        "plain": partial(scored, targets=1, **BFLOAT16),
+        "filters": partial(scored, legal=True, filters=0),
+        "legal": partial(scored, legal=True),
+    },
     "token_logp_backward": {
         "plain": partial(differentiated, **BFLOAT16),
         "logp": partial(differentiated, of="logp"),
         "entropy": partial(differentiated, of="entropy"),
+        "filters": partial(differentiated, legal=True, filters=0),
         "legal": partial(differentiated, legal=True),
     },
     "sibling_grpo_loss": {
@@ -490,7 +514,11 @@ CASES: dict[str, dict[str, Callable[[int], Call]]] = {
     "ved_insert": {"plain": insertion, "options": partial(insertion, entropy_weight=0.5, logp_weight=0.3)},
     "ved_candidates": {"plain": ranking, "options": partial(ranking, logp_weight=0.5)},
     "ved_inputs": {"plain": inputs},
-    "ved_evaluate": {"plain": evaluation, "options": partial(evaluation, options=True)},
+    "ved_evaluate": {
+        "plain": evaluation,
+        "filters": partial(evaluation, filters=0),
+        "options": partial(evaluation, options=True),
+    },
     "ved_beams": {"plain": beams, "options": partial(beams, both=True)},
 }
 
@@ -502,6 +530,13 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
         partial(expansion, k=100, tied=True, columns=40, root=True, width=30),
         *(partial(expansion, options=options, dtype=dtype) for dtype in HALVES for options in (False, True)),
         partial(expansion, **LONG),
+        *(
+            partial(expansion, options=options, filters=1, **sizes, dtype=dtype)
+            for options in (False, True)
+            for sizes in ({}, LONG)
+            for dtype in DTYPES
+        ),
+        *(partial(expansion, k=6000, width=5, options=x, filters=1, **LONG) for x in (False, True)),
         *(
             partial(expansion, options=options, **LONG, dtype=dtype)
             for dtype in HALVES
@@ -547,10 +582,16 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
         *(partial(scored, dtype=dtype) for dtype in DTYPES),
         *(partial(scored, legal=True, dtype=dtype) for dtype in DTYPES),
         *(partial(scored, columns=2100, legal=True, dtype=dtype) for dtype in DTYPES),
+        *(
+            partial(scored, columns=n, legal=True, filters=1, dtype=dtype)
+            for n in (30, 2100)
+            for dtype in DTYPES
+        ),
     ],
     "token_logp_backward": [
         partial(differentiated, columns=2100, targets=300, dtype=torch.bfloat16),
         *(partial(differentiated, columns=2100, legal=True, dtype=dtype) for dtype in DTYPES),
+        *(partial(differentiated, legal=True, filters=1, dtype=dtype) for dtype in DTYPES),
     ],
     "sibling_grpo_loss": [
         partial(loss, group=40, options=True),
@@ -563,6 +604,11 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
     "ved_evaluate": [
         *(partial(evaluation, options=True, dtype=dtype) for dtype in HALVES),
         *(partial(evaluation, columns=1300, items=4000, rows=2, dtype=dtype) for dtype in DTYPES),
+        *(
+            partial(evaluation, rows=2, filters=1, columns=n, items=4000, dtype=dtype)
+            for n in (50, 1300)
+            for dtype in DTYPES
+        ),
         partial(evaluation, columns=1300, items=4000, rows=2, options=True),
     ],
     "ved_beams": [partial(beams, width=40, both=True)],
