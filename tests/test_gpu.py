@@ -178,6 +178,31 @@ def test_a_whole_beam_search_in_a_graph(gpu: str) -> None:
             assert torch.equal(getattr(captured, name), want), name
 
 
+def test_filters_change_under_a_graph(gpu: str) -> None:
+    """A captured search sees what changes its filters, and the changes themselves are captured."""
+    trie, model = catalogue(), StaticModel(64)
+    context = torch.zeros(32, dtype=torch.int64, device="cuda").random_(64)
+    history, stock = torch.full((32, 50), -1, device="cuda"), torch.full((500,), -1, device="cuda")
+    view = trie.restrict(ban=history)
+
+    def step() -> Any:
+        view.update(ban=history)
+        view.update(ban=stock)
+        return beam_search(model, context, view, 24, skip_forced=False)
+
+    step()  # the index of the ids
+    graph, captured = in_a_graph(step)
+    for _ in range(3):
+        view.reset(ban=torch.full_like(stock, -1))
+        history.random_(5000)
+        stock.random_(5000)
+        graph.replay()
+        fresh = trie.restrict(ban=stock).restrict(ban=history)
+        assert torch.equal(view.alive, fresh.alive) and torch.equal(view.bits.allowed, fresh.bits.allowed)
+        for name, want in beam_search(model, context, fresh, 24, skip_forced=False)._asdict().items():
+            assert torch.equal(getattr(captured, name), want), name
+
+
 @pytest.mark.parametrize(
     "config",
     [VEDConfig.paper(beam_width=4), VEDConfig(beam_width=4, child_values=False, num_value_beams=0)],

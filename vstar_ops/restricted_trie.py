@@ -30,7 +30,7 @@ class RestrictedTrie(Trie):
     A view of a view keeps to what the other allowed when it was made or reset; it allows no item that the
     other does not allow now.
 
-    A filter takes a bit per node and one per item, about 0.3 MB for a million items of three levels; so
+    A filter takes a bit per node and one per item, 0.3 to 0.5 MB for a million items; so
     much for each request where they have filters of their own. The first filter of a catalogue finds out
     how to go up in it, which takes 4 bytes per node and about 24 per item, once.
 
@@ -85,8 +85,8 @@ class RestrictedTrie(Trie):
         """Allow some items, then ban some; all others stay as they are.
 
         With ids this costs what the listed items cost, not what the catalogue does; a mask costs a pass over
-        all of it. With ids on the trie's device the host waits for nothing. The histories of the next
-        batch of users, in the place of those of the last one: ``view.update(allow=last, ban=history)``.
+        all of it. With ids on the trie's device the host waits for nothing, once the first ones were looked
+        up.
 
         Args:
             allow, ban: as for :meth:`Trie.restrict`, of all requests or with a row for each; of a mask the
