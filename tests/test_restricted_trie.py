@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from other_device import OTHER, other_device
 from test_beam import COLUMNS, TableModel
 from test_decoding import DECODERS, Masked, check_empty, every_decoder
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -479,6 +480,50 @@ def test_a_change_is_seen_by_what_is_compiled():
     view.update(allow=[0], ban=[[2, 3], [0, 1]])
     assert compiled(logits).token.tolist() == [[0, 1, -1, -1], [2, 3, -1, -1]]
     assert counter.frame_count == 1
+
+
+class Flat:
+    """A model on any device whose logits are the same after every prefix of so many tokens."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.logits = torch.randn(12, COLUMNS, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def prefill(self, context: int) -> tuple[torch.Tensor, Any]:
+        return self.logits[:context], None
+
+    def extend(
+        self, state: Any, parent: torch.Tensor, token: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.logits[: len(token)], parent.clone()
+
+
+def test_on_a_device_the_host_waits_for_nothing(monkeypatch):
+    """Changes by ids that are there, look-ups, searches of constant shapes; results are those of the CPU."""
+    trie, _, _, _ = catalogues(11, requests=3, length=3)
+    rng, results = np.random.default_rng(0), []
+    first, second, prefixes = (
+        torch.from_numpy(x)
+        for x in (
+            rng.choice(trie.item_ids, (3, 9)),
+            rng.choice(trie.item_ids, 5),
+            rng.integers(0, 6, (3, 4, 2)),
+        )
+    )
+    for device in ("cpu", OTHER):
+        with other_device(monkeypatch) as waits:
+            model, there = Flat(device), trie.to(device)
+            view = there.restrict(ban=[[], [1], [2]])
+            a, b, p = first.to(device), second.to(device), prefixes.to(device)
+            before = waits.total()
+            view.update(allow=a, ban=b)
+            view.reset(ban=a)
+            found = [view.alive, view.lookup(p), view.bits.allowed]
+            found += beam_search(model, 3, view, 4, skip_forced=False)
+            found += topk_sampling(model, 3, view, 4, constant_shapes=True)
+            assert waits.total() == before
+            results.append([x.cpu() for x in found])
+            assert {x.device for x in (view.alive, view.bits.allowed)} == {torch.device(device)}
+    assert all(map(torch.equal, *results))
 
 
 def test_token_logp_renormalizes(backend):
