@@ -305,6 +305,7 @@ def test_what_stays_that_of_the_catalogue():
     assert view.only_leaf.data_ptr() == trie.only_leaf.data_ptr()
     for name in ("offset", "token", "item_offset", "item_ids"):
         assert getattr(view, name).data_ptr() == getattr(trie, name).data_ptr()
+    assert type(RestrictedTrie.from_sequences(ROWS)) is Trie
     assert (trie.alive, trie.unrestricted, view.unrestricted) == (None, trie, trie)
     assert "4 items" in repr(view) and "restricted for all requests" in repr(view)
     assert "restricted for 2 requests" in repr(trie.restrict(ban=[[], []]))
@@ -465,6 +466,15 @@ def test_validation_knows_what_is_allowed(cpu, requests):
             assert (search(model, 3, view, 2).num_valid == 1).all()
             with pytest.raises(ValueError, match="finite_logits"):
                 search(model, 3, trie, 2)
+
+
+def test_inference_mode(backend):
+    trie = Trie.from_sequences(ROWS, IDS)
+    with torch.inference_mode():
+        view = trie.restrict(ban=[70])
+        view.update(allow=[70], ban=[[73]])
+        view.reset(ban=[72, 73])
+        assert beam_search(Masked(5), 1, view, 3).node.tolist() == [[3, -1, -1]]
 
 
 def test_a_change_is_seen_by_what_is_compiled():

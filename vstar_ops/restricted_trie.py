@@ -30,9 +30,9 @@ class RestrictedTrie(Trie):
     A view of a view keeps to what the other allowed when it was made or reset; it allows no item that the
     other does not allow now.
 
-    A filter takes a bit per node and one per item, 0.3 to 0.5 MB for a million items; so
-    much for each request where they have filters of their own. The first filter of a catalogue finds out
-    how to go up in it, which takes 4 bytes per node and about 24 per item, once.
+    A filter takes a bit per node and one per item, 0.3 to 0.5 MB for a million items; so much for each
+    request where they have filters of their own. The first filter of a catalogue finds out how to go up in
+    it and where ids are, which takes 4 bytes per node and about 24 per item, once.
 
     Attributes:
         alive: int32 ``[R, words]``, ``R = 1`` for one filter of all requests, else ``R = B``: bit ``n & 31``
@@ -141,7 +141,7 @@ class RestrictedTrie(Trie):
             else:
                 allowed &= ~mask
         else:
-            row = _rows(self._catalogue, selection.value).expand(self.num_requests, -1)
+            row = _rows(self._catalogue, selection.value).flatten(1).expand(self.num_requests, -1)
         filter_items(self.bits, self._catalogue, row, allow=selection.allow, within=within)
 
     # ---------------------------------------------------------------- walking
@@ -272,7 +272,7 @@ def _selections(trie: Trie, allow: Any, ban: Any, known: bool) -> list[_Selectio
         given.append(_selection(True, allow, trie))
         ids = given[0].value
         if known and not given[0].is_mask:
-            missing = ids[(_rows(trie, ids)[:, : ids.shape[1]] < 0) & (ids != -1)]
+            missing = ids[(_rows(trie, ids)[..., 0] < 0) & (ids != -1)]
             if len(missing):
                 raise ValueError(
                     f"allow must hold ids of the trie's items, got {int(missing[0])}, which is none"
@@ -366,21 +366,21 @@ def _bucket(ids: Tensor, bits: int) -> Tensor:
 
 
 def _rows(trie: Trie, ids: Tensor) -> Tensor:
-    """Positions in ``item_ids`` of all items that have one of the ids ``[r, M]``; -1 for those of none.
+    """Positions in ``item_ids`` of the items that have the ids ``[r, M]``: int32 ``[r, M, most]``.
 
-    int32 ``[r, M * most]``; the first ``M`` are the first item of each id. The host waits only for the index.
+    ``most`` is the number of items of the most frequent id; -1 stands behind the last one. The host waits
+    only for the index.
     """
-    trie = trie.unrestricted
+    trie, ids = trie.unrestricted, ids[..., None]
     if trie.num_items == 0:
         return torch.full_like(ids, -1, dtype=torch.int32)
     if trie._id_index is None:
         trie._id_index = _IdIndex.of(trie.item_ids)
     index: _IdIndex = trie._id_index
-    first, found = index.find(ids), []
-    for k in range(index.most):
-        place = (first + k).clamp(max=trie.num_items - 1) if k else first
-        found.append(torch.where(index.ids[place] == ids, index.row[place], -1))
-    return torch.cat(found, 1) if index.most > 1 else found[0]
+    place = index.find(ids)
+    if index.most > 1:
+        place = (place + torch.arange(index.most, device=ids.device)).clamp(max=trie.num_items - 1)
+    return torch.where(index.ids[place] == ids, index.row[place], -1)
 
 
 def _packed(keep: Tensor) -> Callable[[Tensor], Tensor]:

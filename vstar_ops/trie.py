@@ -249,7 +249,7 @@ class Trie:
     def _of(cls, arrays: building.Arrays) -> Trie:
         offset, token, item_offset, item_ids = map(torch.from_numpy, arrays[:4])
         widest, largest = int(np.diff(arrays.offset).max()), int(arrays.token.max(initial=-1))
-        return cls(offset, token, item_offset, item_ids, arrays.level_offset, widest, largest)
+        return Trie(offset, token, item_offset, item_ids, arrays.level_offset, widest, largest)
 
     def _arrays(self) -> building.Arrays:
         offset, token, item_offset, item_ids = (getattr(self, name).cpu().numpy() for name in _ARRAYS)
@@ -476,7 +476,7 @@ class Trie:
         # Leaves are siblings in runs sorted by token, so the maximum needs every edge; it is one pass
         # over int32 and the only one that an unverified load makes.
         highest = int(token.max()) if token.numel() else -1
-        return cls(offset, token, item_offset, arrays["item_ids"], levels, widest, highest)
+        return Trie(offset, token, item_offset, arrays["item_ids"], levels, widest, highest)
 
 
 _ARRAYS = ("offset", "token", "item_offset", "item_ids")
