@@ -17,6 +17,8 @@ from torch import Tensor
 
 import vstar_ops
 from vstar_ops import NodeEvaluation, SearchTrees, SelectedRows, Trie, ved_candidates, ved_insert, ved_select
+from vstar_ops.verify.calls import with_alive
+from vstar_ops.verify.cases import restricted
 
 from . import baselines, catalogue
 
@@ -147,13 +149,22 @@ def random_items(items: Tensor, batch: int, group: int, length: int = 0) -> Tens
     )
 
 
-def beams(items: Tensor, batch: int, width: int, depth: int) -> tuple[Trie, int, Tensor, Tensor]:
-    """The trie, its columns, and ``node, cum_logp`` that beam search of random logits has at ``depth``."""
+def beams(
+    items: Tensor, batch: int, width: int, depth: int, banned: float = 0
+) -> tuple[Trie, int, Tensor, Tensor]:
+    """The trie, its columns, and ``node, cum_logp`` that beam search of random logits has at ``depth``.
+
+    ``banned``: the share of the sequences that the trie is restricted to do without.
+    """
     trie = Trie.from_sequences(items.cpu())
     columns = max(trie.max_token + 1, 768)
     with torch.device("cpu"), vstar_ops.use_backend("auto"):
+        if banned:
+            trie = restricted(trie, torch.rand(1, trie.num_sequences) >= banned)
         node, cum_logp = catalogue.frontiers(trie, batch, width, columns)[depth]
-    return trie.to(items.device), columns, node.to(items.device), cum_logp.to(items.device)
+    there = trie.to(items.device)
+    there = there if trie.alive is None else with_alive(there, trie.alive.to(items.device))
+    return there, columns, node.to(items.device), cum_logp.to(items.device)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -189,20 +200,28 @@ def expand_legal(
     dtype: torch.dtype,
     columns: int = 0,
     normalize: str = "legal",
+    banned: float = 0,
 ) -> Case:
-    """Below the beams that random logits leave, with value and entropy; 0 columns for the catalogue's own."""
-    trie, own, node, cum_logp = beams(items, batch, width, depth)
+    """Below the beams that random logits leave, with value and entropy; 0 columns for the catalogue's own.
+
+    ``banned``: the share of the items that are not allowed.
+    """
+    trie, own, node, cum_logp = beams(items, batch, width, depth, banned)
+    alive = None
+    if trie.alive is not None:
+        alive = (trie.alive[0, :, None] >> torch.arange(32) & 1).flatten()[: trie.num_nodes + 1].bool()
     columns, vocab, edges = columns or own, normalize == "vocab", int(trie.num_children(node).sum())
     tables, index, value = baselines.child_tables(trie, depth), node.long(), torch.randn(node.shape)
     scoring: dict[str, Any] = {"cum_logp": cum_logp, "value": value, "value_weight": 1.0}
     scoring |= {"entropy_weight": 0.1, "normalize": normalize}
     logits = random_logits(*node.shape, columns, dtype=dtype)
     return Case(
-        f"expand_topk {normalize} depth {depth} {short(dtype)} B={batch} W={width} V={columns} K={k}",
+        f"expand_topk {normalize} depth {depth} {short(dtype)} B={batch} W={width} V={columns} K={k}"
+        + f", {banned:.0%} banned" * bool(banned),
         {
             "ours": lambda z: vstar_ops.expand_topk(z, trie, node, k, **scoring),
             "log_softmax, gather, top-k" if vocab else "gather, log_softmax, top-k": lambda z: (
-                baselines.expand_legal(z, tables, index, cum_logp, value, k, vocab)
+                baselines.expand_legal(z, tables, index, cum_logp, value, k, vocab, alive)
             ),
         },
         [(z,) for z in logits],
@@ -510,6 +529,11 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (expand_legal, 64, 16, 16, 1, FP32),
         (expand_legal, 64, 16, 16, 2, FP32),
         (expand_legal, 64, 16, 16, 1, FP32, 152_064),
+        *(
+            (expand_legal, 64, 16, 16, depth, FP32, 0, "legal", share)
+            for depth in (1, 2)
+            for share in (0.01, 0.5)
+        ),
         (expand_dense, 16, 128, 8192, 128, FP32, "vocab"),
         *((sibling_advantage, *size) for size in ((64, 16), (256, 64))),
         *((prefix_returns, *size, 64) for size in ((64, 16), (256, 64))),
@@ -529,6 +553,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (expand_dense, 1, 1, 151_936, 128, BF16),
         *((expand_legal, *size, depth, BF16) for depth in (1, 2) for size in ((16, 128, 128), (64, 16, 16))),
         *((expand_legal, 16, 16, 16, 1, BF16, 151_936, domain) for domain in ("legal", "vocab")),
+        *((expand_legal, 16, 128, 128, depth, BF16, 0, "legal", 0.5) for depth in (1, 2)),
         *((sibling_advantage, *size) for size in ((64, 16), (1024, 64), (64, 512, 8))),
         (group_advantage, 1024, 64),
         (prefix_returns, 256, 64, 64),
@@ -546,6 +571,7 @@ SIZES: dict[str, list[tuple[Any, ...]]] = {
         (expand_dense, 2, 4, 64, 8, BF16),
         (expand_legal, 2, 4, 8, 1, BF16),
         (expand_legal, 2, 4, 4, 2, BF16, 0, "vocab"),
+        (expand_legal, 2, 4, 4, 1, BF16, 0, "legal", 0.5),
         *((make, 2, 8) for make in (sibling_advantage, group_advantage, prefix_tree, sibling_grpo_loss)),
         (prefix_returns, 2, 8, 16),
         *((make, 2, 8) for make in STEPS),

@@ -51,8 +51,7 @@ _KEPT: dict[str, Callable[[int], Any]] = {
 def restricted_tries(sizes: tuple[int, ...], batch: int = 2) -> list[vstar_ops.Trie]:
     """Tries of two levels whose rows lose some children: of neighboring tokens, or of every second one.
 
-    Each row keeps something else, the same for all requests or not. Of the short ones some have a multiple of 32
-    nodes.
+    Each row keeps something else, the same for all requests or not. Some have a multiple of 32 nodes.
     """
     names, found = list(_KEPT), []
     for step in (1, 2):

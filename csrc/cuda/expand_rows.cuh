@@ -151,11 +151,15 @@ VSTAR_DEVICE void read_children(
 #pragma unroll
     for (int j = 0; j < kCount; ++j) token[j] = load(list + clamped(c + j * step, row.count - 1));
   }
-  bool alive[kCount];
+  uint32_t alive = ~0u;  // a bit for each
+  if (kFiltered && row.begin >= 0) {
+    const int32_t* const bits = a.trie.alive_of(b).bits;
+    alive = 0;
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const int64_t child = int64_t(row.begin) + clamped(c + j * step, row.count - 1) + 1;
-    alive[j] = !kFiltered || row.begin < 0 || a.trie.alive_of(b).has(child);
+    for (int j = 0; j < kCount; ++j) {
+      const uint32_t child = uint32_t(row.begin + clamped(c + j * step, row.count - 1)) + 1;
+      alive |= uint32_t(load(bits + (child >> 5)) >> (child & 31) & 1) << j;
+    }
   }
   const int32_t last = int32_t(a.columns) - 1;
   if constexpr (std::is_void<T>::value) {
@@ -175,7 +179,8 @@ VSTAR_DEVICE void read_children(
   }
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    const bool there = c + j * step < row.count && token[j] >= 0 && token[j] <= last && alive[j];
+    bool there = c + j * step < row.count && token[j] >= 0 && token[j] <= last;
+    if (kFiltered) there = there && alive >> j & 1;
     z[j] = there ? cleaned(z[j]) : -kInf;
     token[j] = there ? token[j] : -1;
   }
