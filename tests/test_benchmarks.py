@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmarks.__main__
 import benchmarks.gpu
-from benchmarks import cases, competitors, cost_cases
+from benchmarks import base, cases, competitors, cost_cases, harness, worker
 from benchmarks.catalogue import industrial_like
 from vstar_ops.ops import OPS
 
 ITEMS = industrial_like()
+SMALL = argparse.Namespace(data=None, category="", small=True, rounds=3)
+
+
+def number(maker: str, size: str = "small") -> int:
+    """Of a case, by its maker."""
+    return next(i for i, make in enumerate(cases.cases(size, ITEMS)) if make.__name__.startswith(maker))
 
 
 @pytest.mark.slow
@@ -122,3 +132,118 @@ def test_wrong_winners_are_counted() -> None:
     assert competitors.wrong(winners([3.0, 2.0, 1.0, 1.0], [5, 6, 7, 9]), right) == 0  # a tie at the end
     assert competitors.wrong(winners([3.0, 1.0, 1.0, 0.5], [5, 7, 8, 9]), right) == 0.25
     assert competitors.wrong(winners([3.0, -math.inf, 1.0, 1.0], [5, 6, 7, 8]), right) == 0.25
+
+
+def test_cpu_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ratios have their intervals, times their pace and their memory."""
+    rows = tmp_path / "rows.json"
+    arguments = ["benchmarks", "--small", "--rounds", "1", "--no-compile", "--only", "g", "--json", str(rows)]
+    monkeypatch.setattr("sys.argv", arguments)
+    benchmarks.__main__.main()
+    found = json.loads(rows.read_text())
+    (row,) = found["rows"]
+    assert (row["case"], row["against"]) == ("group_advantage B=2 G=8", "mean, std")
+    assert row["interval"] == [row["ratio"]] * 2
+    for own in ("ours", "other"):
+        assert row[f"{own}_bytes_per_second"] == pytest.approx(4 * 2 * 8 * 2 / row[f"{own}_s"])
+        share = row[f"{own}_bytes_per_second"] / found["bandwidth"]
+        assert row[f"{own}_bandwidth_share"] == pytest.approx(share)
+        assert row[f"{own}_peak"] < 2e6
+
+
+def test_the_interval_of_a_ratio() -> None:
+    """The 8th and the 18th of 25: fewer than 8 of 25 tosses are heads with a probability of 2.2 %."""
+    timing = harness.Timing({"ours": [1.0] * 25, "other": [float(x) for x in range(25)]})
+    assert timing.ratio("other", "ours") == 12
+    assert timing.interval("other", "ours") == (7, 17)
+    few = harness.Timing({"ours": [2.0] * 5, "other": [2.0, 4.0, 6.0, 8.0, 10.0]})
+    assert few.interval("other", "ours") == (1, 5)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system tells no peak")
+def test_the_peak_of_memory() -> None:
+    """Of a case whose composition in torch must hold its embeddings once more."""
+    args = argparse.Namespace(data=None, category="", small=False)
+    with worker.Worker(args, **worker.EAGER) as memory:
+        memory.ask(case=1 + number("prefix_returns", "cpu"), timed=False)  # 256 x 64 embeddings of 256 bytes
+        ours, other = (memory.ask(memory=x) for x in ("ours", "unique of packed keys, index_add"))
+    assert ours < 3e6
+    assert 256 * 64 * 256 < other < 1e8
+
+
+def test_a_case_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rest is measured."""
+
+    def no_compiler(*_: Any) -> None:
+        raise benchmarks.__main__.InductorError(RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
+    case = cases.group_advantage(ITEMS, 2, 8)
+    assert benchmarks.__main__.compiled(case) is case
+    assert "no C++ compiler" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- --base
+
+
+def test_another_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It gives the same bits, or others, or has no such op."""
+    shutil.copytree(worker.ROOT / "vstar_ops", tmp_path / "vstar_ops", symlinks=True)
+    for folder in ("kernels", "benchmarks"):
+        (tmp_path / folder).symlink_to(worker.ROOT / folder)
+    with open(tmp_path / "vstar_ops/__init__.py", "a") as module:
+        module.write("right = group_advantage\n")
+        module.write("def group_advantage(*a, **k): return right(*a, **k) + 1\n")
+        module.write("del prefix_tree\n")
+    report, chosen = harness.Report(), [number(x) for x in ("sibling_advantage", "group", "prefix_tree")]
+    base.compare(SMALL, chosen, "another", tmp_path, report)
+    assert [row[base.SAME] for row in report.rows] == [True, False]
+    assert all(row["against"] == "another" and row["ratio"] > 0 for row in report.rows)
+    out = capsys.readouterr().out
+    assert "prefix_tree B=2 G=8 L=3: not on another: AttributeError" in out
+    assert "same results: NO" in out
+
+
+def test_a_commit_that_cannot_run_the_cases(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "benchmarks").symlink_to(worker.ROOT / "benchmarks")
+    (tmp_path / "vstar_ops").mkdir()
+    (tmp_path / "vstar_ops/__init__.py").write_text("raise ImportError('of another time')")
+    with pytest.raises(base.CannotCompare, match="the process that runs the cases in .* ended with 1"):
+        base.compare(SMALL, [0], "another", tmp_path, harness.Report())
+    assert "of another time" in capfd.readouterr().err
+
+
+def test_a_base_that_is_no_commit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--small", "--base", "no-such-commit"])
+    with pytest.raises(SystemExit):
+        benchmarks.__main__.main()
+    assert "--base 'no-such-commit' names no commit" in capsys.readouterr().err
+
+
+def test_a_module_older_than_its_sources(tmp_path: Path) -> None:
+    """What would be measured is not what is there."""
+    for name in ("csrc/cpu/loops.h", "tools/recipe.py", "vstar_ops/_C.abi3.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    base.must_be_fresh(tmp_path)
+    os.utime(tmp_path / "vstar_ops/_C.abi3.so", (0, 0))
+    with pytest.raises(base.CannotCompare, match="is newer than _C.abi3.so: make"):
+        base.must_be_fresh(tmp_path)
+    (tmp_path / "vstar_ops/_C.abi3.so").unlink()
+    with pytest.raises(base.CannotCompare, match="is not built: make"):
+        base.must_be_fresh(tmp_path)
+
+
+@pytest.mark.skipif(not (worker.ROOT / ".git").exists(), reason="no repository")
+def test_a_commit_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its files are there, its build says why it fails."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    base.unpack(base.resolve("HEAD"), tmp_path)
+    assert (tmp_path / "csrc/cpu").is_dir()
+    assert (tmp_path / "benchmarks/worker.py").samefile(worker.__file__)
+    with pytest.raises(base.CannotCompare, match="(?s)cannot be built.*no-such-compiler"):
+        base.build("HEAD", tmp_path)

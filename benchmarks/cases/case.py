@@ -37,7 +37,7 @@ class Case:
         rtol, atol: of the check.
         reset: brings back what calls change, before every sample.
         calls: in a sample; 0 for as many as are good for the clock.
-        compiled: whether to time ``torch.compile`` of the last variant on a GPU, which takes long.
+        compiled: whether to time ``torch.compile`` of the last variant, which takes long.
     """
 
     name: str
@@ -60,7 +60,11 @@ class Case:
     def bytes(self) -> int:
         """That any implementation must read and write, each once."""
         read = nbytes(self.inputs[0]) if self.read is None else self.read
-        return read + nbytes(self._results(self.variants["ours"], self.inputs[0]))
+        return read + nbytes(self.results("ours"))
+
+    def results(self, variant: str) -> list[Tensor | None]:
+        """Of the first input set."""
+        return self._results(self.variants[variant], self.inputs[0])
 
     def check(self, **more: Function) -> None:
         """Compare all variants, ``more`` and the reference with one another; raise where two differ."""

@@ -73,6 +73,7 @@ def token_logp(items: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Ca
         {"reading twice, writing once": baselines.memory_pace},
         few=16,
         atol=1e-6,
+        compiled=True,
     )
 
 
@@ -113,4 +114,5 @@ def sibling_grpo_loss(items: Tensor, batch: int, group: int, length: int = 0) ->
         {"ours": ours, "torch, autograd": baselines.sibling_grpo_loss},
         [(logp.requires_grad_(), old, ref, *read)],
         atol=1e-6,
+        compiled=True,
     )
