@@ -214,9 +214,14 @@ class Report:
             row = {**first, "against": name, "other_s": other, "ratio": ratio, "interval": interval}
             self.rows.append({**row, **_known("other", costs.get(name))})
             target = f"{targets[name]:g}x" if name in targets else ""
-            figures = f"{ratio:>6.3g}x {'{:.3g}x to {:.3g}x'.format(*interval):>16} {target:>7}"
+            figures = f"{times(ratio):>7} {' to '.join(map(times, interval)):>16} {target:>7}"
             line = f"  {name:<34} {_seconds(other):>8} {costs.get(name, Cost())} {figures}"
             print(line.rstrip(), flush=True)
+
+
+def times(ratio: float) -> str:
+    """``12.3x``"""
+    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
 
 
 def _known(side: str, cost: Cost | None) -> dict[str, object]:
