@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmarks.__main__
 import benchmarks.gpu
-from benchmarks import base, cases, competitors, cost_cases, harness, worker
+from benchmarks import base, cases, competitors, cost_cases, harness, plots, scale, trainers, worker
 from benchmarks.catalogue import industrial_like
 from vstar_ops.ops import OPS
 
@@ -183,6 +184,51 @@ def test_a_case_without_a_compiler(
     case = cases.group_advantage(ITEMS, 2, 8)
     assert benchmarks.__main__.compiled(case) is case
     assert "no C++ compiler" in capsys.readouterr().out
+
+
+def test_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every competitor finds the winners of its kind; all is drawn from files, twice to the same bytes."""
+    row = {"case": "op B=1", "ours_s": 1e-3, "ours_bytes_per_second": 1e9}
+    (tmp_path / "cpu.json").write_text(json.dumps({"bandwidth": 1e10, "rows": [row]}))
+    folders = ["--results", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["plots", "--measure", "--small", "--rounds", "1", *folders])
+    plots.main()
+    found = json.loads((tmp_path / "sweeps.json").read_text())["rows"]
+    assert {row["sweep"] for row in found} == set(plots.SWEPT)
+    assert all(set(row["seconds"]) == set(plots.STYLES) and min(row["seconds"].values()) > 0 for row in found)
+    drawn = {path: path.read_bytes() for path in tmp_path.glob("*.[sp][vn]g")}
+    assert {path.name for path in drawn} == {
+        f"{x}.{y}" for x in ("sweeps", "roofline") for y in ("svg", "png")
+    }
+    assert b"op B=1" in drawn[tmp_path / "roofline.svg"]
+    monkeypatch.setattr("sys.argv", ["plots", *folders])
+    plots.main()
+    assert all(path.read_bytes() == content for path, content in drawn.items())
+
+
+def test_scale_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A small catalogue is built, written, mapped, expanded."""
+    rows = tmp_path / "rows.json"
+    sizes = ["--items", "2000", "--codes", "64", "--rounds", "1", "--json", str(rows)]
+    monkeypatch.setattr("sys.argv", ["scale", *sizes])
+    scale.main()
+    found = json.loads(rows.read_text())
+    assert all(found[x]["seconds"] > 0 for x in ("build", "write", "map", "map, and check the sum"))
+    children = {row["step"]: row["children"] for row in found["steps"]}
+    assert children["all columns legal"] == children["reading the logits"] == 16 * 128 * 64
+    assert children["depth 1"] > children["depth 2"] >= children["depth 3"] > 0
+
+
+@pytest.mark.parametrize("package", ["verl", "trl"])
+def test_functions_of_trainers(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a package is installed its functions give what ours do, else a line says that it is not."""
+    trainers.functions(report := harness.Report(), 1, small=True)
+    there = [row for row in report.rows if row["case"].endswith(f"as {package} has it")]
+    if importlib.util.find_spec(package):
+        assert {row["case"].split()[0] for row in there} >= {"token_logp", "sibling_grpo_loss"}
+    else:
+        assert not there
+        assert f"{package} is not installed" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- --base
