@@ -7,7 +7,7 @@ copy's bandwidth (above 100 % where the caches hold a case), and the memory that
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch._inductor.exc import InductorError
 from vstar_ops import Trie
 from vstar_ops._files import replacing
 
-from . import base, harness, worker
+from . import base, harness
 from .cases import Case, cases
 
 # How many times as fast as another variant ours should be; the names of cases begin like this.
@@ -71,24 +71,22 @@ def measure(case: Case, clock: harness.Clock, rounds: int) -> harness.Timing:
 
 
 def against_torch(
-    makers: dict[int, Callable[[], Case]], args: Any, clock: harness.Clock, report: harness.Report
+    makers: Iterable[Callable[[], Case]], args: Any, clock: harness.Clock, report: harness.Report
 ) -> float:
     """A block for each case. Returns the bandwidth of a copy."""
     bandwidth = harness.copy_bandwidth(clock, "cpu", 2**24 if args.small else 2**28)
     print(f"a copy moves {bandwidth / 1e9:.3g} GB/s, read and written")
-    with worker.Worker(args, **worker.EAGER) as memory:
-        for index, make in makers.items():
-            case = make()
-            case = compiled(case) if case.compiled and not args.no_compile else case
-            timing, moved = measure(case, clock, args.rounds), case.bytes()
-            memory.ask(case=index, timed=False)
-            costs = {}
-            for name in timing.rounds:
-                peak = None if name == COMPILED else memory.ask(memory=name)
-                pace = moved / timing.seconds(name) if name in case.variants else None
-                costs[name] = harness.Cost(pace, pace and pace / bandwidth, peak)
-            targets = {name: target for start, name, target in TARGETS if case.name.startswith(start)}
-            report.add(case.name, timing, targets, costs)
+    for make in makers:
+        case = make()
+        case = compiled(case) if case.compiled and not args.no_compile else case
+        timing, moved = measure(case, clock, args.rounds), case.bytes()
+        costs = {}
+        for name in timing.rounds:
+            peak = harness.peak_memory(partial(case.run, {**case.variants, **case.others}[name]))
+            pace = moved / timing.seconds(name) if name in case.variants else None
+            costs[name] = harness.Cost(pace, pace and pace / bandwidth, peak)
+        targets = {name: target for start, name, target in TARGETS if case.name.startswith(start)}
+        report.add(case.name, timing, targets, costs)
     return bandwidth
 
 
@@ -116,7 +114,7 @@ def main() -> None:
             parser.error(str(error))
         found["base"] = commit
     else:
-        found["bandwidth"] = against_torch(makers, args, clock, report)
+        found["bandwidth"] = against_torch(makers.values(), args, clock, report)
         if not (args.only or args.small):
             case = two_threads(cases("cpu", sequences)[0]())
             report.add(case.name, measure(case, clock, args.rounds), {TARGETS[-1][1]: TARGETS[-1][2]})

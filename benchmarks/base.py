@@ -108,7 +108,7 @@ def compare(
             except WorkerDied as error:
                 raise CannotCompare(str(error)) from None
             for case in cases:
-                said[case] = [side.ask(case=case, timed=True) for side in sides.values()]
+                said[case] = [side.ask(case=case) for side in sides.values()]
                 here, base = said[case]
                 if "error" in here:
                     raise RuntimeError(f"case {case}: {here['error']}")

@@ -6,6 +6,7 @@ Every round times each variant once, so drift of the machine hits all alike.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import statistics
 import time
@@ -156,7 +157,10 @@ def copy_bandwidth(clock: Clock, device: str, size: int) -> float:
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes by which the process grew at most during a call; None where the system does not tell."""
+    """Bytes by which the process grew at most during a call, in whole pages; None where nobody tells."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)  # or a call may use what others have left
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
     except OSError:
@@ -181,7 +185,7 @@ class Cost(NamedTuple):
     def __str__(self) -> str:
         pace = "" if self.bytes_per_second is None else f"{self.bytes_per_second / 1e9:.2f} GB/s"
         share = "" if self.bandwidth_share is None else f"{100 * self.bandwidth_share:.0f} %"
-        peak = "" if self.peak is None else "< 0.5 MB" if self.peak < 5e5 else f"{self.peak / 1e6:.1f} MB"
+        peak = "" if self.peak is None else f"{self.peak / 1e6:.2f} MB"
         return f"{pace:>10} {share:>6} {peak:>9}"
 
 

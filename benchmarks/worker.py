@@ -1,4 +1,4 @@
-"""A process that runs the cases for another one, where ``vstar_ops`` of another commit is, or to see memory.
+"""A process that runs the cases for another one, where ``vstar_ops`` of another commit is.
 
 ``python -m benchmarks.worker`` reads a request per line and answers with a line, both JSON.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -23,8 +22,6 @@ from . import catalogue, harness
 from .cases import Case, cases
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of glibc: what is freed goes back to the system at once, so that a process is as large as what it holds.
-EAGER = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 
 
 class WorkerDied(Exception):
@@ -34,10 +31,10 @@ class WorkerDied(Exception):
 class Worker:
     """A process of the cases that ``args`` asks for, on one thread, in a folder."""
 
-    def __init__(self, args: argparse.Namespace, root: Path = ROOT, **environment: str) -> None:
+    def __init__(self, args: argparse.Namespace, root: Path = ROOT) -> None:
         self.root = root
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"], cwd=root, env={**os.environ, **environment},
+            [sys.executable, "-m", "benchmarks.worker"], cwd=root,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.ask(data=args.data, category=args.category, small=args.small)
@@ -94,14 +91,9 @@ def main() -> None:
                 case = makers[asked["case"]]()
                 answer = {"name": case.name, "digest": digest(case)}
                 call = partial(case.run, case.variants["ours"])
-                sample = clock.sample(call, calls=case.calls) if asked["timed"] else None
+                sample = clock.sample(call, calls=case.calls)
             except Exception as error:
                 answer = {"error": f"{type(error).__name__}: {error}"}
-        elif "memory" in asked:
-            assert case
-            call = partial(case.run, {**case.variants, **case.others}[asked["memory"]])
-            call()  # what is made once stays
-            answer = harness.peak_memory(call)
         else:
             assert case and sample
             case.reset()
