@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import vstar_ops
 from vstar_ops import Trie, expand_topk
 from vstar_ops.verify import oracles
-from vstar_ops.verify.cases import prefixes
+from vstar_ops.verify.generators import prefixes
 
 INF = float("inf")
 NAN = float("nan")

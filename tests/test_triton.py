@@ -19,7 +19,9 @@ import torch
 import vstar_ops
 from vstar_ops import _triton
 from vstar_ops.ops._registry import Op
-from vstar_ops.verify.cases import CASES, embedded, evaluation, expansion, scored
+from vstar_ops.verify.cases import CASES
+from vstar_ops.verify.generators import embedded, expansion, scored
+from vstar_ops.verify.trees import evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETING = vstar_ops._backends.interpreting()
