@@ -25,8 +25,10 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "beam, all prefixes": lambda *a: beam_search(*a, skip_forced=False),
     "beam, vocab": lambda *a: beam_search(*a, normalize="vocab"),
     "topk": topk_sampling,
+    "topk, constant shapes": lambda *a: topk_sampling(*a, constant_shapes=True),
     "ved": lambda *a: ved(*a, VEDConfig(**WITHOUT_VALUES)),
     "ved, leaves": lambda *a: ved(*a, VEDConfig(**WITHOUT_VALUES, evaluate_leaves=True)),
+    "ved, constant shapes": lambda *a: ved(*a, VEDConfig(**WITHOUT_VALUES), constant_shapes=True),
     "ved, rounds": lambda *a: ved(*a, VEDConfig(**WITHOUT_VALUES), num_rounds=3),
 }
 every_decoder = pytest.mark.parametrize("decoder", DECODERS)

@@ -21,8 +21,8 @@ from vstar_ops.train.trainer import Run
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VARIANTS = tuple(map(Variant.parse, ("beam+grpo", "ved+joint", "topk+joint")))
-# Waits of one step: for the averages that are logged, and for the shapes of what a search found.
-WAITS = {"sft": 1, "beam+grpo": 8, "ved+joint": 7, "topk+joint": 8}
+# Waits of one step: for the averages that are logged; VED's for the end of its one round.
+WAITS = {"sft": 1, "beam+grpo": 1, "ved+joint": 2, "topk+joint": 1}
 
 
 def config(**changes: Any) -> Config:
@@ -51,12 +51,20 @@ def test_the_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(waits.values()) == {1} and len(waits) == 3
 
 
+@pytest.fixture
+def same_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU those of a GPU, by which sums are rounded."""
+    monkeypatch.setattr(World, "constant_shapes", True)
+
+
+@pytest.mark.usefixtures("same_shapes")
 def test_training_is_that_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = train(tmp_path / "here", config())
     with other_device(monkeypatch):
         assert train(tmp_path / "there", config(), OTHER) == here
 
 
+@pytest.mark.usefixtures("same_shapes")
 def test_a_checkpoint_moves_to_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There and back again: killed in the middle of the first stage, and in the middle of the second."""
     settings = config(checkpoint_every=1, sft_epochs=6, variants=VARIANTS[1:2])

@@ -13,7 +13,7 @@ import torch
 from toy_data import finish, kill_at, start, untimed, weights
 
 from vstar_ops import Trie, group_advantage, sibling_advantage
-from vstar_ops.decoding import beam_search
+from vstar_ops.decoding import VEDConfig, beam_search
 from vstar_ops.train import __main__, checkpoint, metrics, pictures, report, rewards, scoring, trainer
 from vstar_ops.train.__main__ import main
 from vstar_ops.train.config import Config, Variant
@@ -178,6 +178,45 @@ def test_extend_equals_plain_forward(model: SIDTransformer) -> None:
                 torch.testing.assert_close(logits[i], plain(*prefixes[-1]))
     none, slots = model.extend(state, torch.tensor([-1]), torch.tensor([0]))
     assert none.shape == (1, 9) and slots.tolist() == [-1]
+
+
+def test_rows_by_request_equal_the_same_rows_without_order(model: SIDTransformer) -> None:
+    torch.manual_seed(2)
+    context = torch.randint(9, (3, 5))
+    (_, flat), (_, state) = model.prefill(context), model.prefill(context)
+    slots, flat_slots = torch.arange(3)[:, None], torch.arange(3)[:, None]
+    for width, unused in ((2, ()), (4, ((0, 1), (2, 0), (2, 3))), (3, ((1, 0), (1, 1), (1, 2)))):
+        picked, token = torch.randint(slots.shape[1], (3, width)), torch.randint(9, (3, width))
+        parent, flat_parent = slots.gather(1, picked), flat_slots.gather(1, picked)
+        for b, p in unused:
+            parent[b, p] = flat_parent[b, p] = -1
+        used = parent >= 0
+        logits, slot = model.extend(state, parent, token)
+        expected, flat_slot = model.extend(flat, flat_parent[used], token[used])
+        assert logits.shape == (3, width, 9) and torch.equal(slot >= 0, used)
+        torch.testing.assert_close(logits[used], expected)
+        every = torch.full_like(slot, -1).masked_scatter(used, flat_slot)
+        alive = used.all(0)
+        slots, flat_slots = slot[:, alive], every[:, alive]
+        if not alive.any():
+            break
+
+
+@pytest.mark.parametrize("name", ["beam", "topk", "ved"])
+def test_constant_shapes_find_the_same_candidates(model: SIDTransformer, name: str) -> None:
+    torch.manual_seed(3)
+    trie = Trie.from_sequences(torch.randint(9, (60, 3)))
+    model.add_value_head(child_values=True)
+    model.float()
+    context, seed = torch.randint(9, (7, 5)), torch.arange(7)
+    config = VEDConfig.training(num_policy_candidates=2, beam_width=3, num_value_beams=1)
+    free, constant = (
+        Decoder(name, 8, config, constant_shapes=constant)(model, context, trie, seed)
+        for constant in (False, True)
+    )
+    assert torch.equal(free.sequence, constant.sequence) and torch.equal(free.node, constant.node)
+    torch.testing.assert_close(free.logp, constant.logp)
+    assert (free.forward_tokens <= constant.forward_tokens).all()
 
 
 def test_gradients_through_the_cache_equal_plain(model: SIDTransformer) -> None:

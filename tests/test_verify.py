@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -300,6 +301,14 @@ def test_in_processes_of_its_own(tmp_path):
     (tmp_path / "script.py").write_text(failure["script"])
     done = run("import runpy; runpy.run_path('script.py', run_name='__main__')")
     assert done.returncode == 1 and done.stdout.startswith("got ") and not done.stderr
+
+
+def test_a_machine_that_stands_still(monkeypatch):
+    """Time that runs out at once does not leave an op without cases."""
+    times = itertools.count()
+    monkeypatch.setattr("vstar_ops.verify.checks.clock", lambda: float(next(times)))
+    rows = verify(1.0, 0, ["expand_topk", "prefix_tree"], ["cpu"])
+    assert [(row.op, row.cases >= 10) for row in rows] == [("expand_topk", True), ("prefix_tree", True)]
 
 
 def test_nothing_else_is_found(capsys):

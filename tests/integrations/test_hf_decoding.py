@@ -181,6 +181,21 @@ def test_long_searches_outgrow_the_cache():
     assert nowhere.tolist() == [-1, -1]
 
 
+def test_rows_by_request():
+    """Unused rows change nothing: prompts padded, requests with more and with fewer rows."""
+    model, inputs = CAUSAL["qwen2"](), prompts()
+    lm = prefix_model(model, TRIE)
+    (_, flat), (_, state) = lm.prefill(inputs), lm.prefill(inputs)
+    parent, token = torch.tensor([[0, 0], [-1, 1], [-1, -1]]), torch.tensor([[1, 0], [0, 2], [0, 0]])
+    used = parent >= 0
+    expected, _ = lm.extend(flat, parent[used], token[used])
+    logits, slot = lm.extend(state, parent, token)
+    torch.testing.assert_close(logits[used], expected, rtol=1e-5, atol=2e-5)
+    again = slot.masked_fill(~used, -1)[:, :1], torch.tensor([[2], [0], [0]])
+    expected, _ = lm.extend(flat, torch.tensor([3]), torch.tensor([2]))
+    torch.testing.assert_close(lm.extend(state, *again)[0][0], expected, rtol=1e-5, atol=2e-5)
+
+
 def test_weights_may_change_between_decodes():
     model, inputs = CAUSAL["qwen2"](), prompts()
     lm = prefix_model(model, TRIE)

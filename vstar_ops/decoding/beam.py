@@ -11,7 +11,13 @@ from .._deprecated import renamed_arguments, renamed_field
 from ..ops import RowsToRun, advance_beams, expand_topk, rows_to_run
 from ..ops._checks import check_int, validating
 from ..trie import Trie
-from .protocol import PrefixModel, can_skip_forced, check_finite_logits, check_normalize
+from .protocol import (
+    PrefixModel,
+    can_skip_forced,
+    check_finite_logits,
+    check_normalize,
+    extend_by_request,
+)
 
 
 class BeamResult(NamedTuple):
@@ -88,8 +94,7 @@ def beam_search(
             row = rows.row
             forward_tokens += rows.num_tokens
         elif depth > 0:
-            frontier, slot = model.extend(state, slot.flatten(), token.flatten())
-            frontier, slot = frontier.unflatten(0, node.shape), slot.view_as(node)
+            frontier, slot = extend_by_request(model, state, slot, token)
         out = expand_topk(
             frontier,
             trie,

@@ -20,13 +20,16 @@ class PrefixModel(Protocol):
     different depths. A decoder passes fewer rows than beams where it can skip forced tokens, and a
     constant number where it wants constant shapes (unused rows have parent ``-1``).
 
-    Two attributes may say more about a model:
+    Attributes may say more about a model:
 
     - ``finite_logits``: True promises that no logit of a legal token is NaN or -inf, whatever the prefix. A
       decoder may then skip a forward whose result is certain. A model whose logits are masked, by itself, a
       subclass or a wrapper, has False, or no such attribute.
     - ``partial_logits``: True says that its logits are those of some columns alone, as for
       :meth:`vstar_ops.Trie.compact`. It cannot be asked for ``normalize="vocab"``.
+    - ``rows_by_request``: True says that ``extend`` also takes ``parent`` and ``token`` ``[B, P]``, row ``b``
+      those of request ``b``, and returns ``logits[B, P, V]`` and ``slot[B, P]``. No shape then depends on
+      what the rows hold, so that the host has nothing to wait for. Decoders ask for it with constant shapes.
     """
 
     def prefill(self, context: Any) -> tuple[Tensor, Any]:
@@ -78,6 +81,14 @@ class ValueModel(PrefixModel, Protocol):
             state, slot: as for :meth:`value`.
         """
         ...
+
+
+def extend_by_request(model: PrefixModel, state: Any, parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """``model.extend`` of rows ``[B, P]``: logits ``[B, P, V]`` and slots ``[B, P]``, -1 in unused rows."""
+    if getattr(model, "rows_by_request", False):
+        return model.extend(state, parent, token)
+    logits, slot = model.extend(state, parent.flatten(), token.flatten())
+    return logits.unflatten(0, parent.shape), slot.view_as(parent)
 
 
 def check_normalize(model: PrefixModel, normalize: str) -> None:

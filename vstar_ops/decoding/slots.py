@@ -20,6 +20,7 @@ class NewRows:
 
     Attributes:
         row: int64 ``[n]``, which of the ``N`` rows asked for these are.
+        parent: int64 ``[n]``, the slots that they extend.
         request, rank, position: int64 ``[n]``: the request of a row, its column among the new ones, and the
             number of tokens before its own.
         seen: bool ``[n, S + width]``, the columns that a row sees.
@@ -29,6 +30,7 @@ class NewRows:
     """
 
     row: Tensor
+    parent: Tensor
     request: Tensor
     rank: Tensor
     position: Tensor
@@ -65,7 +67,13 @@ class Slots:
     batch: int
 
     def add(self, parent: Tensor) -> NewRows | None:
-        """Make a slot for a child of every slot of ``parent[N]``; None if all rows are unused (-1)."""
+        """Make a slot for a child of every slot of ``parent[N]``; None if all rows are unused (-1).
+
+        Rows ``parent[B, P]`` of a request each are all new columns, also unused ones, which see what a child
+        of the root would: no shape depends on them, and the host waits for nothing.
+        """
+        if parent.ndim == 2:
+            return self._add_by_request(parent)
         row = (parent >= 0).nonzero()[:, 0]  # the host waits for their number, and below for the width
         slot = torch.full_like(parent, -1, dtype=torch.int64)
         above = parent[row].long()
@@ -82,9 +90,24 @@ class Slots:
         own = torch.arange(width, device=rank.device) == rank[:, None]
         seen = torch.cat([self.visible[above], own], 1)
 
+        slot[row] = self._append(request, position, seen, width)
+        return NewRows(row, above, request, rank, position, seen, slot, self.batch, width)
+
+    def _add_by_request(self, parent: Tensor) -> NewRows:
+        batch, width = parent.shape
+        used, root = parent >= 0, torch.arange(batch, device=parent.device)[:, None].expand_as(parent)
+        above, request = torch.where(used, parent.long(), root).flatten(), root.flatten()
+        row = torch.arange(batch * width, device=parent.device)
+        position, rank = self.position[above] + 1, row % width
+        own = torch.eye(width, dtype=torch.bool, device=parent.device).repeat(batch, 1)
+        seen = torch.cat([self.visible[above], own], 1)
+        slot = torch.where(used.flatten(), self._append(request, position, seen, width), -1)
+        return NewRows(row, above, request, rank, position, seen, slot, batch, width)
+
+    def _append(self, request: Tensor, position: Tensor, seen: Tensor, width: int) -> Tensor:
+        """Keep new slots, ``width`` columns; returns their numbers."""
         first = len(self.request)
-        slot[row] = torch.arange(first, first + len(above), device=slot.device)
         self.visible = torch.cat([F.pad(self.visible, (0, width)), seen])
         self.request = torch.cat([self.request, request])
         self.position = torch.cat([self.position, position])
-        return NewRows(row, request, rank, position, seen, slot, self.batch, width)
+        return torch.arange(first, first + len(request), device=request.device)

@@ -11,7 +11,7 @@ from .._deprecated import renamed_arguments, renamed_field
 from ..ops import distinct_rows, draw_children, expand_topk
 from ..ops._checks import check_int
 from ..trie import Trie
-from .protocol import PrefixModel
+from .protocol import PrefixModel, extend_by_request
 
 
 class SampleResult(NamedTuple):
@@ -38,6 +38,7 @@ def topk_sampling(
     top_k: int = 50,
     temperature: float = 1.0,
     seed: Tensor | int = 0,
+    constant_shapes: bool = False,
 ) -> SampleResult:
     """Draw candidates from the policy, token by token, out of the ``top_k`` most probable legal ones.
 
@@ -49,6 +50,8 @@ def topk_sampling(
         top_k: tokens that a draw chooses from; the probabilities are those of the policy, renormalized.
         temperature: divides the logits.
         seed: int64 seeds ``[B]``, one per request, or one int for seeds derived from it and ``b``.
+        constant_shapes: run every candidate's prefix, also those that are the same, so that the host has
+            nothing to wait for. The candidates are those that are drawn without it.
 
     Returns:
         A named tuple:
@@ -57,7 +60,8 @@ def topk_sampling(
         - ``logp`` float32 ``[B, K]``, under the policy, without the truncation
         - ``num_valid`` int32 ``[B]``, always ``K`` unless the catalogue is empty, or a prefix was drawn after
           which no legal token has a finite logit: such a draw is lost. Slots past it hold -1 and -inf
-        - ``forward_tokens`` int32 ``[B]``: distinct prefixes evaluated, the root included
+        - ``forward_tokens`` int32 ``[B]``: prefixes evaluated, the root included; distinct ones unless shapes
+          are constant
 
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
@@ -81,6 +85,13 @@ def topk_sampling(
         if last:
             break
         sequence, prefix, logp = drawn.sequence, drawn.node, drawn.logp.float()
+        if constant_shapes:
+            parent = (slot[:, None] if depth == 0 else slot).expand_as(prefix).masked_fill(prefix < 0, -1)
+            logits, slot = extend_by_request(model, state, parent, sequence[..., -1].long().clamp(min=0))
+            logits, node = logits.flatten(0, 1), prefix.flatten()
+            row = torch.arange(node.numel(), device=device).view_as(prefix)
+            forward_tokens += drawn.num_valid
+            continue
         rows = distinct_rows(prefix, sequence[..., -1], slot, row=row)
         number = int(rows.num_rows)  # the host waits for it, once per level
         row, node, slot = rows.row, rows.node[:number], rows.parent[:number]

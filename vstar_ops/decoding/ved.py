@@ -25,7 +25,13 @@ from ..ops import (
 )
 from ..ops._checks import check_int, check_seeds, validating
 from ..trie import Trie
-from .protocol import PrefixModel, can_skip_forced, check_finite_logits, check_normalize
+from .protocol import (
+    PrefixModel,
+    can_skip_forced,
+    check_finite_logits,
+    check_normalize,
+    extend_by_request,
+)
 from .ved_config import VEDConfig
 
 
@@ -55,6 +61,7 @@ def ved(
     *,
     seed: Tensor | int = 0,
     num_rounds: int | None = None,
+    constant_shapes: bool = False,
 ) -> VEDResult:
     r"""Value-guided efficient decoding (V-STAR, arXiv 2602.10699, Eqs. 10-14), within a hard token budget.
 
@@ -78,6 +85,8 @@ def ved(
             drawn children are a pure function of (seed, prefix), whatever the batch, device and threads.
         num_rounds: run exactly this number of rounds and never look at the host in between, as a CUDA graph
             needs it. None stops when all requests are done, which the host looks up once per round.
+        constant_shapes: run unused rows too, so that the host has nothing else to wait for. Implied by
+            ``num_rounds``.
 
     Returns:
         A named tuple:
@@ -119,7 +128,8 @@ def ved(
     )
     skip_forced = config.skip_forced and not config.evaluate_leaves
     skip_forced = skip_forced and can_skip_forced(model, config.normalize)
-    search = _Search(model, state, trie, trees, seeds, config, levels, skip_forced)
+    constant_shapes = constant_shapes or num_rounds is not None
+    search = _Search(model, state, trie, trees, seeds, config, levels, skip_forced, constant_shapes)
     search.plant(logits, budget)
     search.grow(num_rounds)
     best = search.candidates(num_candidates)
@@ -152,6 +162,7 @@ class _Search:
     config: VEDConfig
     levels: int  # the depth of the deepest node that is evaluated
     skip_forced: bool
+    constant_shapes: bool
 
     @property
     def policy(self) -> dict[str, Any]:
@@ -216,8 +227,12 @@ class _Search:
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """Logits ``[B, P, V]`` and slots ``[B, P]`` of new rows."""
         shape = inputs.slot.shape
-        logits, slot = self.model.extend(self.state, inputs.slot.flatten(), inputs.token.flatten())
-        return logits.unflatten(0, shape), slot.long().unflatten(0, shape).masked_fill(inputs.unused, -1)
+        if self.constant_shapes:
+            logits, slot = extend_by_request(self.model, self.state, inputs.slot, inputs.token)
+        else:  # models leave unused rows out
+            logits, slot = self.model.extend(self.state, inputs.slot.flatten(), inputs.token.flatten())
+            logits = logits.unflatten(0, shape)
+        return logits, slot.long().view(shape).masked_fill(inputs.unused, -1)
 
     def evaluate(self, rows: SelectedRows, logits: Tensor, slot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Insert the rows with all that the model says about them; returns values and child values."""

@@ -90,6 +90,7 @@ class SIDTransformer(nn.Module):
     """
 
     finite_logits = True  # nothing is masked; see PrefixModel
+    rows_by_request = True
 
     def __init__(
         self,
@@ -141,12 +142,19 @@ class SIDTransformer(nn.Module):
         return self._head(self._causal(tokens)[0])
 
     def pack(
-        self, context: Tensor, candidates: Tensor, mask: Tensor, needed: Tensor, *, leaves: bool
+        self,
+        context: Tensor,
+        candidates: Tensor,
+        mask: Tensor,
+        needed: Tensor,
+        *,
+        leaves: bool,
+        compact: bool = True,
     ) -> PackedRows:
         """Prompts ``context[B, T]`` and the prefixes of their candidates, for :meth:`packed`."""
         prompt = F.pad(context.long(), (1, 0), value=self.vocab)
         return pack_prompts(
-            prompt, candidates, mask, prompt_mask=prompt >= 0, needed=needed, leaves=leaves, compact=True
+            prompt, candidates, mask, prompt_mask=prompt >= 0, needed=needed, leaves=leaves, compact=compact
         )
 
     def packed(self, rows: PackedRows, *, child_values: bool = False) -> PackedScores:
@@ -226,7 +234,7 @@ class SIDTransformer(nn.Module):
         if rows is None:
             none = state.keys[0].new_zeros(len(parent), self.vocab)
             return none, torch.full_like(parent, -1, dtype=torch.int64)
-        parent, token = parent[rows.row].long(), token[rows.row].long()
+        shape, parent, token = parent.shape, rows.parent, token.flatten()[rows.row].long()
         # Attention runs on [B, widest request] rows, so the prompt's keys are shared by the rows of a request
         # instead of being copied for each.
         mask = rows.mask()
@@ -246,7 +254,9 @@ class SIDTransformer(nn.Module):
         if state.valued is not None and valued is not None:
             state.valued = torch.cat([state.valued, valued])
         logits = self._logits(x, at, state.near)
-        return logits.new_zeros(len(rows.slot), self.vocab).index_put((rows.row,), logits), rows.slot
+        if len(logits) < shape.numel():
+            logits = logits.new_zeros(shape.numel(), self.vocab).index_put((rows.row,), logits)
+        return logits.view(*shape, self.vocab), rows.slot.view(shape)
 
     def _causal(
         self, tokens: Tensor

@@ -29,6 +29,12 @@ class World:
         self.device = torch.device("cpu") if device is None else device
 
     @property
+    def constant_shapes(self) -> bool:
+        """Whether a step runs rows in vain rather than wait for their number: where the device works ahead of
+        the host."""
+        return self.device.type != "cpu"
+
+    @property
     def is_main(self) -> bool:
         """Whether this process evaluates and writes."""
         return self.rank == 0

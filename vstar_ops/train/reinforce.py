@@ -71,7 +71,8 @@ class PolicyGradient:
         c = self.config = run.config
         self.run, self.model, self.sft = run, model, sft.eval()
         self.call = run.world.wrap(model)
-        self.decoder = Decoder(variant.decoder, c.candidates, c.ved)
+        constant = run.world.constant_shapes
+        self.decoder = Decoder(variant.decoder, c.candidates, c.ved, constant_shapes=constant)
         self.values = model.value_head is not None
         self.child_values = self.values and c.ved.child_values
         self.global_weight = 0.0 if variant.objective == "sibling" else 1.0
@@ -101,6 +102,7 @@ class PolicyGradient:
             values=self.values,
             leaves=c.ved.evaluate_leaves,
             pack=c.pack,
+            compact=not self.run.world.constant_shapes,
         )
         scores = laid_out.scores(lambda rows: self.call("packed", rows, child_values=self.child_values))
         with torch.no_grad():

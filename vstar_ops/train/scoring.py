@@ -86,8 +86,13 @@ def candidate_rows(
     values: bool = False,
     leaves: bool = True,
     pack: bool = True,
+    compact: bool = True,
 ) -> CandidateRows:
-    """Lay out candidates for :meth:`CandidateRows.scores`; arguments as for :func:`candidate_scores`."""
+    """Lay out candidates for :meth:`CandidateRows.scores`; arguments as for :func:`candidate_scores`.
+
+    ``compact=False`` leaves room for all prefixes there could be, as :func:`vstar_ops.packing.pack_prompts`
+    does, and the host waits for nothing.
+    """
     shape = candidates.shape
     if not pack:
         context = context.repeat_interleave(shape[1], 0)
@@ -98,7 +103,9 @@ def candidate_rows(
     nodes = nodes.masked_fill(~present[..., None], -1)
     # Without values, only prefixes that branch or lead to one that does need to be run.
     needed = nodes >= 0 if values or not pack else trie.num_children(nodes) > 1
-    rows = model.pack(context, candidates, present, needed[..., 1:], leaves=values and leaves)
+    rows = model.pack(
+        context, candidates, present, needed[..., 1:], leaves=values and leaves, compact=compact
+    )
     return CandidateRows(rows, trie, nodes[..., 1:], shape, values)
 
 

@@ -15,7 +15,8 @@ from vstar_ops import ExpandTopK, NodeEvaluation, SearchTrees, SelectedRows, Tri
 
 from . import search
 from .calls import Call, insert, loss_and_gradient, select, token_logp_gradient
-from .cases import policies, random_evaluation, random_tokens, restricted
+from .generators import policies, random_tokens, restricted
+from .trees import random_evaluation
 
 Random = np.random.Generator
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

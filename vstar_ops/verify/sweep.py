@@ -23,6 +23,8 @@ from .script import MOST, script
 from .shrink import message, size, smallest
 from .wants import expectation
 
+FEWEST = 20  # cases of an op, even where the machine stands still while the time runs out
+
 
 @dataclass
 class Row:
@@ -94,8 +96,9 @@ def verify(
 ) -> list[Row]:
     """Run every op on every backend that is on, for so long, and compare; one row for each of both.
 
-    An op that has failed on a backend is not called there again. At the end the smallest call that fails is
-    looked for, for up to ``shrink`` seconds each.
+    Every op gets the same time, and at least ``FEWEST`` cases. An op that has failed on a backend is not
+    called there again. At the end the smallest call that fails is looked for, for up to ``shrink`` seconds
+    each.
     """
     names = [x for x in OPS if ops is None or x in set(ops)]
     on = [x for x in all_backends() if x not in checks.off()]
@@ -104,15 +107,21 @@ def verify(
         warmup()  # compiles for minutes where nothing is cached
     rows = {(op, backend): Row(op, backend) for op in names for backend in on}
     streams, spent = {op: cases(op, seed) for op in names}, dict.fromkeys(names, 0.0)
+    tried = Counter(dict.fromkeys(names, 0))
     end = checks.clock() + seconds
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small calls only lose time to threads
     try:
         while names:
             start = checks.clock()
-            if start > end and all(row.cases for row in rows.values()):
-                break
-            op = min(names, key=lambda name: spent[name])  # all get the same time
+            if start > end:
+                behind = [x for x in names if tried[x] < FEWEST or not all(rows[x, y].cases for y in on)]
+                if not behind:
+                    break
+                op = behind[0]
+            else:
+                op = min(names, key=lambda name: spent[name])
+            tried[op] += 1
             _one_case(op, next(streams[op]), [rows[op, backend] for backend in on], spent[op])
             spent[op] += checks.clock() - start
             if all(rows[op, backend].failed for backend in on):

@@ -66,6 +66,7 @@ class CausalPrefixModel:
     """
 
     finite_logits = True  # language models mask none of their logits; see PrefixModel
+    rows_by_request = True
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class CausalPrefixModel:
         if rows is None:
             unused = torch.full_like(parent, -1, dtype=torch.int64)
             return state.slots.visible.new_zeros(len(parent), self._width, dtype=self._inner.dtype), unused
-        token = token[rows.row].long()
+        token = token.flatten()[rows.row].long()
         if self.columns is not None:
             token = self.columns[token]
         ids, position = rows.laid_out(token), rows.laid_out(rows.position)
@@ -164,9 +165,9 @@ class CausalPrefixModel:
             ended = torch.isin(token, token.new_tensor(self._ends))
             certain = torch.full_like(logits, -torch.inf).scatter_(1, token[:, None], 0)
             logits = torch.where(ended[:, None], certain, logits)
-        if len(token) < len(parent):
-            logits = logits.new_zeros(len(parent), logits.shape[1]).index_put((rows.row,), logits)
-        return logits, rows.slot
+        if len(token) < parent.numel():
+            logits = logits.new_zeros(parent.numel(), logits.shape[1]).index_put((rows.row,), logits)
+        return logits.unflatten(0, parent.shape), rows.slot.view_as(parent)
 
     def value(self, state: PrefixState, slot: Tensor) -> Tensor:
         """V of evaluated prefixes; see :class:`vstar_ops.decoding.ValueModel`."""
