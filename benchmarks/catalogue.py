@@ -40,6 +40,11 @@ def industrial_like(seed: int = 0) -> Tensor:
     return torch.tensor(rows)
 
 
+def made(items: int, codes: int, length: int) -> Tensor:
+    """int64 ``[items, L]``: random ones, whose codes are the same columns on each level. A few are equal."""
+    return torch.randint(codes, (items, length), generator=torch.Generator().manual_seed(0))
+
+
 def load(data: str | None, category: str) -> tuple[str, Tensor, Tensor | None]:
     """Name, sequences, and prompts ``[1024, T]`` of random test requests.
 

@@ -10,6 +10,8 @@ A competitor is a way of expanding beams under a catalogue, written here as its 
 
 All of them normalize over all columns, as ``normalize="vocab"`` does, and those that claim to be exact must
 find the same winners. Ours is timed with ``"legal"`` too, which needs no illegal column; its scores differ.
+Beside it stands the best composition of torch operations for that, a gather of the legal logits before the
+softmax. Last come verl's and TRL's functions, where they are installed.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from vstar_ops import Trie, expand_topk
 from vstar_ops._files import replacing
 from vstar_ops.decoding import beam_search
 
-from . import harness
-from .catalogue import frontiers
+from . import harness, trainers
+from .catalogue import frontiers, made
 
-OURS, LEGAL = "ours", "ours, legal"
+OURS, LEGAL, GATHER = "ours", "ours, legal", "gather, log_softmax, top-k"
 STATIC, DENSE, PYTHON, CUT = "STATIC", "dense mask", "Python trie", "top 2W before the mask"
 
 
@@ -76,27 +78,44 @@ class DenseMask:
         return _winners(logp.add_(cum_logp[:, :, None]), None, child, k)
 
 
-class Static:
-    """The first two depths by :class:`DenseMask`, others by rows of a CSR matrix of (token, child)."""
+class Gather:
+    """Rows of a CSR matrix of (token, child), each as long as the one of the depth's widest node."""
 
     def __init__(self, trie: Trie, depth: int, columns: int) -> None:
-        self.dense = DenseMask(trie, depth, columns) if depth < 2 else None
         self.offset = trie.offset.long()
         edges = torch.arange(len(trie.token))
         self.packed = torch.stack([trie.token.long(), edges + 1], 1)
         level = self.offset[trie.level_offset[depth] : trie.level_offset[depth + 1] + 1]
         self.limit = torch.arange(int(level.diff().max()))  # the most children on this depth
 
-    def __call__(self, logits: Tensor, node: Tensor, cum_logp: Tensor, k: int) -> Winners:
-        """Gather as many edges for every beam as the widest node of the depth has, mask, top-k."""
-        if self.dense:
-            return self.dense(logits, node, cum_logp, k)
-        logp = torch.log_softmax(logits, -1)
+    def rows(self, values: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``values[B, W, V]`` of the children, -inf behind the last, their tokens and nodes ``[B, W, C]``."""
         start = self.offset[node]
         there = self.limit < (self.offset[node + 1] - start)[..., None]
         token, child = self.packed[(start[..., None] + self.limit).clamp(max=len(self.packed) - 1)].unbind(-1)
-        found = logp.gather(2, token).masked_fill_(~there, -torch.inf)
-        return _winners(found.add_(cum_logp[:, :, None]), token, child.masked_fill(~there, -1), k)
+        found = values.gather(2, token).masked_fill_(~there, -torch.inf)
+        return found, token, child.masked_fill(~there, -1)
+
+    def __call__(self, logits: Tensor, node: Tensor, cum_logp: Tensor, k: int) -> Winners:
+        """Log-softmax over the legal children, top-k."""
+        found, token, child = self.rows(logits, node)
+        return _winners(torch.log_softmax(found, -1).add_(cum_logp[:, :, None]), token, child, k)
+
+
+class Static(Gather):
+    """The first two depths by :class:`DenseMask`, others by rows of a CSR matrix."""
+
+    def __init__(self, trie: Trie, depth: int, columns: int) -> None:
+        self.dense = DenseMask(trie, depth, columns) if depth < 2 else None
+        if not self.dense:
+            super().__init__(trie, depth, columns)
+
+    def __call__(self, logits: Tensor, node: Tensor, cum_logp: Tensor, k: int) -> Winners:
+        """Log-softmax over all columns, mask, top-k."""
+        if self.dense:
+            return self.dense(logits, node, cum_logp, k)
+        found, token, child = self.rows(torch.log_softmax(logits, -1), node)
+        return _winners(found.add_(cum_logp[:, :, None]), token, child, k)
 
 
 class PythonTrie:
@@ -178,6 +197,8 @@ def one_step(
         inputs = logits, node.long(), cum_logp, width
         steps: dict[str, Step] = {OURS: ours(trie, "vocab"), LEGAL: ours(trie, "legal")}
         steps |= {other: make(trie, depth, columns) for other, make in COMPETITORS.items()}
+        steps[GATHER] = Gather(trie, depth, columns)
+        assert wrong(steps[GATHER](*inputs), steps[LEGAL](*inputs)) == 0, f"{GATHER} has wrong winners"
         right, shares = steps[OURS](*inputs), {}
         for other in COMPETITORS:
             shares[other] = wrong(steps[other](*inputs), right)
@@ -186,8 +207,8 @@ def one_step(
         samples = {x: clock.sample(lambda _, f=f, inputs=inputs: f(*inputs)) for x, f in steps.items()}
         timing = clock.interleave(samples, rounds)
         case = f"{name}, depth {depth}, B={batch} W={width} V={columns}"
-        for own, kind in ((OURS, ""), (LEGAL, ", legal")):
-            kept = {x: timing.rounds[x] for x in (own, *COMPETITORS)}
+        for own, kind, others in ((OURS, "", COMPETITORS), (LEGAL, ", legal", (GATHER, *COMPETITORS))):
+            kept = {x: timing.rounds[x] for x in (own, *others)}
             report.add(case + kind, harness.Timing(kept))
         if shares[CUT]:
             print(f"  {CUT}: of the winners {shares[CUT]:.1%} are wrong, for random logits")
@@ -254,11 +275,6 @@ def whole_search(
     report.add(f"{case}, legal", harness.Timing({x: timing.rounds[x] for x in (LEGAL, STATIC)}))
 
 
-def made(items: int, codes: int) -> Trie:
-    """Random items of three levels, whose codes are the same columns on each."""
-    return Trie.from_sequences(torch.randint(codes, (items, 3), generator=torch.Generator().manual_seed(0)))
-
-
 def main() -> None:
     """Parse the options, measure, print."""
     parser = harness.parser("benchmarks.competitors", (__doc__ or "").split("\n")[0], rounds=9)
@@ -272,9 +288,10 @@ def main() -> None:
     for items, codes, sizes in ((10**3, 64, (2, 4)),) if args.small else (
         (10**5, 1024, (2, 70)), (10**6, 1024, (2, 70)), (10**6, 8192, (4, 128)),
     ):  # fmt: skip
-        name, trie = f"{items:,} items", made(items, codes)
+        name, trie = f"{items:,} items", Trie.from_sequences(made(items, codes, 3))
         one_step(report, name, trie, codes, sizes, args.rounds)
         whole_search(report, name, trie, codes, sizes, args.rounds)
+    trainers.functions(report, args.rounds, args.small)
     if args.json:
         with replacing(args.json) as path:
             path.write_text(json.dumps({"machine": header, "rows": report.rows}, indent=1))

@@ -13,7 +13,7 @@ WIDE, SHARED_64 = r"LDG\.E\.128", r"LD\.E\.64"  # what tells loops apart
 
 
 class CostCase(NamedTuple):
-    """One shape, by its name in ``cases.py``. ``goals`` are in seconds: CUDA C++, Triton."""
+    """One shape, by its name in ``cases``. ``goals`` are in seconds: CUDA C++, Triton."""
 
     name: str
     goals: tuple[float, float]

@@ -30,18 +30,10 @@ from vstar_ops._files import replacing
 
 from .cases import FP32, Case, cases, expand_dense
 from .catalogue import industrial_like
-from .harness import Clock, Sample
+from .harness import Clock, Sample, copy_bandwidth
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = RESULTS / "model.md"
-
-
-def copy_bandwidth(clock: Clock, device: str, size: int) -> float:
-    """Bytes per second, read and written, of a copy that no cache holds."""
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    copy = Sample(lambda: target.copy_(source), 1)
-    return 2 * size / clock.interleave({"copy": copy}, 20).seconds("copy")
 
 
 def call_overhead(device: str) -> float:

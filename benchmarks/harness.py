@@ -6,6 +6,8 @@ Every round times each variant once, so drift of the machine hits all alike.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -68,7 +70,17 @@ class Timing(NamedTuple):
 
     def ratio(self, name: str, to: str) -> float:
         """The median of the ratios within a round."""
-        return statistics.median(x / y for x, y in zip(self.rounds[name], self.rounds[to], strict=True))
+        return statistics.median(self._ratios(name, to))
+
+    def interval(self, name: str, to: str) -> tuple[float, float]:
+        """A 95 % interval of that median, by ranks (sign test); all ratios where rounds are few."""
+        ratios, below, rank = sorted(self._ratios(name, to)), 0, 0
+        while below + math.comb(len(ratios), rank) <= 0.025 * 2 ** len(ratios):
+            below, rank = below + math.comb(len(ratios), rank), rank + 1
+        return ratios[max(rank, 1) - 1], ratios[-max(rank, 1)]
+
+    def _ratios(self, name: str, to: str) -> list[float]:
+        return [x / y for x, y in zip(self.rounds[name], self.rounds[to], strict=True)]
 
 
 class Clock:
@@ -136,8 +148,19 @@ def compare(variants: Mapping[str, Callable[[], Any]], rounds: int) -> Timing:
     return Clock().interleave({name: Sample(call, 1) for name, call in variants.items()}, rounds)
 
 
+def copy_bandwidth(clock: Clock, device: str, size: int) -> float:
+    """Bytes per second, read and written, of a copy that no cache holds."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    copy = Sample(lambda: target.copy_(source), 1)
+    return 2 * size / clock.interleave({"copy": copy}, 20).seconds("copy")
+
+
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes by which the process grew at most during a call; None where the system does not tell."""
+    """Bytes by which the process grew at most during a call, in whole pages; None where nobody tells."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)  # or a call may use what others have left
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
     except OSError:
@@ -152,28 +175,63 @@ def peak_memory(call: Callable[[], object]) -> int | None:
     return status("VmHWM") - before
 
 
+class Cost(NamedTuple):
+    """What a variant did beside taking time; None for what is not known."""
+
+    bytes_per_second: float | None = None
+    bandwidth_share: float | None = None
+    peak: int | None = None
+
+    def __str__(self) -> str:
+        pace = "" if self.bytes_per_second is None else f"{self.bytes_per_second / 1e9:.2f} GB/s"
+        share = "" if self.bandwidth_share is None else f"{100 * self.bandwidth_share:.0f} %"
+        peak = "" if self.peak is None else f"{self.peak / 1e6:.2f} MB"
+        return f"{pace:>10} {share:>6} {peak:>9}"
+
+
 class Report:
-    """Rows of a table, printed as they come."""
+    """Rows of a table, printed as they come: for each case a line per variant."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, object]] = []
-        print(f"\n{'case':<62} {'against':<34} {'ours':>8} {'other':>8} {'ratio':>7} {'target':>7}")
+        head = f"{'variant':<36} {'time':>8} {'':>10} {'of copy':>6} {'peak':>9}"
+        print(f"\n{head} {'ratio':>7} {'95 % interval':>16} {'target':>7}")
 
-    def add(self, case: str, timing: Timing, targets: dict[str, float] | None = None) -> None:
-        """A line for each variant that the first is compared with, or one for the first alone."""
+    def add(
+        self,
+        case: str,
+        timing: Timing,
+        targets: Mapping[str, float] | None = None,
+        costs: Mapping[str, Cost] | None = None,
+    ) -> None:
+        """The first variant, and each of the others compared with it."""
+        targets, costs = targets or {}, costs or {}
         own, *others = timing.rounds
         ours = timing.seconds(own)
+        print(case)
+        print(f"  {own:<34} {_seconds(ours):>8} {costs.get(own, Cost())}".rstrip(), flush=True)
+        first = {"case": case, "ours_s": ours, **_known("ours", costs.get(own))}
         if not others:
-            self.rows.append({"case": case, "ours_s": ours})
-            print(f"{case:<62} {'':<34} {_seconds(ours):>8}", flush=True)
+            self.rows.append(first)
         for name in others:
-            other, ratio = timing.seconds(name), timing.ratio(name, own)
-            self.rows.append(
-                {"case": case, "against": name, "ours_s": ours, "other_s": other, "ratio": ratio}
-            )
-            target = f"{targets[name]:g}x" if targets and name in targets else ""
-            figures = f"{_seconds(ours):>8} {_seconds(other):>8} {ratio:>6.1f}x {target:>7}"
-            print(f"{case:<62} {name:<34} {figures}", flush=True)
+            other, ratio, interval = timing.seconds(name), timing.ratio(name, own), timing.interval(name, own)
+            row = {**first, "against": name, "other_s": other, "ratio": ratio, "interval": interval}
+            self.rows.append({**row, **_known("other", costs.get(name))})
+            target = f"{targets[name]:g}x" if name in targets else ""
+            figures = f"{times(ratio):>7} {' to '.join(map(times, interval)):>16} {target:>7}"
+            line = f"  {name:<34} {_seconds(other):>8} {costs.get(name, Cost())} {figures}"
+            print(line.rstrip(), flush=True)
+
+
+def times(ratio: float) -> str:
+    """``12.3x``"""
+    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
+
+
+def _known(side: str, cost: Cost | None) -> dict[str, object]:
+    """The entries of a row."""
+    found = cost._asdict() if cost else {}
+    return {f"{side}_{name}": value for name, value in found.items() if value is not None}
 
 
 def _seconds(value: float) -> str:

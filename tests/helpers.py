@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vstar_ops
 from vstar_ops.verify.calls import Call, map_tensors, tensors
-from vstar_ops.verify.cases import restricted
+from vstar_ops.verify.generators import restricted
 from vstar_ops.verify.wants import expectation
 
 

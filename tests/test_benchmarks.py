@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib.util
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmarks.__main__
 import benchmarks.gpu
-from benchmarks import cases, competitors, cost_cases
+from benchmarks import base, cases, competitors, cost_cases, harness, plots, scale, trainers, worker
 from benchmarks.catalogue import industrial_like
 from vstar_ops.ops import OPS
 
 ITEMS = industrial_like()
+SMALL = argparse.Namespace(data=None, category="", small=True, rounds=3)
+
+
+def number(maker: str, size: str = "small") -> int:
+    """Of a case, by its maker."""
+    return next(i for i, make in enumerate(cases.cases(size, ITEMS)) if make.__name__.startswith(maker))
 
 
 @pytest.mark.slow
@@ -107,7 +118,7 @@ def test_competitors_agree_and_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr("sys.argv", arguments)
     competitors.main()
     against = {row.get("against") for row in json.loads(rows.read_text())["rows"]}
-    assert against == set(competitors.COMPETITORS)
+    assert against >= {competitors.GATHER, *competitors.COMPETITORS}
 
 
 def test_wrong_winners_are_counted() -> None:
@@ -122,3 +133,164 @@ def test_wrong_winners_are_counted() -> None:
     assert competitors.wrong(winners([3.0, 2.0, 1.0, 1.0], [5, 6, 7, 9]), right) == 0  # a tie at the end
     assert competitors.wrong(winners([3.0, 1.0, 1.0, 0.5], [5, 7, 8, 9]), right) == 0.25
     assert competitors.wrong(winners([3.0, -math.inf, 1.0, 1.0], [5, 6, 7, 8]), right) == 0.25
+
+
+def test_cpu_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ratios have their intervals, times their pace and their memory."""
+    rows = tmp_path / "rows.json"
+    arguments = ["benchmarks", "--small", "--rounds", "1", "--no-compile", "--only", "g", "--json", str(rows)]
+    monkeypatch.setattr("sys.argv", arguments)
+    benchmarks.__main__.main()
+    found = json.loads(rows.read_text())
+    (row,) = found["rows"]
+    assert (row["case"], row["against"]) == ("group_advantage B=2 G=8", "mean, std")
+    assert row["interval"] == [row["ratio"]] * 2
+    for own in ("ours", "other"):
+        assert row[f"{own}_bytes_per_second"] == pytest.approx(4 * 2 * 8 * 2 / row[f"{own}_s"])
+        share = row[f"{own}_bytes_per_second"] / found["bandwidth"]
+        assert row[f"{own}_bandwidth_share"] == pytest.approx(share)
+        assert row[f"{own}_peak"] < 2e6
+
+
+def test_the_interval_of_a_ratio() -> None:
+    """The 8th and the 18th of 25: fewer than 8 of 25 tosses are heads with a probability of 2.2 %."""
+    timing = harness.Timing({"ours": [1.0] * 25, "other": [float(x) for x in range(25)]})
+    assert timing.ratio("other", "ours") == 12
+    assert timing.interval("other", "ours") == (7, 17)
+    few = harness.Timing({"ours": [2.0] * 5, "other": [2.0, 4.0, 6.0, 8.0, 10.0]})
+    assert few.interval("other", "ours") == (1, 5)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system tells no peak")
+def test_the_peak_of_memory() -> None:
+    """What a call holds at once, whatever others have left."""
+    left = [bytearray(2000) for _ in range(5000)]
+    kept = left[::500]
+    del left  # a hole of 1 MB between each two
+    assert 3.5e6 < harness.peak_memory(lambda: torch.ones(10**6).sum()) < 5e6
+    assert 7.5e6 < harness.peak_memory(lambda: torch.ones(10**6) + 1) < 9.5e6
+    assert harness.peak_memory(lambda: None) < 5e5
+    assert kept
+
+
+def test_a_case_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rest is measured."""
+
+    def no_compiler(*_: Any) -> None:
+        raise benchmarks.__main__.InductorError(RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
+    case = cases.group_advantage(ITEMS, 2, 8)
+    assert benchmarks.__main__.compiled(case) is case
+    assert "no C++ compiler" in capsys.readouterr().out
+
+
+def test_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every competitor finds the winners of its kind; all is drawn from files, twice to the same bytes."""
+    row = {"case": "op B=1", "ours_s": 1e-3, "ours_bytes_per_second": 1e9}
+    (tmp_path / "cpu.json").write_text(json.dumps({"bandwidth": 1e10, "rows": [row]}))
+    folders = ["--results", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["plots", "--measure", "--small", "--rounds", "1", *folders])
+    plots.main()
+    found = json.loads((tmp_path / "sweeps.json").read_text())["rows"]
+    assert {row["sweep"] for row in found} == set(plots.SWEPT)
+    assert all(set(row["seconds"]) == set(plots.STYLES) and min(row["seconds"].values()) > 0 for row in found)
+    drawn = {path: path.read_bytes() for path in tmp_path.glob("*.[sp][vn]g")}
+    assert {path.name for path in drawn} == {
+        f"{x}.{y}" for x in ("sweeps", "roofline") for y in ("svg", "png")
+    }
+    assert b"op B=1" in drawn[tmp_path / "roofline.svg"]
+    monkeypatch.setattr("sys.argv", ["plots", *folders])
+    plots.main()
+    assert all(path.read_bytes() == content for path, content in drawn.items())
+
+
+def test_scale_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A small catalogue is built, written, mapped, expanded."""
+    rows = tmp_path / "rows.json"
+    sizes = ["--items", "2000", "--codes", "64", "--rounds", "1", "--json", str(rows)]
+    monkeypatch.setattr("sys.argv", ["scale", *sizes])
+    scale.main()
+    found = json.loads(rows.read_text())
+    assert all(found[x]["seconds"] > 0 for x in ("build", "write", "map", "map, and check the sum"))
+    children = {row["step"]: row["children"] for row in found["steps"]}
+    assert children["all columns legal"] == children["reading the logits"] == 16 * 128 * 64
+    assert children["depth 1"] > children["depth 2"] >= children["depth 3"] > 0
+
+
+@pytest.mark.parametrize("package", ["verl", "trl"])
+def test_functions_of_trainers(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a package is installed its functions give what ours do, else a line says that it is not."""
+    trainers.functions(report := harness.Report(), 1, small=True)
+    there = [row for row in report.rows if row["case"].endswith(f"as {package} has it")]
+    if importlib.util.find_spec(package):
+        assert {row["case"].split()[0] for row in there} >= {"token_logp", "sibling_grpo_loss"}
+    else:
+        assert not there
+        assert f"{package} is not installed" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- --base
+
+
+def test_another_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It gives the same bits, or others, or has no such op."""
+    shutil.copytree(worker.ROOT / "vstar_ops", tmp_path / "vstar_ops", symlinks=True)
+    for folder in ("kernels", "benchmarks"):
+        (tmp_path / folder).symlink_to(worker.ROOT / folder)
+    with open(tmp_path / "vstar_ops/__init__.py", "a") as module:
+        module.write("right = group_advantage\n")
+        module.write("def group_advantage(*a, **k): return right(*a, **k) + 1\n")
+        module.write("del prefix_tree\n")
+    report, chosen = harness.Report(), [number(x) for x in ("sibling_advantage", "group", "prefix_tree")]
+    base.compare(SMALL, chosen, "another", tmp_path, report)
+    assert [row[base.SAME] for row in report.rows] == [True, False]
+    assert all(row["against"] == "another" and row["ratio"] > 0 for row in report.rows)
+    out = capsys.readouterr().out
+    assert "prefix_tree B=2 G=8 L=3: not on another: AttributeError" in out
+    assert "same results: NO" in out
+
+
+def test_a_commit_that_cannot_run_the_cases(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "benchmarks").symlink_to(worker.ROOT / "benchmarks")
+    (tmp_path / "vstar_ops").mkdir()
+    (tmp_path / "vstar_ops/__init__.py").write_text("raise ImportError('of another time')")
+    with pytest.raises(base.CannotCompare, match="the process that runs the cases in .* ended with 1"):
+        base.compare(SMALL, [0], "another", tmp_path, harness.Report())
+    assert "of another time" in capfd.readouterr().err
+
+
+def test_a_base_that_is_no_commit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--small", "--base", "no-such-commit"])
+    with pytest.raises(SystemExit):
+        benchmarks.__main__.main()
+    assert "--base 'no-such-commit' names no commit" in capsys.readouterr().err
+
+
+def test_a_module_older_than_its_sources(tmp_path: Path) -> None:
+    """What would be measured is not what is there."""
+    for name in ("csrc/cpu/loops.h", "tools/recipe.py", "vstar_ops/_C.abi3.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    base.must_be_fresh(tmp_path)
+    os.utime(tmp_path / "vstar_ops/_C.abi3.so", (0, 0))
+    with pytest.raises(base.CannotCompare, match="is newer than _C.abi3.so: make"):
+        base.must_be_fresh(tmp_path)
+    (tmp_path / "vstar_ops/_C.abi3.so").unlink()
+    with pytest.raises(base.CannotCompare, match="is not built: make"):
+        base.must_be_fresh(tmp_path)
+
+
+@pytest.mark.skipif(not (worker.ROOT / ".git").exists(), reason="no repository")
+def test_a_commit_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its files are there, its build says why it fails."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    base.unpack(base.resolve("HEAD"), tmp_path)
+    assert (tmp_path / "csrc/cpu").is_dir()
+    assert (tmp_path / "benchmarks/worker.py").samefile(worker.__file__)
+    with pytest.raises(base.CannotCompare, match="(?s)cannot be built.*no-such-compiler"):
+        base.build("HEAD", tmp_path)

@@ -13,7 +13,8 @@ from helpers import assert_close, assert_same, map_tensors, op_arguments
 import vstar_ops
 from vstar_ops import SearchTrees, Trie
 from vstar_ops.ops import OPS
-from vstar_ops.verify import cases
+from vstar_ops.verify import cases, generators
+from vstar_ops.verify.calls import Call
 
 pytestmark = pytest.mark.skipif(not cuda_emulator.COMPILER, reason="no C++ compiler")
 REFERENCE = {name: op.overloads["reference"] for name, op in OPS.items()}
@@ -210,7 +211,7 @@ def test_prefix_tree_reads_the_tokens_once():
 
 def test_token_logp_reads_the_logits_once_per_pass():
     """One launch per pass, one block per row; of everything else a target and a few numbers per row."""
-    for name, make in (("token_logp", cases.scored), ("token_logp_backward", cases.differentiated)):
+    for name, make in (("token_logp", generators.scored), ("token_logp_backward", generators.differentiated)):
         call = make(4, columns=8192, targets=40, dtype=torch.bfloat16)
         found = counted(name, *op_arguments(name, call))
         assert (found.launches, found.blocks, found.atomics) == (1, 4, 0)
@@ -223,9 +224,9 @@ def test_token_logp_reads_the_logits_once_per_pass():
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_loss_reads_everything_once(masked):
     """Two launches, one more to count the tokens of a mask."""
-    case = cases.policies(11, 3, 40, 3)
-    mask = cases.random_mask(12, 3, 40) if masked else None
-    call = cases.Call(vstar_ops.sibling_grpo_loss, {**case, "mask": mask, "clip": (0.2, 0.2)})
+    case = generators.policies(11, 3, 40, 3)
+    mask = generators.random_mask(12, 3, 40) if masked else None
+    call = Call(vstar_ops.sibling_grpo_loss, {**case, "mask": mask, "clip": (0.2, 0.2)})
     found = counted("sibling_grpo_loss", *op_arguments("sibling_grpo_loss", call))
     assert (found.launches, found.blocks, found.atomics) == (2 + masked, 3 * (1 + masked) + 1, 0)
     # logp, old, ref, advantage, count, valid, and the group's advantage for every token; the mask twice

@@ -19,7 +19,7 @@ import vstar_ops
 from vstar_ops import Trie, expand_topk
 from vstar_ops.verify import oracles
 from vstar_ops.verify.calls import Call, with_alive
-from vstar_ops.verify.cases import prefixes, restricted
+from vstar_ops.verify.generators import prefixes, restricted
 
 INF = float("inf")
 NAN = float("nan")

@@ -15,7 +15,8 @@ import torch
 
 import vstar_ops
 from vstar_ops.ops._registry import Op
-from vstar_ops.verify.cases import CASES, embedded
+from vstar_ops.verify.cases import CASES
+from vstar_ops.verify.generators import embedded
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vstar_ops import prefix_tree, sibling_advantage
 from vstar_ops.verify import oracles
-from vstar_ops.verify.cases import random_mask, random_tokens
+from vstar_ops.verify.generators import random_mask, random_tokens
 
 # ---------------------------------------------------------------- by hand
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import vstar_ops
 from vstar_ops import sibling_advantage
 from vstar_ops.verify import oracles
-from vstar_ops.verify.cases import random_tokens
+from vstar_ops.verify.generators import random_tokens
 
 # ---------------------------------------------------------------- by hand
 

@@ -30,7 +30,7 @@ from vstar_ops import (
     token_logp,
 )
 from vstar_ops.ops._forms import FORMS
-from vstar_ops.verify.cases import policies
+from vstar_ops.verify.generators import policies
 from vstar_ops.verify.loss import whole_loss
 
 FIELDS = vstar_ops.SiblingGRPOLoss._fields

@@ -20,7 +20,7 @@ import vstar_ops
 from vstar_ops import Trie, token_logp
 from vstar_ops.verify import oracles
 from vstar_ops.verify.calls import Call, token_logp_gradient
-from vstar_ops.verify.cases import restricted
+from vstar_ops.verify.generators import restricted
 
 OP = vstar_ops.ops.OPS["token_logp"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -19,7 +19,9 @@ import torch
 import vstar_ops
 from vstar_ops import _triton
 from vstar_ops.ops._registry import Op
-from vstar_ops.verify.cases import CASES, embedded, evaluation, expansion, scored
+from vstar_ops.verify.cases import CASES
+from vstar_ops.verify.generators import embedded, expansion, scored
+from vstar_ops.verify.trees import evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETING = vstar_ops._backends.interpreting()
@@ -92,7 +94,7 @@ def test_warmup_names_what_is_wrong() -> None:
 def test_expand_topk_says_what_it_does_not_take(k: int, max_children: int, message: str) -> None:
     logits, offset, token = torch.zeros(1, 1, 3000), torch.tensor([0, 3000]), torch.arange(3000)
     node, options = torch.zeros(1, 1, dtype=torch.int64), (1.0, 0.0, 0.0, 1.0, False, max_children)
-    arguments = (logits, offset, token, node, None, k, *[None] * 5, *options)
+    arguments = (logits, offset, token, None, node, None, k, *[None] * 5, *options)
     with pytest.raises(_triton.Unsupported, match=message):
         _triton.run("expand_topk", "expand_topk", *arguments)
 

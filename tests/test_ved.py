@@ -26,7 +26,7 @@ from vstar_ops import (
 )
 from vstar_ops.decoding import VEDConfig, ved
 from vstar_ops.reference.ved_search import ved_search
-from vstar_ops.verify.cases import random_evaluation
+from vstar_ops.verify.trees import random_evaluation
 
 INTERPRETING = vstar_ops._backends.interpreting()  # a search then takes seconds, not milliseconds
 

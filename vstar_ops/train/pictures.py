@@ -33,14 +33,15 @@ _CAPTIONS = {
 
 
 @contextmanager
-def panels(path: Path, size: tuple[float, float], number: int = 3) -> Iterator[Any]:
-    """Axes side by side, saved as an image after the block; an SVG of the same content has the same bytes."""
+def panels(path: Path, size: tuple[float, float], number: int = 3, rows: int = 1) -> Iterator[Any]:
+    """Axes in ``rows``, saved as an image after the block; an SVG of the same content has the same bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, number, figsize=size, constrained_layout=True)
+    figure, axes = pyplot.subplots(rows, number // rows, figsize=size, constrained_layout=True)
+    axes = axes.flatten() if number > 1 else axes
     yield axes
     for axis in axes if number > 1 else [axes]:
         if axis.axison:

@@ -15,7 +15,8 @@ from vstar_ops import ExpandTopK, NodeEvaluation, SearchTrees, SelectedRows, Tri
 
 from . import search
 from .calls import Call, filter_bits, insert, loss_and_gradient, select, token_logp_gradient
-from .cases import policies, random_evaluation, random_filter, random_tokens, restricted
+from .generators import policies, random_filter, random_tokens, restricted
+from .trees import random_evaluation
 
 Random = np.random.Generator
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -467,7 +468,7 @@ DRAWS: dict[str, Callable[[Random, torch.dtype], Call]] = {
     f.__name__: f
     for f in (
         expand_topk, token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns,
-        prefix_tree, advance_beams, rows_to_run, filter_items, draw_children, distinct_rows,
-        sibling_grpo_loss, ved_select, ved_insert, ved_candidates, ved_inputs, ved_evaluate, ved_beams,
+        prefix_tree, advance_beams, rows_to_run, filter_items, draw_children, distinct_rows, sibling_grpo_loss, ved_select,
+        ved_insert, ved_candidates, ved_inputs, ved_evaluate, ved_beams,
     )
 }  # fmt: skip

@@ -57,8 +57,8 @@ def script(found: Finding) -> str:
         made = f"made = {found.origin}\n"
         call = f"def call(made):\n    return run({name}, made)\n"
     imports = "from math import inf, nan\n\nimport torch\n\nimport vstar_ops\n"
-    if "cases.restricted(" in made:
-        imports += "from vstar_ops.verify import cases\n"
+    if "generators.restricted(" in made:
+        imports += "from vstar_ops.verify import generators\n"
     if not written:
         imports = "import numpy as np\nimport torch\n\nimport vstar_ops\n"
         imports += "from vstar_ops.verify import cases, sampling\nfrom vstar_ops.verify.checks import run\n"
@@ -115,7 +115,9 @@ def literal(x: Any, device: str = "cpu") -> str:
         listed = rows.tolist() if len(rows) else f"torch.zeros({list(rows.shape)}, dtype=torch.int64)"
         moved = "" if device == "cpu" else f'.to("{device}")'
         trie = f"vstar_ops.Trie.from_sequences({listed}){moved}"
-        return trie if x.alive is None else f"cases.restricted({trie}, torch.tensor({allowed(x).tolist()}))"
+        return (
+            trie if x.alive is None else f"generators.restricted({trie}, torch.tensor({allowed(x).tolist()}))"
+        )
     if isinstance(x, Tensor):
         if x.numel() == 0:
             return f"torch.zeros({list(x.shape)}, dtype={x.dtype})"

@@ -14,8 +14,8 @@ import vstar_ops
 from ..trie import Trie
 from . import checks
 from .calls import Call, map_alive, map_tensors, tensors
-from .cases import restricted
 from .checks import Finding, problem
+from .generators import restricted
 from .judge import Problem
 
 # The axes of each argument; of what holds several tensors, the first ones of all of them.
