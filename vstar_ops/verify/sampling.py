@@ -468,7 +468,7 @@ DRAWS: dict[str, Callable[[Random, torch.dtype], Call]] = {
     f.__name__: f
     for f in (
         expand_topk, token_logp, token_logp_backward, group_advantage, sibling_advantage, prefix_returns,
-        prefix_tree, advance_beams, rows_to_run, filter_items, draw_children, distinct_rows, sibling_grpo_loss, ved_select,
-        ved_insert, ved_candidates, ved_inputs, ved_evaluate, ved_beams,
+        prefix_tree, advance_beams, rows_to_run, filter_items, draw_children, distinct_rows,
+        sibling_grpo_loss, ved_select, ved_insert, ved_candidates, ved_inputs, ved_evaluate, ved_beams,
     )
 }  # fmt: skip
