@@ -435,13 +435,22 @@ inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote
 inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == mask; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)(x)) : 64; }
 
 template <class T>
 T atomicAdd(T* address, T value) {
   emulator::count_atomic();
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
+template <class T>
+T atomicCAS(T* address, T expected, T value) {
+  emulator::count_atomic();
+  __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
 }
 
 template <class T>
