@@ -4,9 +4,10 @@
 // part of them is a few KB and in the cache of its multiprocessor after the first look. Lane 0 writes.
 //
 // The candidates at the end take one block per tree. Evaluated leaves come first, so they are ranked by themselves, each by a
-// thread that compares it with all. Where there are fewer than k, the warps find the best leaf of every node's list; then the
-// first warp takes the best of these, and looks for the next one of the same list, until there are k. Two integers order
-// leaves as the op says. A listed leaf that was evaluated is found in a hash table of those that were.
+// thread that compares it with all. Where there are fewer than k, the warps find the best score in every node's list; then the
+// first warp opens the list whose score is best, and takes leaves from it for as long as no other list can have a better one.
+// Two integers order leaves as the op says. A listed leaf that was evaluated is found in a hash table of those that were, but
+// only in lists that are opened.
 #pragma once
 
 #include "common/ops/ved.h"
@@ -178,17 +179,17 @@ struct VedCandidatesLaunch : VedCandidatesArgs {
 
 // What a block knows of its tree. A leaf is told by its node and its slot there, which is -1 for the node itself.
 struct LeafSpace {
-  LeafKey* key;    // [T] a node as a leaf, later the best open leaf of its list
-  int32_t* slot;   // [T] the slot of that
-  uint32_t* open;  // [T, words] bits: listed leaves neither evaluated nor taken
-  int32_t* table;  // [2^hash_bits] nodes that are evaluated leaves, by the hash of the leaf; -1: none
-  int32_t* taken;  // [k, 2] node and slot
-  int32_t* count;  // of them; of evaluated leaves it may be more than k
+  LeafKey* key;     // [T] a node as a leaf; later no less than any open leaf of its list, once that is opened the best one
+  int32_t* opened;  // [T] whether the list is
+  uint32_t* open;   // [T, words] bits of an opened list: leaves that are neither evaluated nor taken
+  int32_t* table;   // [2^hash_bits] nodes that are evaluated leaves, by the hash of the leaf; -1: none
+  int32_t* taken;   // [k, 2] node and slot
+  int32_t* count;   // of them; of evaluated leaves it may be more than k
 
   VSTAR_DEVICE LeafSpace(const VedCandidatesLaunch& a, unsigned char* at) {
     key = reinterpret_cast<LeafKey*>(at);
-    slot = reinterpret_cast<int32_t*>(key + a.capacity);
-    open = reinterpret_cast<uint32_t*>(slot + a.capacity);
+    opened = reinterpret_cast<int32_t*>(key + a.capacity);
+    open = reinterpret_cast<uint32_t*>(opened + a.capacity);
     table = reinterpret_cast<int32_t*>(open + a.capacity * a.words);
     taken = table + (int64_t(1) << a.hash_bits);
     count = taken + 2 * a.k;
@@ -218,20 +219,35 @@ VSTAR_DEVICE int best_lane(const LeafKey& key, uint32_t number) {
   return __ffs(int(among)) - 1;
 }
 
-// By a warp: the best open leaf of node s of the tree that begins at `base`. kFirst: finds out first which are open.
-template <bool kFirst>
-VSTAR_DEVICE void find_best_leaf(const VedCandidatesLaunch& a, int64_t base, int32_t s, const LeafSpace& space) {
+// A leaf among those that a lane looks at, or a list: its key and its number there.
+struct Best {
+  LeafKey key;
+  int32_t number;
+
+  VSTAR_DEVICE bool beats(const Best& other) const { return better_leaf(key, number, other.key, other.number); }
+  // That of the lane which has the best.
+  VSTAR_DEVICE Best from(int lane) const {
+    return {{__shfl_sync(kAll, key.first, lane), __shfl_sync(kAll, key.second, lane)}, __shfl_sync(kAll, number, lane)};
+  }
+  VSTAR_DEVICE int lane_of_all() const { return best_lane(key, uint32_t(number)); }
+};
+
+// The listed leaves of node s of the tree that begins at `base`.
+VSTAR_DEVICE int32_t listed(const VedCandidatesLaunch& a, int64_t s) {
+  return a.num_leaves[s] < a.slots ? a.num_leaves[s] : int32_t(a.slots);
+}
+
+// By a warp: of a list's `count` leaves a lane's best open one; it looks at every 32nd. The first time, finds out which are open.
+VSTAR_DEVICE Best best_open(
+    const VedCandidatesLaunch& a, int64_t base, int32_t s, int32_t count, bool first_time, const LeafSpace& space) {
   const int32_t *node = a.node + base, *leaf = a.leaf_node + (base + s) * a.slots;
-  const int32_t count = a.num_leaves[base + s] < a.slots ? a.num_leaves[base + s] : int32_t(a.slots);
-  LeafKey best{0, 0};
-  int32_t its_slot = int32_t(a.slots);
+  Best best{{0, 0}, int32_t(a.slots)};
   for (int32_t first = 0; first < count; first += 32) {
     const int32_t slot = first + lane();
-    const LeafKey key = slot < count ? a.completion_key(base + s, slot) : LeafKey{0, 0};
+    const Best mine{slot < count ? a.completion_key(base + s, slot) : LeafKey{0, 0}, slot};
     uint32_t& word = space.open[int64_t(s) * a.words + first / 32];
-    bool open;
-    if (kFirst) {
-      open = slot < count;
+    bool open = slot < count;
+    if (first_time) {
       for (uint32_t at = open ? leaf_hash(a, leaf[slot]) : 0; open && space.table[at] >= 0;) {
         open = node[space.table[at]] != leaf[slot];
         at = (at + 1) & ((1u << a.hash_bits) - 1);
@@ -239,14 +255,11 @@ VSTAR_DEVICE void find_best_leaf(const VedCandidatesLaunch& a, int64_t base, int
       const uint32_t bits = __ballot_sync(kAll, open);
       if (lane() == 0) word = bits;
     } else {
-      open = word >> lane() & 1;
+      open = open && (word >> lane() & 1);
     }
-    if (open && better_leaf(key, slot, best, its_slot)) best = key, its_slot = slot;
+    if (open && mine.beats(best)) best = mine;
   }
-  if (lane() == best_lane(best, uint32_t(its_slot))) {
-    space.key[s] = best;
-    space.slot[s] = its_slot;
-  }
+  return best;
 }
 
 // By all threads: put the evaluated leaves into the table, and the k best of them in order.
@@ -278,17 +291,28 @@ VSTAR_DEVICE void rank_evaluated(const VedCandidatesLaunch& a, int64_t base, int
   __syncthreads();
 }
 
-// By all threads: the best leaf of every list.
-VSTAR_DEVICE void find_best_leaves(const VedCandidatesLaunch& a, int64_t base, int32_t size, const LeafSpace& space) {
-  for (int32_t s = int32_t(threadIdx.x); s < size; s += kCandidateThreads) space.key[s] = {0, 0};
+// By all threads: a bound of every list, by its best score.
+VSTAR_DEVICE void bound_lists(const VedCandidatesLaunch& a, int64_t base, int32_t size, const LeafSpace& space) {
+  for (int32_t s = int32_t(threadIdx.x); s < size; s += kCandidateThreads) {
+    space.key[s] = {0, 0};
+    space.opened[s] = 0;
+  }
   __syncthreads();
   int turn = 0;
   for (int32_t first = 0; first < size; first += 32) {
     const int32_t mine = first + lane();
     unsigned lists = __ballot_sync(kAll, mine < size && a.num_leaves[base + mine] > 0);
     for (; lists != 0; lists &= lists - 1) {
-      const int32_t s = first + __ffs(int(lists)) - 1;
-      if (turn++ % (kCandidateThreads / 32) == warp()) find_best_leaf<true>(a, base, s, space);
+      if (turn++ % (kCandidateThreads / 32) != warp()) continue;
+      const int32_t s = first + __ffs(int(lists)) - 1, count = listed(a, base + s);
+      uint32_t top = 0;
+      for (int32_t slot = lane(); slot < count; slot += 32) {
+        const uint32_t score = ordered_bits(a.leaf_score[(base + s) * a.slots + slot]);
+        top = score > top ? score : top;
+      }
+      top = warp_max(top);
+      const LeafKey best = leaf_key(true, from_ordered_bits(top), a.node[base + s], 0, 0);
+      if (lane() == 0) space.key[s] = {best.first, ~uint64_t(0)};
     }
   }
   __syncthreads();
@@ -296,34 +320,58 @@ VSTAR_DEVICE void find_best_leaves(const VedCandidatesLaunch& a, int64_t base, i
 
 // By a warp: take the best listed leaves until there are k. Each lane knows the best of every 32nd list.
 VSTAR_DEVICE void take_listed(const VedCandidatesLaunch& a, int64_t base, int32_t size, const LeafSpace& space) {
-  LeafKey best;
-  int32_t s;
-  const auto look = [&] {
-    best = {0, 0};
-    s = size;
-    for (int32_t i = lane(); i < size; i += 32) {
-      if (better_leaf(space.key[i], i, best, s)) best = space.key[i], s = i;
+  const auto look = [&](int32_t without) {
+    Best best{{0, 0}, size};
+    for (int32_t s = lane(); s < size; s += 32) {
+      const Best other{space.key[s], s};
+      if (s != without && other.beats(best)) best = other;
     }
+    return best;
   };
-  look();
-  int32_t count = *space.count;
-  for (; count < a.k; ++count) {
-    const int from = best_lane(best, uint32_t(s));
-    if (__shfl_sync(kAll, best.first, from) == 0) break;
-    const int32_t winner = __shfl_sync(kAll, s, from);
-    if (lane() == 0) {
-      const int32_t slot = space.slot[winner];
-      space.taken[2 * count] = winner;
-      space.taken[2 * count + 1] = slot;
-      space.open[int64_t(winner) * a.words + slot / 32] &= ~(1u << slot % 32);
+  Best mine = look(-1);
+  int64_t count = *space.count;
+  while (count < a.k) {
+    const int owner = mine.lane_of_all();
+    const Best list = mine.from(owner);
+    if (list.key.first == 0) break;
+    const int32_t s = list.number, leaves = listed(a, base + s);
+    if (lane() == owner) mine = look(s);
+    const Best next = mine.from(mine.lane_of_all());  // of the other lists
+    Best leaf = best_open(a, base, s, leaves, space.opened[s] == 0, space);
+    bool more = true;
+    while (more) {
+      // In order, all that a short list has; of a longer one only the best, behind which a lane may have a second one.
+      int rank = 0;
+      if (leaves <= 32) {
+        for (int other = 0; other < 32; ++other) rank += leaf.from(other).beats(leaf);
+      } else {
+        rank = lane() != leaf.lane_of_all();
+      }
+      const bool takes = leaf.key.first != 0 && Best{leaf.key, s}.beats(next) && rank < (leaves <= 32 ? a.k - count : 1);
+      const unsigned takers = __ballot_sync(kAll, takes);
+      if (takers == 0) break;
+      const int32_t word = __shfl_sync(kAll, leaf.number, __ffs(int(takers)) - 1) / 32;
+      if (lane() == 0) space.open[int64_t(s) * a.words + word] &= ~takers;
+      if (takes) {
+        space.taken[2 * (count + rank)] = s;
+        space.taken[2 * (count + rank) + 1] = leaf.number;
+        leaf.key = {0, 0};
+      }
+      count += __popc(takers);
+      more = leaves > 32 && count < a.k;
+      __syncwarp();
+      if (leaves > 32) leaf = best_open(a, base, s, leaves, false, space);
+    }
+    const Best rest{leaf.from(leaf.lane_of_all()).key, s};
+    if (lane() == owner) {
+      space.key[s] = rest.key;
+      space.opened[s] = 1;
+      if (rest.beats(mine)) mine = rest;
     }
     __syncwarp();
-    find_best_leaf<false>(a, base, winner, space);
-    __syncwarp();
-    if (lane() == from) look();
   }
   __syncwarp();  // all lanes have read the count
-  if (lane() == 0) *space.count = count;
+  if (lane() == 0) *space.count = int32_t(count);
 }
 
 __global__ void __launch_bounds__(kCandidateThreads, 8) ved_candidates_kernel(VedCandidatesLaunch a) {
@@ -333,7 +381,7 @@ __global__ void __launch_bounds__(kCandidateThreads, 8) ved_candidates_kernel(Ve
   const LeafSpace space(a, a.workspace ? a.workspace + b * a.bytes : memory);
   rank_evaluated(a, base, size, space);
   if (*space.count < a.k) {
-    find_best_leaves(a, base, size, space);
+    bound_lists(a, base, size, space);
     if (warp() == 0) take_listed(a, base, size, space);
     __syncthreads();
   }

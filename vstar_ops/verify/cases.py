@@ -27,7 +27,7 @@ from .generators import (
     tree,
     winners,
 )
-from .trees import beams, evaluation, inputs, insertion, ranking, selection
+from .trees import beams, evaluation, inputs, insertion, listing, ranking, selection
 
 BFLOAT16: dict[str, Any] = {"dtype": torch.bfloat16}
 HALVES = [torch.bfloat16, torch.float16]
@@ -144,7 +144,10 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
     ],
     "ved_select": [partial(selection, rounds=8, traversals=3)],
     "ved_insert": [partial(insertion, rounds=8)],
-    "ved_candidates": [partial(ranking, rounds=8), *(partial(ranking, rounds=8, k=k) for k in (40, 13_000))],
+    "ved_candidates": [
+        *(partial(ranking, rounds=8, k=k) for k in (5, 40, 13_000)),
+        *(partial(listing, leaves=leaves) for leaves in (20, 70)),
+    ],
     "ved_inputs": [],
     "ved_evaluate": [
         *(partial(evaluation, options=True, dtype=dtype) for dtype in HALVES),

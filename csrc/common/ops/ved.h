@@ -127,7 +127,7 @@ struct VedInsertArgs {
 // ---------------------------------------------------------------- candidates
 
 // Order of a leaf; the larger is the better, {0, 0} is none.
-struct LeafKey {
+struct alignas(16) LeafKey {
   uint64_t first;   // whether it was evaluated or is forced, score, prefix
   uint64_t second;  // log-probability among the completions of a prefix, then node
 };
