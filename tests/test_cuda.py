@@ -141,6 +141,15 @@ def counted(name, *case):
     return found
 
 
+def test_idle_launches_are_counted_and_run_nothing():
+    """As ``benchmarks.overhead`` needs them."""
+    arguments = op_arguments("group_advantage", cases.CASES["group_advantage"]["plain"](2))
+    with cuda_emulator.idle():
+        found = counted("group_advantage", *arguments)
+    assert (found.launches, found.blocks) == (1, 0)
+    assert counted("group_advantage", *arguments).blocks == 2
+
+
 def test_dense_logits_are_read_once():
     """Two launches; all logits once, in whole sectors, and of everything else a few percent."""
     logits = torch.randn(1, 4, 8192, generator=torch.Generator().manual_seed(5)).bfloat16()
