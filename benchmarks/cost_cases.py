@@ -101,31 +101,30 @@ def _legal() -> CostCase:
 
 
 def _sibling() -> CostCase:
-    """Assumed: 50 prefixes of one token per request, few candidates below each; most pairs share no token."""
+    """Assumed: one sort; at most 4 candidates per node and, below the root, 8 per parent."""
     batch, group, depth = 1024, 64, 3
     moved = batch * group * (8.0 * depth + 4 + 13 * depth)
+    keys = {
+        "REDUX": 4,
+        r"LDG\.E\.64": 1,
+        "SHFL": 0,
+    }  # a candidate's tokens are neighbors: the first brings the others
+    level = {"STG": 4, r"LDG\.E\.64": 1, "RSQ64H": 1, "RCP64H": 2}
+    parents = 5 + 3 * (depth - 1)  # steps of a sum over runs
     loops = [
-        Loop(r"LDG\.E\.64", 3, {r"LDG\.E\.64": 1, "MUFU": 1}, latency=MEMORY),
-        Loop(SHARED_64, 2 * group, which=1),
-        Loop(SHARED_64, group, which=1, up=1),
-        Loop(SHARED_64, 1, which=1, up=2),
-        Loop(SHARED_64, 2, which=2),
-        Loop("U16", 1, {r"LDG\.E\.C": 1}, latency=MEMORY),
-        Loop("SHFL", 1, which=1),
-        Loop("SHFL", depth, which=-1),
-        Loop("DADD", depth, {SHARED_64: 1}, which=6, up=1),
-        Loop(SHARED_64, 50, which=10, per=SHARED_64),  # one thread walks over the children of the root, twice
-        Loop(SHARED_64, 50, which=12, per=SHARED_64),
-        Loop(SHARED_64, depth, {"RSQ": 1}, which=10, up=1),
-        Loop("STG", depth, {"STG": 4, "RCP": 1}, which=-1),
-        Loop("STG", depth, which=-1, up=1),
+        Loop("REDUX", 1, keys, latency=MEMORY),
+        Loop("REDUX", depth - 1, keys),
+        Loop("DADD", 2 * depth),
+        Loop("DADD", parents, which=1),
+        Loop("DADD", parents, which=3),
+        Loop("STG", depth, level),
     ]
     # Tokens fit into keys, so they are sorted once per level.
     triton = [Loop("SHFL", depth, which=0), Loop("STG", depth, {"STG": 8, r"LDG\.E\.64": 2}, latency=L2)]
     return CostCase(
         "sibling_advantage B=1024 G=64 L=3",
         (8e-6, 20e-6),
-        [Launch("sibling_advantage_kernel", batch, 2, moved, {}, loops, batch * group, 8_000)],
+        [Launch("sibling_small_kernelILi2", batch, 2, moved, {}, loops, batch * group, 5_000)],
         [Launch("sibling_advantage 64", batch, 1, moved, {}, triton, batch * group)],
     )
 
@@ -150,12 +149,26 @@ def _ved() -> list[CostCase]:
         Loop("DSETP", 1, up=1),
         Loop("DSETP", 1, up=2),
     ]
-    # A third of the nodes list leaves; of a warp's 17 turns 8 look them up among the nodes.
+    # Fewer than K leaves were evaluated. A third of the nodes list leaves, of equal score in each list. One
+    # warp of four opens two lists, in which some leaf takes two looks into the table, and takes K leaves from
+    # these.
+    lists, one = nodes / 3, 1 / 4
     candidates = [
-        Loop(r"LDG\.E ", 8 * nodes),
-        Loop(r"STG\.E\.64", entries / 128, {"LDG": 6}, latency=L2),
-        Loop(r"LDG\.E\.64", 16 * entries / 128, {r"LDG\.E\.64": 8}, per=r"LDG\.E\.64"),
-        Loop("SHFL", 16, {"STG": 3}),
+        Loop(r"ST\.E ", 4),
+        Loop(r"ATOM\.E\.ADD", 1, {"CAS": 1}, latency=MEMORY),
+        Loop(r"LD\.E\.64", nodes, per=r"LD\.E\.64"),
+        Loop(r"LD\.E\.64", 1, {r"ST\.E ": 2}, up=1),
+        Loop(r"ST\.E\.128", 1, which=1),
+        Loop("LDG", lists * 3 / 4, which=1, up=1),  # those of other warps
+        Loop("LDG", lists / 4, {"REDUX": 1}, which=1, up=1, latency=MEMORY),
+        Loop("LDG", nodes / 32, which=1, up=2, latency=MEMORY),
+        Loop(r"LD\.E\.128", nodes / 32, which=2, share=one),
+        Loop("LDG", 4, which=3, share=one),
+        Loop("LDG", 2, {"LDG": 5}, which=3, up=1, latency=L2, share=one),
+        Loop("SHFL", 2 * 32 * 5, per="SHFL", share=one),
+        Loop("LDG", 2, {r"ST\.E": 3, "REDUX": 0}, which=4, up=1, share=one),
+        Loop("LDG", 2, {"REDUX": 5, r"LD\.E\.128": 2}, which=4, up=2, latency=L2, share=one),
+        Loop("STG", 1, {"LDG": 3}, latency=L2),
     ]
     # In Triton every turn of 256 looks its leaves up among the evaluated third of the nodes.
     turns = nodes * 32 / 256
@@ -188,7 +201,7 @@ def _ved() -> list[CostCase]:
         CostCase(
             "ved_candidates B=1024 budget=129 K=16",
             (20e-6, 40e-6),
-            [Launch("ved_candidates_kernel", batch, 4, stored, {}, candidates, batch * entries)],
+            [Launch("ved_candidates_kernel", batch, 4, seen, {}, candidates, batch * entries, 6_000)],
             [Launch("ved_candidates", batch, 2, stored, {}, triton_candidates, batch * entries)],
         ),
     ]  # fmt: skip
@@ -198,10 +211,7 @@ def _token_logp(columns: int, odd: bool) -> CostCase:
     rows, moved = 4096, 2.0 * 4096 * columns
     tile, items = columns / (8 * 256), rows * columns
     forward = [Loop(WIDE, tile / 4, {WIDE: 8 if odd else 4}, latency=MEMORY)]
-    stores = {WIDE: 2, r"STG\.E\.U16": 8} if odd else {WIDE: 1, r"STG\.E\.128": 1}
-    backward = [Loop(WIDE, tile, {**stores, "MUFU": 8}, latency=MEMORY)]
-    # Eight 2-byte stores 16 bytes apart each: every pair takes a sector of 32 bytes.
-    sectors = 16.0 * items if odd else 0
+    backward = [Loop(WIDE, tile / 2, {WIDE: 2, r"STG\.E\.128": 2}, which=1, latency=MEMORY)]
     names, loads, all_ = (
         ((", odd rows, odd", ", odd"), {"U16": 16}, {r"LDG\.E\.U16": 16, "STG": 16})
         if odd
@@ -218,7 +228,7 @@ def _token_logp(columns: int, odd: bool) -> CostCase:
         (1.2 * 3 * moved / COPY, 1.3 * 3 * moved / COPY),
         [
             Launch(name, rows, 8, moved, {}, forward, items),
-            Launch(other, rows, 8, both, {"BAR": 3}, backward, items, sectors=sectors),
+            Launch(other, rows, 8, both, {"BAR": 3}, backward, items),
         ],
         [
             Launch(f"token_logp bfloat16{names[0]}", rows, 8, moved, {"STG": 3}, statistics, items),

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 # An H100 SXM: cycles and bytes per second. A copy reaches 90 % of the data sheet's bandwidth.
-CLOCK, SMS, SCHEDULERS, COPY, CACHE = 1.755e9, 132, 4, 3.0e12, 5.5e12
+CLOCK, SMS, SCHEDULERS, COPY = 1.755e9, 132, 4, 3.0e12
 # Cycles until the result is there, rounded from published microbenchmarks of Hopper.
 MEMORY, L2, L1, SHARED, OTHER, BARRIER = 480, 263, 41, 30, 20, 30
 LAUNCH, MARGIN = 2e-6, 1.15  # seconds to start and drain a kernel; for what the model leaves out
@@ -54,6 +54,7 @@ class Loop(NamedTuple):
             instructions.
         marks: what the route through the body executes.
         latency: of its global loads.
+        share: of a block's warps that go there, while the others wait.
     """
 
     holds: str
@@ -63,6 +64,7 @@ class Loop(NamedTuple):
     up: int = 0
     per: str = ""
     latency: int = L1
+    share: float = 1
 
 
 class Launch(NamedTuple):
@@ -78,7 +80,6 @@ class Launch(NamedTuple):
         items: elements or rows that "instructions per item" refers to.
         shared: dynamic shared memory per block.
         latency: of the global loads outside of the loops.
-        sectors: bytes between the caches, where partly used sectors make them many more than ``bytes``.
     """
 
     kernel: str
@@ -90,7 +91,6 @@ class Launch(NamedTuple):
     items: float
     shared: int = 0
     latency: int = MEMORY
-    sectors: float = 0
 
 
 class Kernel:
@@ -266,19 +266,21 @@ class Cost(NamedTuple):
 
 def cost(kernel: Kernel, launch: Launch) -> Cost:
     """What a launch of a kernel costs."""
-    parts, known = [], list[int]()
+    parts, shares, known = [], list[float](), list[int]()
     for loop in launch.loops:
         head = kernel.find(loop)
         way = kernel.route(loop.marks, known, head)
         known.append(head)
         taken = sum(bool(re.search(loop.per, x.text)) for x in way) if loop.per else 1
         parts.append((way, loop.trips / taken, loop.latency))
+        shares.append(loop.share * loop.trips / taken)
     parts.append((kernel.route(launch.marks, known), 1, launch.latency))
-    number = sum(len(way) * n for way, n, _ in parts)
+    shares.append(1)
+    number = sum(len(way) * n for (way, _, _), n in zip(parts, shares))
     busy = {"issue": number}
     for name, (pattern, cycles) in PIPES.items():
         busy[name] = cycles * sum(
-            n * sum(bool(re.match(pattern, x.text)) for x in way) for way, n, _ in parts
+            n * sum(bool(re.match(pattern, x.text)) for x in way) for (way, _, _), n in zip(parts, shares)
         )
     pipe = max(busy, key=busy.__getitem__)
     by_registers = 65536 // (-(-kernel.registers // 8) * 8 * 32 * launch.warps)
@@ -291,6 +293,6 @@ def cost(kernel: Kernel, launch: Launch) -> Cost:
         per_item=number * launch.warps * launch.blocks * 32 / launch.items,
         widths=widths(x for way, _, _ in parts for x in way), resident=resident, pipe=pipe,
         issue=math.ceil(warps / SCHEDULERS) * busy[pipe] / CLOCK,
-        memory=max(launch.bytes / COPY, launch.sectors / CACHE),
+        memory=launch.bytes / COPY,
         latency=waves * sum(serial(way, late) * n for way, n, late in parts) / CLOCK,
     )  # fmt: skip

@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +118,16 @@ def load() -> ctypes.CDLL:
 def seed(value: int) -> None:
     """Let the order of threads in the launches to come be drawn from a seed."""
     load().emulator_seed(ctypes.c_uint64(value))
+
+
+@contextmanager
+def idle() -> Iterator[None]:
+    """Launches inside are counted and run nothing; results hold junk."""
+    load().emulator_idle(ctypes.c_bool(True))
+    try:
+        yield
+    finally:
+        load().emulator_idle(ctypes.c_bool(False))
 
 
 def count(sectors: bool = False) -> None:

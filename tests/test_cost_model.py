@@ -77,10 +77,9 @@ def test_rows_are_read_and_written_by_128_bits() -> None:
     assert "load 4 x 128" in aligned
     assert "load 8 x 128" in odd  # two neighbors each
     assert "load 4 x 128" in loads_and_stores("expand_rows_kernelINS_8BFloat16ELb0")[0]
-    aligned, odd = loads_and_stores("token_logp_backward_kernelINS_8BFloat16ELb0")
-    assert "load 128" in aligned
-    assert "store 128" in aligned
-    assert "store 8 x 16" in odd  # each entry by itself: slow, as the table says
+    for found in loads_and_stores("token_logp_backward_kernelINS_8BFloat16ELb0"):  # aligned and odd
+        assert "load 2 x 128" in found
+        assert "store 2 x 128" in found
     assert "load 2 x 128" in loads_and_stores("token_logp bfloat16")[0]
     assert re.search(r"load 2 x 128.*store (2 x )?128", loads_and_stores("token_logp gradient bfloat16")[0])
     assert "load 2 x 128" in loads_and_stores("expand_topk rows 1024, bfloat16")[0]

@@ -28,7 +28,7 @@ class Sweep {
     const int64_t all = sort_candidates(a, b, r);
     reward.resize(all);
     for (int64_t i = 0; i < all; ++i) reward[i] = a.reward.at(b, r.candidate[i]);
-    of_request = request_scale(a, all, [&](int64_t i) { return reward[i]; });
+    of_request = request_scale(a, all, [&] { return moments(all, [&](int64_t i) { return reward[i]; }).sum_of_squares; });
     int64_t id = -1;
     for (int64_t depth = 1; depth <= a.length; ++depth) {
       int64_t n = all;

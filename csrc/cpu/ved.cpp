@@ -124,6 +124,11 @@ void find_leaves(const VedCandidatesArgs& a, int64_t b, std::vector<Leaf>& found
   }
 }
 
+template <class T>
+void copy_list(int64_t to, int64_t row, const ListCopy<T>& list) {
+  std::copy_n(list.from + row * list.width, list.width, list.to + to * list.width);
+}
+
 }  // namespace
 
 void run(const Cpu& device, const VedSelectArgs& a) {
@@ -139,7 +144,7 @@ void run(const Cpu& device, const VedInsertArgs& a) {
         const int64_t level = a.level(b, row, a.size[b]);
         if (level < 0) continue;
         const int64_t to = b * a.capacity + a.size[b]++;
-        a.copy_entries(to, row, 0, 1);
+        a.with_lists([&](const auto&... list) { (copy_list(to, row, list), ...); });
         a.set_up(b, to, row, level);
       }
     }
@@ -155,7 +160,10 @@ void run(const Cpu& device, const VedCandidatesArgs& a) {
       std::partial_sort(found.begin(), found.begin() + count, found.end(), [](const Leaf& x, const Leaf& y) {
         return better_leaf(x.key, x.place, y.key, y.place);
       });
-      for (int64_t i = 0; i < a.k; ++i) a.store(b, i, i < count ? found[i].place : -1);
+      for (int64_t i = 0; i < count; ++i) {
+        a.store(b, i, b * a.capacity + found[i].place / a.width(), found[i].place % a.width() - 1);
+      }
+      for (int64_t i = count; i < a.k; ++i) a.store_none(b, i);
       a.out_count[b] = int32_t(count);
     }
   });

@@ -61,6 +61,21 @@ VSTAR_DEVICE T warp_min(T x) {
   return x;
 }
 
+VSTAR_DEVICE uint32_t warp_or(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return __reduce_or_sync(kAll, x);
+#else
+  for (int step = 16; step > 0; step /= 2) x |= __shfl_xor_sync(kAll, x, step);
+  return x;
+#endif
+}
+
+#if defined(__CUDA_ARCH__)  // in one instruction
+VSTAR_DEVICE uint32_t warp_sum(uint32_t x) { return __reduce_add_sync(kAll, x); }
+VSTAR_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kAll, x); }
+VSTAR_DEVICE uint32_t warp_min(uint32_t x) { return __reduce_min_sync(kAll, x); }
+#endif
+
 // Sums over a block of kWarps warps, in all threads. `scratch` holds kNumbers * kWarps numbers, free to be used again
 // at once.
 template <int kWarps, int kNumbers, class T>

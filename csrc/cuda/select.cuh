@@ -26,12 +26,6 @@ VSTAR_DEVICE void clear(SelectScratch& s) {
   __syncthreads();
 }
 
-#if defined(__CUDA_ARCH__)  // in one instruction
-VSTAR_DEVICE uint32_t warp_sum(uint32_t x) { return __reduce_add_sync(kAll, x); }
-VSTAR_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kAll, x); }
-VSTAR_DEVICE uint32_t warp_min(uint32_t x) { return __reduce_min_sync(kAll, x); }
-#endif
-
 // The keys in [low, high], of which so many exist.
 struct KeyRange {
   uint64_t low, high;

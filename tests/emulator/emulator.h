@@ -95,6 +95,7 @@ inline Counts counts;
 inline bool counting = false;  // sectors; they take time
 inline uint64_t seed = 0;
 inline std::set<const void*> kernels;  // that were launched
+inline bool idle = false;              // launches are counted and run nothing, for the host's time
 
 inline char* shared = nullptr;
 
@@ -365,10 +366,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t s
   if (threads == 0 || threads > 1024) throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535) throw std::runtime_error("an impossible grid");
   if (shared_bytes > 227 * 1024) throw std::runtime_error(std::to_string(shared_bytes) + " bytes of shared memory");
+  ++counts.launches;
+  if (idle) return;
   uint64_t random = ++seed * 0x9E3779B97F4A7C15u | 1;
   gridDim = grid;
   blockDim = {threads};
-  ++counts.launches;
   kernels.insert(reinterpret_cast<const void*>(kernel));
   const auto body = [&] { kernel(arguments...); };
   Races races;
@@ -435,7 +437,9 @@ inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote
 inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == mask; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)(x)) : 64; }
 
 template <class T>
@@ -451,6 +455,13 @@ inline unsigned atomicOr(unsigned* address, unsigned value) {
 inline unsigned atomicAnd(unsigned* address, unsigned value) {
   emulator::count_atomic();
   return __atomic_fetch_and(address, value, __ATOMIC_RELAXED);
+}
+
+template <class T>
+T atomicCAS(T* address, T expected, T value) {
+  emulator::count_atomic();
+  __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
 }
 
 template <class T>

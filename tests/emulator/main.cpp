@@ -34,6 +34,8 @@ extern "C" {
 
 void emulator_seed(uint64_t seed) { emulator::seed = seed; }
 
+void emulator_idle(bool idle) { emulator::idle = idle; }
+
 void emulator_count(bool sectors) {
   emulator::counts = {};
   emulator::counting = sectors;

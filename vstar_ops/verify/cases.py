@@ -28,7 +28,7 @@ from .generators import (
     tree,
     winners,
 )
-from .trees import beams, evaluation, inputs, insertion, ranking, selection
+from .trees import beams, evaluation, inputs, insertion, listing, ranking, selection
 
 BFLOAT16: dict[str, Any] = {"dtype": torch.bfloat16}
 HALVES = [torch.bfloat16, torch.float16]
@@ -134,6 +134,9 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
     "group_advantage": [partial(rewarded, group=1100, masked=True)],
     "sibling_advantage": [
         partial(siblings, group=40),
+        partial(siblings, group=40, by_token=True, scale="group", baseline="leave_one_out"),
+        partial(siblings, group=40, tokens=2**40, masked=True, baseline="parent"),
+        partial(siblings, group=100),
         partial(siblings, group=160),
         partial(siblings, group=300, masked=True, baseline="parent"),
         partial(siblings, group=140, by_token=True),
@@ -178,7 +181,10 @@ PATHS: dict[str, list[Callable[[int], Call]]] = {
     ],
     "ved_select": [partial(selection, rounds=8, traversals=3)],
     "ved_insert": [partial(insertion, rounds=8)],
-    "ved_candidates": [partial(ranking, rounds=8)],
+    "ved_candidates": [
+        *(partial(ranking, rounds=8, k=k) for k in (5, 40, 13_000)),
+        *(partial(listing, leaves=leaves) for leaves in (20, 70)),
+    ],
     "ved_inputs": [],
     "ved_evaluate": [
         *(partial(evaluation, options=True, dtype=dtype) for dtype in HALVES),

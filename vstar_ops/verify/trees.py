@@ -80,6 +80,20 @@ def ranking(batch: int, rounds: int = 4, **options: Any) -> Call:
     return Call(ved_candidates, {"trees": grown(batch, rounds)[0], "length": 3, "k": 5, **options})
 
 
+def listing(batch: int, leaves: int = 70) -> Call:
+    """``ved_candidates`` of long lists; leaves tie, and some were evaluated."""
+    trees = SearchTrees.empty(batch, 40, 3, children=1, leaves=leaves)
+    rng = np.random.default_rng(30)
+    trees.size.fill_(40)
+    for name, stop in {"node": 200, "depth": 4, "leaf_node": 200, "num_leaves": leaves + 1}.items():
+        field = getattr(trees, name)
+        field.copy_(torch.from_numpy(rng.integers(0, stop, field.shape)))
+    for name in ("logp", "value", "leaf_logp", "leaf_score"):
+        field = getattr(trees, name)
+        field.copy_(torch.from_numpy(rng.integers(0, 4, field.shape) / 4))
+    return Call(ved_candidates, {"trees": trees, "length": 3, "k": 60})
+
+
 def rows_to_run(
     batch: int, rows: int = 4, seed: int = 0, **sizes: int
 ) -> tuple[Tensor, Trie, dict[str, Any]]:

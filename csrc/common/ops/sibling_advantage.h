@@ -36,33 +36,43 @@ struct SiblingScale {
 };
 
 // What all advantages of a request of n candidates are multiplied by; siblings find a number of their own.
-template <class Reward>
-VSTAR_INLINE double request_scale(const SiblingAdvantageArgs& a, int64_t n, const Reward& reward) {
+template <class SumOfSquares>
+VSTAR_INLINE double request_scale(const SiblingAdvantageArgs& a, int64_t n, const SumOfSquares& sum_of_squares) {
   if (a.scale != Scale::kGroup || n < 2) return 1;
-  return standardizing_scale(moments(n, reward).sum_of_squares, double(n - a.ddof), a.std_floor, a.eps);
+  return standardizing_scale(sum_of_squares(), double(n - a.ddof), a.std_floor, a.eps);
 }
 
-// Of the children of one parent: mean(i) is the i-th child's mean reward, count(i) its number of candidates.
+// What the advantages of the children of one parent are multiplied by.
+VSTAR_INLINE double siblings_scale(const SiblingAdvantageArgs& a, int64_t siblings, double request_scale, double sum_of_squares) {
+  if (a.scale != Scale::kSiblings) return request_scale;
+  return standardizing_scale(sum_of_squares, double(siblings - a.ddof), a.std_floor, a.eps);
+}
+
+// Of the children of one parent, which compare: by their number, the mean of their mean rewards, and that of all candidates.
+template <class ParentMean>
+VSTAR_INLINE SiblingScale sibling_scale_of(
+    const SiblingAdvantageArgs& a, int64_t siblings, double mean, double scale, const ParentMean& parent_mean) {
+  const bool from_parent = a.baseline == Baseline::kParent && mean == mean;
+  return {from_parent ? parent_mean() : mean, scale, mean * double(siblings)};
+}
+
+// The same by the children: mean(i) is the i-th child's mean reward, count(i) its number of candidates.
 template <class Mean, class Count>
 VSTAR_INLINE SiblingScale sibling_scale(
     const SiblingAdvantageArgs& a, int64_t siblings, double request_scale, const Mean& mean, const Count& count) {
   if (siblings < a.min_siblings) return {0, 0, 0};
   const Moments m = moments(siblings, mean);
   if (m.equal) return {0, 0, 0};
-  double scale = request_scale, base = m.mean;
-  if (a.scale == Scale::kSiblings) {
-    scale = standardizing_scale(m.sum_of_squares, double(siblings - a.ddof), a.std_floor, a.eps);
-  }
-  if (a.baseline == Baseline::kParent && base == base) {
+  const double scale = siblings_scale(a, siblings, request_scale, m.sum_of_squares);
+  return sibling_scale_of(a, siblings, m.mean, scale, [&] {
     double sum = 0;
     int32_t candidates = 0;
     for (int64_t i = 0; i < siblings; ++i) {
       sum += mean(i) * double(count(i));
       candidates += int32_t(count(i));
     }
-    base = sum / double(candidates);
-  }
-  return {base, scale, m.mean * double(siblings)};
+    return sum / double(candidates);
+  });
 }
 
 VSTAR_INLINE float sibling_advantage_of(

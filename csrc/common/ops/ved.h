@@ -71,10 +71,12 @@ template <class T>
 struct EntryCopy {
   T* to;
   const T* from;
+};
 
-  VSTAR_INLINE_MEMBER void copy(int64_t target, int64_t source, int64_t width, int64_t first, int64_t step) const {
-    for (int64_t i = first; i < width; i += step) to[target * width + i] = from[source * width + i];
-  }
+// The same with the number of entries of a row.
+template <class T>
+struct ListCopy : EntryCopy<T> {
+  int64_t width;
 };
 
 struct VedInsertArgs {
@@ -90,25 +92,19 @@ struct VedInsertArgs {
 
   // The depth that a row takes in a tree of this size; -1 if it is not stored.
   VSTAR_INLINE_MEMBER int64_t level(int64_t b, int64_t row, int32_t its_size) const {
-    if (node.from[row] < 0 || its_size < 0 || its_size >= capacity) return -1;
+    const int32_t its_node = node.from[row];
     const int64_t above = parent.from[row];
+    if (its_node < 0 || its_size < 0 || its_size >= capacity) return -1;
     const int64_t level = above >= 0 && above < its_size ? depth[b * capacity + above] + 1 : 0;
     return level < depths ? level : -1;
   }
-  // Of each array the elements from `first` on, one in `step`.
-  VSTAR_INLINE_MEMBER void copy_entries(int64_t to, int64_t row, int64_t first, int64_t step) const {
-    node.copy(to, row, 1, first, step);
-    parent.copy(to, row, 1, first, step);
-    num_children.copy(to, row, 1, first, step);
-    num_leaves.copy(to, row, 1, first, step);
-    child_node.copy(to, row, children, first, step);
-    leaf_node.copy(to, row, leaves, first, step);
-    logp.copy(to, row, 1, first, step);
-    entropy.copy(to, row, 1, first, step);
-    child_logp.copy(to, row, children, first, step);
-    leaf_logp.copy(to, row, leaves, first, step);
-    leaf_score.copy(to, row, leaves, first, step);
-    slot.copy(to, row, 1, first, step);
+  // use(list, list, ...) with all arrays.
+  template <class Use>
+  VSTAR_INLINE_MEMBER void with_lists(const Use& use) const {
+    use(ListCopy<int32_t>{node, 1}, ListCopy<int32_t>{parent, 1}, ListCopy<int32_t>{num_children, 1},
+        ListCopy<int32_t>{num_leaves, 1}, ListCopy<float>{logp, 1}, ListCopy<float>{entropy, 1}, ListCopy<int64_t>{slot, 1},
+        ListCopy<int32_t>{child_node, children}, ListCopy<float>{child_logp, children}, ListCopy<int32_t>{leaf_node, leaves},
+        ListCopy<float>{leaf_logp, leaves}, ListCopy<float>{leaf_score, leaves});
   }
   // What a node is given beside its entries.
   VSTAR_INLINE_MEMBER void set_up(int64_t b, int64_t to, int64_t row, int64_t level) const {
@@ -116,19 +112,22 @@ struct VedInsertArgs {
     if (!(v >= -kFloatMax)) v = -kFloatMax;  // NaN too
     if (v > kFloatMax) v = kFloatMax;
     const float g = tree_priority(v, entropy.from[row], logp.from[row], entropy_weight, logp_weight);
+    // All that is read is read before the first write, which a GPU would wait for.
+    const double sum = depth_sum[b * depths + level] + double(g);
+    const int32_t count = depth_count[b * depths + level] + 1;
     value[to] = v;
     priority[to] = g;
     visits[to] = next_child[to] = 0;
     depth[to] = int32_t(level);
-    depth_sum[b * depths + level] += double(g);
-    ++depth_count[b * depths + level];
+    depth_sum[b * depths + level] = sum;
+    depth_count[b * depths + level] = count;
   }
 };
 
 // ---------------------------------------------------------------- candidates
 
 // Order of a leaf; the larger is the better, {0, 0} is none.
-struct LeafKey {
+struct alignas(16) LeafKey {
   uint64_t first;   // whether it was evaluated or is forced, score, prefix
   uint64_t second;  // log-probability among the completions of a prefix, then node
 };
@@ -172,22 +171,16 @@ struct VedCandidatesArgs {
     return leaf_key(true, leaf_score[at], node[s], leaf_logp[at], leaf_node[at]);
   }
 
-  // The leaf at a place of tree b as its i-th candidate; none for a negative place.
-  VSTAR_INLINE_MEMBER void store(int64_t b, int64_t i, int64_t place) const {
-    const int64_t to = b * k + i, s = b * capacity + place / width(), slot = place % width() - 1;
-    const int64_t at = s * slots + slot;
-    if (place < 0) {
-      out_node[to] = -1;
-      out_logp[to] = out_score[to] = -INFINITY;
-    } else if (slot < 0) {
-      out_node[to] = node[s];
-      out_logp[to] = logp[s];
-      out_score[to] = rank(s);
-    } else {
-      out_node[to] = leaf_node[at];
-      out_logp[to] = leaf_logp[at];
-      out_score[to] = leaf_score[at];
-    }
+  // As the i-th candidate of tree b a leaf of a node s of all trees: the node itself for a slot of -1, else one of its list.
+  VSTAR_INLINE_MEMBER void store(int64_t b, int64_t i, int64_t s, int64_t slot) const {
+    const int64_t to = b * k + i, at = s * slots + slot;
+    out_node[to] = slot < 0 ? node[s] : leaf_node[at];
+    out_logp[to] = slot < 0 ? logp[s] : leaf_logp[at];
+    out_score[to] = slot < 0 ? rank(s) : leaf_score[at];
+  }
+  VSTAR_INLINE_MEMBER void store_none(int64_t b, int64_t i) const {
+    out_node[b * k + i] = -1;
+    out_logp[b * k + i] = out_score[b * k + i] = -INFINITY;
   }
 };
 
