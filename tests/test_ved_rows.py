@@ -5,6 +5,7 @@ The tables below teach the ops; read them first.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -209,6 +210,21 @@ def test_against_the_oracle(backend, op):
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"value_weight": math.nan}, "value_weight must be finite"),
         ({"trees": empty_trees(levels=3)}, "trees must have at most the trie's 2 levels, got 3"),
+        *(
+            (
+                {
+                    "trees": dataclasses.replace(
+                        empty_trees(), **{name: torch.zeros(1, 4, 0, dtype=torch.int32)}
+                    )
+                },
+                f"trees.{name} must have at least one place",
+            )
+            for name in ("child_node", "leaf_node")
+        ),
+        (
+            {"trees": dataclasses.replace(empty_trees(), size=torch.zeros((), dtype=torch.int32))},
+            r"trees.size must have the shape \[B\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -26,7 +26,7 @@ from ._checks import (
 )
 from ._registry import define
 from .expand_topk import ExpandTopK
-from .ved import NodeEvaluation, SearchTrees, SelectedRows
+from .ved import _AXES, _LAYOUT, NodeEvaluation, SearchTrees, SelectedRows
 
 _ROWS = "[B, P]"
 
@@ -105,6 +105,15 @@ def ved_inputs(trees: SearchTrees, trie: Trie, rows: SelectedRows) -> ModelInput
     return ModelInputs(*_inputs(device, slot, trie.token, parent, node))
 
 
+def _shape(trees: SearchTrees, name: str) -> torch.Size:
+    """Of an array of the trees, whose last axis is not empty but for that of requests."""
+    dtype, axes, _ = _LAYOUT[name]
+    shape = check(f"trees.{name}", getattr(trees, name), (None,) * len(axes), _AXES[axes], (dtype,)).shape
+    if len(shape) > 1 and shape[-1] == 0:
+        raise ValueError(f"trees.{name} must have at least one place in its last axis, got {tuple(shape)}")
+    return shape
+
+
 def ved_evaluate(
     trees: SearchTrees,
     trie: Trie,
@@ -159,7 +168,9 @@ def ved_evaluate(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
-    batch, device = trees.size.shape[0], trees.size.device
+    (batch,), device = _shape(trees, "size"), trees.size.device
+    children, leaves, levels = (_shape(trees, x)[-1] for x in ("child_node", "leaf_node", "depth_sum"))
+    levels -= 1
     logits = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device)
     shape = logits.shape[:2]
     check_trie(trie, logits.shape[2], device)
@@ -180,13 +191,12 @@ def ved_evaluate(
     )
     if validating():
         check_nodes(node, trie)
-    levels = trees.depth_sum.shape[1] - 1
     if levels > trie.length:
         raise ValueError(f"trees must have at most the trie's {trie.length} levels, got {levels}")
     first_of_level = trie.level_offset
     lists = _evaluate(
         device, logits, trie.offset, trie.token, trie._only_leaf if skip_forced else None, node, logp, value,
-        child_value, seeds, trees.child_node.shape[2], trees.leaf_node.shape[2], value_weight,
+        child_value, seeds, children, leaves, value_weight,
         value_weight or 1.0, logp_weight, temperature, normalize == "vocab", trie.max_children,
         first_of_level[levels], first_of_level[-2], expand_root,
     )  # fmt: skip
