@@ -6,6 +6,7 @@
 #   make integrations   installs the packages that vstar_ops.integrations is for, and runs their tests
 #   make lint    ruff and mypy
 #   make bench   measures every op against torch
+#   make fuzz    the C++ backend under sanitizers, called with damaged arguments, for ten minutes
 #   make wheel   builds dist/*.whl for all Linux systems of this processor, and tries it in a clean environment
 #   make docs    builds the pages into docs/_build/html; a warning fails
 # These do not:
@@ -34,7 +35,7 @@ VERL := verl==0.9.1 TransferQueue==0.1.11
 VERL_NEEDS := ray==2.60.0 tensordict==0.15.3 omegaconf hydra-core codetiming orjson torchdata pyzmq msgspec pillow peft \
     cachetools fastapi uvicorn opentelemetry-api opentelemetry-sdk aiohttp tensorboard
 
-.PHONY: setup demo check test integrations bench wheel docs lint compat gpu clean
+.PHONY: setup demo check test integrations bench fuzz wheel docs lint compat gpu clean
 
 setup: $(READY)
 	@cat $(READY)
@@ -53,6 +54,9 @@ integrations: $(INTEGRATED)
 
 bench: setup
 	$(PY) -m benchmarks $(ARGS)
+
+fuzz: setup
+	PYTHONPATH=tools:. $(PY) tests/fuzz.py $(or $(ARGS),--seconds 600)
 
 # The wheel links to torch's libraries, which it does not bring: those of whatever torch is installed beside it.
 wheel: setup

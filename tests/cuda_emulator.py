@@ -42,19 +42,30 @@ class Counts(NamedTuple):
     bytes: int
 
 
-def compiled(name: str, sources: list[Path], *, sanitizers: str = SANITIZERS, program: bool = False) -> Path:
+EMULATION = ["-ffp-contract=off", "-include", str(FOLDER / "emulator.h")]
+
+
+def compiled(
+    name: str,
+    sources: list[Path],
+    *,
+    sanitizers: str = SANITIZERS,
+    program: bool = False,
+    flags: list[str] = EMULATION,
+) -> Path:
     """A shared library, or a program, in ``build/``; compiled again when a source or a header changes."""
     assert COMPILER is not None
     torch_folder = Path(torch.__file__).parent
     command = [
-        COMPILER, "-O2", "-g1", "-std=c++17", "-fPIC", "-ffp-contract=off",
+        COMPILER, *flags, "-O2", "-g1", "-std=c++17", "-fPIC",
         recipe.TORCH_TARGET, f"-I{ROOT / 'csrc'}", f"-I{FOLDER}",
-        "-isystem", str(torch_folder / "include"), "-include", str(FOLDER / "emulator.h"),
+        "-isystem", str(torch_folder / "include"),
     ]  # fmt: skip
     if sanitizers:
         command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     link = ["-ldl"] if program else ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    headers = [*FOLDER.glob("*.h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]
+    kinds = ("*.h", "*.cuh", "*.inc")
+    headers = [*FOLDER.glob("*.h"), *(x for kind in kinds for x in ROOT.glob(f"csrc/**/{kind}"))]
     state = hashlib.sha256(" ".join([*command, *link, torch.__version__]).encode())
     for path in sorted([*sources, *headers]):
         state.update(path.read_bytes())

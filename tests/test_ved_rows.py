@@ -5,6 +5,7 @@ The tables below teach the ops; read them first.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -229,6 +230,21 @@ def test_against_the_oracle(backend, op):
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"value_weight": math.nan}, "value_weight must be finite"),
         ({"trees": empty_trees(levels=3)}, "trees must have at most the trie's 2 levels, got 3"),
+        *(
+            (
+                {
+                    "trees": dataclasses.replace(
+                        empty_trees(), **{name: torch.zeros(1, 4, 0, dtype=torch.int32)}
+                    )
+                },
+                f"trees.{name} must have at least one place",
+            )
+            for name in ("child_node", "leaf_node")
+        ),
+        (
+            {"trees": dataclasses.replace(empty_trees(), size=torch.zeros((), dtype=torch.int32))},
+            r"trees.size must have the shape \[B\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -238,6 +254,41 @@ def test_bad_arguments_are_named(change, message):
     }  # fmt: skip
     with pytest.raises((TypeError, ValueError), match=message):
         ved_evaluate(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parent": torch.zeros(1, 0, dtype=torch.int32)}, r"first.parent must have the shape \[B, K\]"),
+        ({"logp": torch.zeros(1, 1)}, r"first.logp must have the shape \[B, K\]"),
+        ({"node": torch.zeros(2, dtype=torch.int32)}, r"first.node must have the shape \[B, K\]"),
+        ({"node": torch.zeros(1, 2)}, "first.node must be int32"),
+    ],
+)
+def test_parts_of_a_list_that_differ_are_named(backend, change, message):
+    """They would be read outside."""
+    found = extensions((3, 0), (4, 0))._replace(**change)
+    for lists in ({"first": found}, {"first": extensions((3, 0)), "others": found}):
+        named = message if "others" not in lists else message.replace("first", "others")
+        with pytest.raises((TypeError, ValueError), match=named):
+            ved_beams(empty_trees(), CATALOGUE, rows_of(1, 2), width=2, **lists)
+    trees = empty_trees()
+    trees.size = trees.size[0]
+    with pytest.raises(ValueError, match=r"trees.size must have the shape \[B\]"):
+        ved_beams(trees, CATALOGUE, rows_of(1, 2), extensions((3, 0)), 2)
+
+
+def test_trees_that_lie_in_memory_in_other_ways(backend):
+    """Slots and sizes may have any strides."""
+    trees, apart = empty_trees(), empty_trees()
+    trees.slot[0], trees.size[:] = torch.arange(70, 74), 3
+    for name in ("slot", "size"):
+        value = getattr(trees, name)
+        setattr(apart, name, torch.stack([value - 1, value], -1)[..., 1])
+    rows = rows_of(1, 5, parents=(0, 2))
+    assert_same(ved_inputs(apart, CATALOGUE, rows), ved_inputs(trees, CATALOGUE, rows))
+    given = CATALOGUE, rows_of(1, 2), extensions((3, 0), (5, 1)), 2
+    assert_same(ved_beams(apart, *given), ved_beams(trees, *given))
 
 
 def test_values_are_checked_under_validation():

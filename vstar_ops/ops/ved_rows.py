@@ -27,10 +27,9 @@ from ._checks import (
 )
 from ._registry import define
 from .expand_topk import ExpandTopK
-from .ved import NodeEvaluation, SearchTrees, SelectedRows
+from .ved import _AXES, _LAYOUT, NodeEvaluation, SearchTrees, SelectedRows
 
 _ROWS = "[B, P]"
-_BEAM = {"node": torch.int32, "parent": torch.int32, "logp": torch.float32}  # what is read of a list
 
 
 class ModelInputs(NamedTuple):
@@ -100,12 +99,21 @@ def ved_inputs(trees: SearchTrees, trie: Trie, rows: SelectedRows) -> ModelInput
     Raises:
         TypeError, ValueError: an argument's type, shape or device, by name.
     """
-    batch, device = trees.slot.shape[0], trees.slot.device
-    check("trees.slot", trees.slot, (None, None), "[B, T]", (torch.int64,))
+    slot = check("trees.slot", trees.slot, (None, None), "[B, T]", (torch.int64,)).contiguous()
+    batch, device = slot.shape[0], slot.device
     node = check("rows.node", rows.node, (batch, None), _ROWS, (torch.int32,), device)
     parent = check("rows.parent", rows.parent, node.shape, _ROWS, (torch.int32,), device)
     check_trie(trie, trie.max_token + 1, device)
-    return ModelInputs(*_inputs(device, trees.slot, trie.token, parent, node))
+    return ModelInputs(*_inputs(device, slot, trie.token, parent, node))
+
+
+def _shape(trees: SearchTrees, name: str) -> torch.Size:
+    """Of an array of the trees, whose last axis is not empty but for that of requests."""
+    dtype, axes, _ = _LAYOUT[name]
+    shape = check(f"trees.{name}", getattr(trees, name), (None,) * len(axes), _AXES[axes], (dtype,)).shape
+    if len(shape) > 1 and shape[-1] == 0:
+        raise ValueError(f"trees.{name} must have at least one place in its last axis, got {tuple(shape)}")
+    return shape
 
 
 def ved_evaluate(
@@ -163,7 +171,9 @@ def ved_evaluate(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
-    batch, device = trees.size.shape[0], trees.size.device
+    (batch,), device = _shape(trees, "size"), trees.size.device
+    children, leaves, levels = (_shape(trees, x)[-1] for x in ("child_node", "leaf_node", "depth_sum"))
+    levels -= 1
     logits = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device)
     shape = logits.shape[:2]
     check_trie(trie, logits.shape[2], device)
@@ -185,17 +195,23 @@ def ved_evaluate(
     )
     if validating():
         check_nodes(node, trie)
-    levels = trees.depth_sum.shape[1] - 1
     if levels > trie.length:
         raise ValueError(f"trees must have at most the trie's {trie.length} levels, got {levels}")
     first_of_level = trie.level_offset
     lists = _evaluate(
         device, logits, trie.offset, trie.token, trie.alive, trie._only_leaf if skip_forced else None, node,
-        logp, value, child_value, seeds, trees.child_node.shape[2], trees.leaf_node.shape[2], value_weight,
+        logp, value, child_value, seeds, children, leaves, value_weight,
         value_weight or 1.0, logp_weight, temperature, normalize == "vocab", trie.max_children,
         first_of_level[levels], first_of_level[-2], expand_root,
     )  # fmt: skip
     return NodeEvaluation(slot, *lists)
+
+
+def _list(name: str, found: ExpandTopK, batch: int, device: torch.device) -> list[Tensor]:
+    """What :func:`ved_beams` reads of a list, all of one shape."""
+    node = check(f"{name}.node", found.node, (batch, None), "[B, K]", (torch.int32,), device)
+    parent = check(f"{name}.parent", found.parent, node.shape, "[B, K]", (torch.int32,), device)
+    return [node, parent, check(f"{name}.logp", found.logp, node.shape, "[B, K]", (torch.float32,), device)]
 
 
 def ved_beams(
@@ -227,20 +243,14 @@ def ved_beams(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
-    batch, device = trees.size.shape[0], trees.size.device
+    size = check("trees.size", trees.size, (None,), "[B]", (torch.int32,)).contiguous()
+    batch, device = size.shape[0], size.device
     check_int("width", width, 1)
     num_first = width if num_first is None else check_int("num_first", num_first, 0)
-    check("trees.size", trees.size, (batch,), "[B]", (torch.int32,))
     node = check("rows.node", rows.node, (batch, None), _ROWS, (torch.int32,), device)
     check_trie(trie, trie.max_token + 1, device)
-    others = first._replace(**{x: getattr(first, x)[:, :0] for x in _BEAM}) if others is None else others
-    arrays = [
-        check(f"{name}.{part}", getattr(found, part), (batch, None), "[B, K]", (dtype,), device)
-        for name, found in (("first", first), ("others", others))
-        for part, dtype in _BEAM.items()
-    ]
+    arrays = _list("first", first, batch, device)
+    arrays += [x[:, :0] for x in arrays] if others is None else _list("others", others, batch, device)
     only_leaf = trie._only_leaf if skip_forced else None
-    node, parent, logp = _beams(
-        device, *arrays[:3], num_first, *arrays[3:], only_leaf, node, trees.size, width
-    )
+    node, parent, logp = _beams(device, *arrays[:3], num_first, *arrays[3:], only_leaf, node, size, width)
     return SelectedRows(parent, node, logp)
