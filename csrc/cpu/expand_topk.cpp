@@ -85,7 +85,14 @@ class Expansion {
         batched += n;
       }
       if (batched < kBatch && i + 1 < width) continue;
-      if (score(b, rows, scratch)) select(batched, rows, scratch);
+      if (summarize(b, rows, scratch)) {
+        if (scores_rise(scratch.selector.threshold())) {
+          select_rows(rows, scratch);
+        } else {
+          score(b, rows, scratch);
+          select(batched, rows, scratch);
+        }
+      }
       if (i + 1 < width) selector.tighten();
       batched = rows = 0;
     }
@@ -124,13 +131,16 @@ class Expansion {
     for (const char* line = first + 64; line <= last; line += 64) __builtin_prefetch(line);
   }
 
-  // Entropies of the batched prefixes and scores of their children; false if none of them can win.
-  bool score(int64_t b, int64_t count, Scratch& scratch) const {
-    const SimdLoops& loops = simd();
+  bool has_extra() const { return a.child_value || a.seed; }
+
+  // Whether a threshold for scores is one for d too.
+  bool scores_rise(float threshold) const { return threshold > -kInf && a.logp_weight > 0 && !has_extra(); }
+
+  // Softmaxes and entropies of the batched prefixes; false if none of their children can win.
+  bool summarize(int64_t b, int64_t count, Scratch& scratch) const {
     PrefixRow* const rows = scratch.rows.data();
     float* d = scratch.d.data();
     loops_of(a.logits).legal_softmaxes(rows, count, a.logits.stride[2], a.inv_temperature, a.trie.alive_of(b), d);
-    const bool has_extra = a.child_value || a.seed;
     const float threshold = scratch.selector.threshold();
     bool can_win = false;
     for (int64_t r = 0; r < count; ++r) {
@@ -139,18 +149,25 @@ class Expansion {
       const float entropy = finish_row(row, a.logits, a.columns, a.vocab, a.trie.alive, a.inv_temperature);
       a.entropy[b * a.width + w] = entropy;
       row.constant = a.constant(b, w, entropy);
-      can_win = can_win || has_extra || a.logp_weight < 0 || !(best_score(row, a.logp_weight) <= threshold);
+      can_win = can_win || has_extra() || a.logp_weight < 0 || !(best_score(row, a.logp_weight) <= threshold);
     }
-    if (!can_win) return false;
+    return can_win;
+  }
+
+  // Scores of all children of the batched prefixes.
+  void score(int64_t b, int64_t count, Scratch& scratch) const {
+    const SimdLoops& loops = simd();
+    const PrefixRow* const rows = scratch.rows.data();
+    const float* d = scratch.d.data();
     float* scores = scratch.score.data();
-    if (has_extra) {
+    const float threshold = scratch.selector.threshold();
+    if (has_extra()) {
       for (int64_t r = 0; r < count; ++r) {
         loops.score_rows(rows + r, 1, d, extras(b, rows[r], scratch), a.logp_weight, threshold, scores);
       }
     } else {
       loops.score_rows(rows, count, d, nullptr, a.logp_weight, threshold, scores);
     }
-    return true;
   }
 
   // Child values and noise of one prefix's children.
@@ -184,11 +201,28 @@ class Expansion {
     for (int64_t i = 0; i < found; ++i) {
       const int64_t position = scratch.index[i];
       while (r + 1 < rows && scratch.rows[r + 1].position <= position) ++r;
-      const PrefixRow& row = scratch.rows[r];
-      const float logp = row.cum_logp + (scratch.d[position] - row.log_mass);
-      const int64_t edge = row.token - a.trie.token + (position - row.position);
-      selector.push(score[position], {logp, row.parent, int32_t(edge)});
+      push(scratch.rows[r], position, score[position], scratch);
     }
+  }
+
+  // The same where scores_rise(): what does not reach the threshold is not scored.
+  void select_rows(int64_t rows, Scratch& scratch) const {
+    const Selector& selector = scratch.selector;
+    for (int64_t r = 0; r < rows; ++r) {
+      const PrefixRow& row = scratch.rows[r];
+      if (best_score(row, a.logp_weight) <= selector.threshold()) continue;
+      const float* const d = scratch.d.data() + row.position;
+      const int64_t found = simd().filter_row(
+          row, d, a.logp_weight, selector.threshold(), scratch.index.data(), scratch.score.data());
+      for (int64_t i = 0; i < found; ++i) push(row, row.position + scratch.index[i], scratch.score[i], scratch);
+    }
+  }
+
+  // Offer the child at a position of the batch to the selector.
+  void push(const PrefixRow& row, int64_t position, float score, Scratch& scratch) const {
+    const float logp = row.cum_logp + (scratch.d[position] - row.log_mass);
+    const int64_t edge = row.token - a.trie.token + (position - row.position);
+    scratch.selector.push(score, {logp, row.parent, int32_t(edge)});
   }
 
   const ExpandTopKArgs& a;

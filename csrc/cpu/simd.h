@@ -42,8 +42,8 @@ struct RowGradient {
 // Arrays named d, extra and score are written, and may be read, up to 15 elements past their end; rows follow
 // each other without gaps, so they are processed in order.
 struct TypedLoops {
-  // Fill in the rows' sums over the legal logits, and d, which is -inf for a child that is not alive. A row without a
-  // finite logit has the mass 1.
+  // Fill in the rows' sums over the legal logits, and d, which is -inf or NaN for a child that is not alive or has no finite
+  // logit. A row without a finite logit has the mass 1.
   void (*legal_softmaxes)(
       PrefixRow* rows, int64_t count, int64_t stride, InverseTemperature inverse_temperature, const AliveNodes& alive, float* d);
   // The sums over a whole row of n logits, without `weighted`.
@@ -68,6 +68,10 @@ struct SimdLoops {
   void (*score_rows)(
       const PrefixRow* rows, int64_t count, const float* d, const float* extra, float logp_weight, float threshold,
       float* score);
+  // The children of a row, at its d, whose scores without extra are above a threshold, and these scores. Only for
+  // logp_weight > 0, with which scores rise with d. Like `filter`, `index` and `score` have room for 16 more.
+  int64_t (*filter_row)(
+      const PrefixRow& row, const float* d, float logp_weight, float threshold, int32_t* index, float* score);
   // Some score that at least k of n scores reach; -inf where none is found cheaply.
   float (*reached_by)(const float* score, int64_t n, int64_t k);
   // Indices of the scores above the threshold, ascending. `index` has room for 16 more than n.

@@ -121,7 +121,8 @@ void legal_children(const Cpu& device, const TokenLogpArgs& a) {
       store_statistics(a, r, prefix.sums);
       store_targets(a, row, [&](int64_t column) {
         const int32_t* found = std::lower_bound(tokens, tokens + n, int32_t(column));
-        return found != tokens + n && *found == column ? d[found - tokens] - a.log_mass[r] : -kInf;
+        const bool legal = found != tokens + n && *found == column && d[found - tokens] > -kInf;
+        return legal ? d[found - tokens] - a.log_mass[r] : -kInf;
       });
     }
   });
