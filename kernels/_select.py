@@ -29,18 +29,22 @@ def number_of(key):
 
 
 @triton.jit
-def tile(BLOCK: tl.constexpr):
-    """Numbers of a block's candidates, ``[8, BLOCK / 8]``: those of a column lie in one thread."""
-    return tl.arange(0, 8)[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
+def spread(x, BLOCK: tl.constexpr):
+    """A number per column of a block, for all of the column's eight candidates, which lie in one thread."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (8, BLOCK // 8)), (BLOCK,))
 
 
 @triton.jit
-def append(kept, count, keys, bound):
-    """Append what of a tile of keys is better than a bound; returns the new number in the list."""
-    better = (keys > bound).to(tl.int32)
-    number = tl.sum(better, 0)
-    start = count + tl.cumsum(number, 0) - number
-    tl.store(kept + start[None, :] + tl.cumsum(better, 0) - better, keys, better > 0)
+def append(kept, count, keys, bound, BLOCK: tl.constexpr):
+    """Append what of a block of keys is better than a bound; returns the new number in the list."""
+    keys = tl.reshape(keys, (8, BLOCK // 8))
+    number = tl.sum((keys > bound).to(tl.int32), 0)
+    at = count + tl.cumsum(number, 0) - number
+    row = tl.arange(0, 8)[:, None]
+    for i in tl.static_range(8):  # a store of the whole tile might lay it over the threads in another way
+        mine = tl.sum(tl.where(row == i, keys, 0), 0)
+        tl.store(kept + at, mine, mine > bound)
+        at += (mine > bound).to(tl.int32)
     return count + tl.sum(number, 0)
 
 
@@ -89,10 +93,10 @@ def shorten(kept, count, bound, wanted, room, BLOCK: tl.constexpr):
         if reach < count:
             number = count * 0
             for start in range(0, count, BLOCK):
-                i = start + tile(BLOCK)
+                i = start + tl.arange(0, BLOCK)
                 keys = tl.load(kept + i, i < count, NONE)
                 tl.debug_barrier()  # what follows overwrites only what has been read
-                number = append(kept, number, keys, bound)
+                number = append(kept, number, keys, bound, BLOCK)
             count = number
     tl.debug_barrier()
     return bound, count
