@@ -37,7 +37,12 @@ INTEGERS = [-(2**63), -(2**31) - 1, -(2**31), -2, -1, 0, 1, 2, 2**31 - 1, 2**31,
 FLOATS = [-float("inf"), float("inf"), float("nan"), -3e38, 3e38, -1e-40, 0.0, -0.0, 1e300]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool]
 # RuntimeErrors of torch itself: the dispatcher's about a scalar, autograd's about integers or another shape.
-BY_TORCH = ("Expected a value of type", "can require gradients", "Mismatch in shape")
+BY_TORCH = (
+    "Expected a value of type",
+    "can require gradients",
+    "Mismatch in shape",
+    "Boolean value of Tensor",
+)
 
 
 def values(rng: np.random.Generator, x: Tensor) -> Tensor:
