@@ -1,4 +1,4 @@
-"""``python tests/fuzz.py``: the C++ backend under AddressSanitizer and UBSan, called with damaged arguments.
+"""``make fuzz``: the C++ backend under AddressSanitizer and UBSan, called with damaged arguments.
 
 A call is drawn as ``python -m vstar_ops.verify`` draws it. Then some arguments are replaced: numbers beyond
 any range in tensors, other shapes, dtypes and strides, odd scalars. It must return or raise a TypeError or a
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     if done.returncode:
         op = list(OPS)[number % len(OPS)]
         print(f"{op} ended the process with {done.returncode}; to repeat it:")
-        print(f"python tests/fuzz.py --seed {args.seed} --first {number} --count 1")
+        print(f'make fuzz ARGS="--seed {args.seed} --first {number} --count 1"')
         return 1
     found = json.loads(done.stdout)
     for op in OPS:
