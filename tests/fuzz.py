@@ -1,4 +1,4 @@
-"""``python tests/fuzz.py``: the C++ backend under AddressSanitizer and UBSan, called with damaged arguments.
+"""``make fuzz``: the C++ backend under AddressSanitizer and UBSan, called with damaged arguments.
 
 A call is drawn as ``python -m vstar_ops.verify`` draws it. Then some arguments are replaced: numbers beyond
 any range in tensors, other shapes, dtypes and strides, odd scalars. It must return or raise a TypeError or a
@@ -37,7 +37,12 @@ INTEGERS = [-(2**63), -(2**31) - 1, -(2**31), -2, -1, 0, 1, 2, 2**31 - 1, 2**31,
 FLOATS = [-float("inf"), float("inf"), float("nan"), -3e38, 3e38, -1e-40, 0.0, -0.0, 1e300]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool]
 # RuntimeErrors of torch itself: the dispatcher's about a scalar, autograd's about integers or another shape.
-BY_TORCH = ("Expected a value of type", "can require gradients", "Mismatch in shape")
+BY_TORCH = (
+    "Expected a value of type",
+    "can require gradients",
+    "Mismatch in shape",
+    "Boolean value of Tensor",
+)
 
 
 def values(rng: np.random.Generator, x: Tensor) -> Tensor:
@@ -175,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     if done.returncode:
         op = list(OPS)[number % len(OPS)]
         print(f"{op} ended the process with {done.returncode}; to repeat it:")
-        print(f"python tests/fuzz.py --seed {args.seed} --first {number} --count 1")
+        print(f'make fuzz ARGS="--seed {args.seed} --first {number} --count 1"')
         return 1
     found = json.loads(done.stdout)
     for op in OPS:
