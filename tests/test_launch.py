@@ -226,7 +226,7 @@ def test_a_launch_takes_a_third_of_tritons_time(stub: Stub, monkeypatch: pytest.
 
     given: list[Any] = []
     with monkeypatch.context() as patched:
-        for kernel in (module._rows, module._select):
+        for kernel in (module.expand_rows, module._select):
             launch = partial(
                 lambda kernel, launch, *a: given.append((kernel, launch, a)), kernel, kernel.launch
             )
