@@ -1,86 +1,95 @@
-"""The best of a program's scores, one block of them after the other.
+"""The best of a program's candidates, one block of them after the other.
 
-A list lies in memory that the program alone uses: scores as ordered integers (_floats.py) and places, in the
-order in which they came. Only what is better than a bound is appended; where the list is full it is shortened
-to the best, and the bound is raised. So nothing is sorted, however many scores there are. Places rise, and of
-equal scores the first are the best.
+A candidate is an int64 key, the larger the better: its score in the upper half, and a number, so that no two
+are equal. A list of keys lies in memory that the program alone uses. Only what is better than a bound is
+appended; where the list is full it is shortened to the best, and the bound is raised. So nothing is sorted,
+however many candidates there are. The order within the list means nothing.
 """
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import triton
 import triton.language as tl
 
-LEAST = tl.constexpr(-(2**31))  # the score of what is no candidate
-# Where scores and places lie, and how many there are.
-List = namedtuple("List", "score place count")
+from ._floats import LOWEST
 
 
 @triton.jit
-def append(kept, score, place, bound):
-    """Append what is better than a bound; returns the new number."""
-    better = (score > bound).to(tl.int32)
-    at = kept.count + tl.cumsum(better, 0) - 1
-    tl.store(kept.score + at, score, better > 0)
-    tl.store(kept.place + at, place, better > 0)
-    return kept.count + tl.sum(better, 0)
+def tile(BLOCK: tl.constexpr):
+    """Numbers of a block's candidates, ``[8, BLOCK / 8]``: those of a column lie in one thread."""
+    return tl.arange(0, 8)[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
 
 
 @triton.jit
-def _range(kept, BLOCK: tl.constexpr):
-    """The least and the largest score."""
-    least, most = tl.full((BLOCK,), 2**31 - 1, tl.int32), tl.full((BLOCK,), LEAST, tl.int32)
-    for start in range(0, kept.count, BLOCK):
+def append(kept, count, keys, bound):
+    """Append what of a tile of keys is better than a bound; returns the new number in the list."""
+    better = (keys > bound).to(tl.int32)
+    number = tl.sum(better, 0)
+    start = count + tl.cumsum(number, 0) - number
+    tl.store(kept + start[None, :] + tl.cumsum(better, 0) - better, keys, better > 0)
+    return count + tl.sum(number, 0)
+
+
+@triton.jit
+def _range(kept, count, BLOCK: tl.constexpr):
+    """The least key with the worst score, and the largest with the best."""
+    worst, best = tl.full((BLOCK,), 2**31 - 1, tl.int32), tl.full((BLOCK,), -(2**31), tl.int32)
+    for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        score = tl.load(kept.score + i, i < kept.count, LEAST)
-        least, most = tl.where(i < kept.count, tl.minimum(least, score), least), tl.maximum(most, score)
-    return tl.min(least, 0), tl.max(most, 0)
+        score = (tl.load(kept + i, i < count, LOWEST) >> 32).to(tl.int32)
+        worst, best = tl.where(i < count, tl.minimum(worst, score), worst), tl.maximum(best, score)
+    worst, best = tl.min(worst, 0).to(tl.int64), tl.max(best, 0).to(tl.int64)
+    return worst << 32, (best << 32) | 0xFFFFFFFF
 
 
 @triton.jit
-def _reaching(kept, bound, BLOCK: tl.constexpr):
-    """How many scores reach a bound."""
+def _reaching(kept, count, bound, BLOCK: tl.constexpr):
+    """How many keys reach a bound."""
     number = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, kept.count, BLOCK):
+    for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        number += (tl.load(kept.score + i, i < kept.count, LEAST) >= bound).to(tl.int32)
+        number += (tl.load(kept + i, i < count, LOWEST) >= bound).to(tl.int32)
     return tl.sum(number, 0)
 
 
 @triton.jit
-def shorten(kept, bound, wanted, room, BLOCK: tl.constexpr):
-    """Keep the ``wanted`` best and no more than there is room for; returns what they reach, and their number.
+def shorten(kept, count, bound, wanted, room, BLOCK: tl.constexpr):
+    """Keep the ``wanted`` best keys and no more than there is room for.
 
-    The bound is looked for by halving the range of scores, until few enough reach it. If that many are equal,
-    the first of them are kept. Where there are fewer than are wanted, the bound is the one that was given.
+    Returns a new bound, which at least as many keys exceed, and the number of those that are kept. The range
+    of keys is halved until few enough are in its upper part. The bound stays where fewer are listed than
+    wanted.
     """
     tl.debug_barrier()
-    reach, above = kept.count, kept.count * 0
-    if kept.count >= wanted:
-        bound, high = _range(kept, BLOCK)
-        high += 1
-        while (reach > room) & (bound + 1 < high):
-            middle = (bound & high) + ((bound ^ high) >> 1)  # their sum may be beyond 32 bits
-            number = _reaching(kept, middle, BLOCK)
+    if count >= wanted:
+        low, high = _range(kept, count, BLOCK)
+        reach = count
+        while reach > room:  # from `low` on; fewer than are wanted are above `high`
+            middle = (low | high) - ((low ^ high) >> 1)  # half their sum, rounded up
+            number = _reaching(kept, count, middle, BLOCK)
             if number >= wanted:
-                bound, reach = middle, number
+                low, reach = middle, number
             else:
-                high, above = middle, number
-    count = kept.count
-    if reach < kept.count:
-        equals = tl.where(reach > room, wanted - above, reach)  # how many at the bound are kept
-        count, seen = above * 0, above * 0
-        for start in range(0, kept.count, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            score = tl.load(kept.score + i, i < kept.count, LEAST)
-            place = tl.load(kept.place + i, i < kept.count, 0)
-            tl.debug_barrier()  # what follows overwrites only what has been read
-            equal = (score == bound).to(tl.int32)
-            first = (score > bound) | ((equal > 0) & (seen + tl.cumsum(equal, 0) <= equals))
-            seen += tl.sum(equal, 0)
-            score = tl.where(first, score, LEAST)
-            count = append(List(kept.score, kept.place, count), score, place, LEAST)
+                high = middle - 1
+        bound = low - 1
+        if reach < count:
+            number = count * 0
+            for start in range(0, count, BLOCK):
+                i = start + tile(BLOCK)
+                keys = tl.load(kept + i, i < count, LOWEST)
+                tl.debug_barrier()  # what follows overwrites only what has been read
+                number = append(kept, number, keys, bound)
+            count = number
     tl.debug_barrier()
     return bound, count
+
+
+@triton.jit
+def ranked(kept, count, keys):
+    """How many of a list's keys are better than each of some keys."""
+    ahead = tl.zeros(keys.shape, tl.int32)
+    for start in range(0, count, 16):
+        i = start + tl.arange(0, 16)[:, None]
+        others = tl.load(kept + i, i < count, LOWEST)
+        ahead += tl.sum((others > keys[None, :]).to(tl.int32), 0)
+    return ahead

@@ -38,13 +38,13 @@ from ._array import Array, load_float, strided
 from ._expand_rows import Terms, Weights, expand_rows, extra_score_of, finish, load_row, scored, store_row
 from ._floats import LOWEST, InverseTemperature, cleaned, divided, from_ordered, inverse_of, ordered
 from ._kernel import ADDRESS, F32, FLOATS, I32, NUMBERS, Specialization, kernel, workspace
-from ._select import LEAST, List, append, shorten
+from ._select import append, ranked, shorten, tile
 
 _TILES = ((256, 16, 1), (1024, 128, 2))  # children per block and per segment; warps
 # Of a selection: candidates that are sorted, of a block of scores, warps. Other warps spill registers on one
 # architecture or another.
-_SELECTIONS = ((64, 512, 4), (256, 1024, 8), (512, 1024, 8), (1024, 1024, 8), (2048, 2048, 8))
-_BLOCKS = tl.constexpr(4)  # of a selection's list
+_SELECTIONS = ((64, 1024, 4), (256, 2048, 8), (512, 2048, 8), (1024, 2048, 8), (2048, 2048, 8))
+_BLOCKS = tl.constexpr(2)  # of a selection's list
 _MOST_WINNERS = 2048
 _SHARE = 8  # blocks of a row that a program takes; fixed, so that no sum depends on the batch
 _PROGRAMS = 512  # where the programs of a row do not share the sums, there are about as many; fixed as well
@@ -80,8 +80,8 @@ def expand_topk(
             token.numel(), *plan.rows,
         )  # fmt: skip
     _select.launch(
-        (batch,), plan.select_warps, *strided(logits, 3), *terms, token, *memory, *outputs, width, columns,
-        *plan.select,
+        (batch,), plan.select_warps, *strided(logits, 3), *terms, token, *memory[:4], memory[4].data_ptr(),
+        *outputs, width, columns, *plan.select,
     )  # fmt: skip
     return outputs
 
@@ -119,7 +119,7 @@ def _plan(batch, width, columns, k, vocab, max_children, extra) -> Plan:
     return Plan(
         workspace=(
             (4 * rows, torch.float32), (4 * rows, torch.int32), (rows * segments, torch.float32),
-            (6 * rows * parts, torch.float32), (3 * _BLOCKS.value * batch * keys, torch.int32),
+            (6 * rows * parts, torch.float32), (2 * _BLOCKS.value * batch * keys, torch.int64),
         ),
         grid=(rows, splits),
         warps=warps,
@@ -179,38 +179,45 @@ def _child(logits, token, trie, b, w, c, columns, inside):
 
 
 @triton.jit
-def _ordered(score):
-    """A score as an integer, ``LEAST`` for what is no candidate."""
-    return tl.where(score > float("-inf"), ordered(score), LEAST)
+def _key(score, number):
+    """An integer that orders candidates: score descending, then number ascending; the larger is better."""
+    key = (ordered(score).to(tl.int64) << 32) | (0xFFFFFFFF - number.to(tl.int64))
+    return tl.where(score > float("-inf"), key, LOWEST)
 
 
 @triton.jit
-def _segment_scores(best, stats, terms, i, total, segments, extra):
-    """Scores of the segments ``i`` of a request."""
+def _number(key):
+    return (-1 - key).to(tl.int32)
+
+
+@triton.jit
+def _segment_keys(best, stats, terms, i, total, segments, extra):
+    """Keys of the segments ``i`` of a request."""
     inside = i < total
     score = tl.load(best + i, inside, float("-inf"))
     if extra == 0:
         row = load_row(stats, (i // segments).to(tl.int64), inside)
         score, _ = scored(score, row, 0.0, terms)
-    return _ordered(score)
+    return _key(score, i)
 
 
 @triton.jit
-def _child_scores(
-    logits, token, trie, stats, picked, i, terms, b, columns, max_children, segments, SEGMENT: tl.constexpr,
+def _child_keys(
+    logits, token, trie, stats, picked, pick, picks, terms, b, columns, max_children, segments,
+    SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """Scores and numbers of the children of the selected segments ``i``."""
-    inside = i < picked.count
-    which = tl.load(picked.place + i, inside, 0)
-    w = (which // segments).to(tl.int64)[:, None]
-    c = ((which % segments) * SEGMENT)[:, None] + tl.arange(0, SEGMENT)[None, :]
-    inside = inside[:, None]
+    """Keys of the children of selected segments, as a tile: eight children of a segment per thread."""
+    pick = pick[None, :, None]
+    inside = pick < picks
+    which = tl.where(inside, _number(tl.load(picked + pick, inside, -1)), 0)
+    w = (which // segments).to(tl.int64)
+    c = (which % segments) * SEGMENT + tl.reshape(tile(SEGMENT), (8, 1, SEGMENT // 8))
     _, column, z, line = _child(logits, token, trie, b, w, c, columns, inside)
-    node = tl.load(trie + w * 4 + 2, inside, 0)
+    row, node = load_row(stats, w, inside), tl.load(trie + w * 4 + 2, inside, 0)
     extra_score = extra_score_of(terms, b, line, node, column, z > float("-inf"))
-    score, _ = scored(z, load_row(stats, w, inside), extra_score, terms)
-    size: tl.constexpr = z.shape[0] * SEGMENT
-    return tl.reshape(_ordered(score), (size,)), tl.reshape(w.to(tl.int32) * max_children + c, (size,))
+    score, _ = scored(z, row, extra_score, terms)
+    key = _key(score, w.to(tl.int32) * max_children + c)
+    return tl.reshape(key, (8, z.shape[1] * SEGMENT // 8))
 
 
 @triton.jit
@@ -231,7 +238,7 @@ def _select(
     logits: ADDRESS, logits_type, s0, s1, s2, cum_logp: ADDRESS, cum_logp_type, a0, a1, value: ADDRESS,
     value_type, v0, v1, bonus: ADDRESS, bonus_type, o0, o1, child_value: ADDRESS, child_value_type, c0, c1,
     c2, seed: ADDRESS, seed_type, seed_stride, weights: NUMBERS, token: I32, stats: F32, trie: I32,
-    best: F32, part: F32, memory: I32, out_score: F32, out_logp: F32, out_parent: I32, out_token: I32,
+    best: F32, part: F32, memory: ADDRESS, out_score: F32, out_logp: F32, out_parent: I32, out_token: I32,
     out_child: I32, out_count: I32, entropies: F32, width, columns, max_children, segments, parts, extra, k,
     winners, SEGMENT: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -251,39 +258,41 @@ def _select(
 
     # First the segments, then the children of the best ones. One loop: what it calls is compiled once.
     LIST: tl.constexpr = _BLOCKS * BLOCK
-    memory += b * (3 * LIST)
-    place, other = memory + LIST, memory + 2 * LIST
+    # An address, of unknown alignment: keys that are read two at once lie over the threads in another way.
+    memory = memory.to(tl.pointer_type(tl.int64)) + b * (2 * LIST)
     all_segments = width * segments
-    count, picks, bound = all_segments * 0, all_segments * 0, all_segments * 0 + LEAST
     segment_turns = tl.cdiv(all_segments, BLOCK)
-    turn, turns = all_segments * 0, segment_turns
+    zero = all_segments * 0
+    turn, turns, kept, count, picks, bound = zero, segment_turns, zero, zero, zero, zero.to(tl.int64) + LOWEST
     while turn < turns:
         if turn < segment_turns:
-            number = turn * BLOCK + tl.arange(0, BLOCK)
-            score = _segment_scores(best, stats, terms, number, all_segments, segments, extra)
+            i = turn * BLOCK + tile(BLOCK)
+            keys = _segment_keys(best, stats, terms, i, all_segments, segments, extra)
         else:
-            i = (turn - segment_turns) * (BLOCK // SEGMENT) + tl.arange(0, BLOCK // SEGMENT)
-            score, number = _child_scores(
-                logits, token, trie, stats, List(memory, other, picks), i, terms, b, columns, max_children,
-                segments, SEGMENT,
+            pick = (turn - segment_turns) * (BLOCK // SEGMENT) + tl.arange(0, BLOCK // SEGMENT)
+            keys = _child_keys(
+                logits, token, trie, stats, memory, pick, picks, terms, b, columns, max_children, segments,
+                SEGMENT,
             )  # fmt: skip
-        count = append(List(memory, place, count), score, number, bound)
+        count = append(memory + kept, count, keys, bound)
         turn += 1
         if (turn == segment_turns) | (turn == turns) | (count > LIST - BLOCK):
             room = tl.where(turn <= segment_turns, tl.minimum(ROOM, winners + winners // 4 + 16), ROOM)
-            bound, count = shorten(List(memory, place, count), bound, winners, room, BLOCK)
+            bound, count = shorten(memory + kept, count, bound, winners, room, BLOCK)
             if turn == segment_turns:
                 turns += tl.cdiv(count, BLOCK // SEGMENT)
-                place, other = other, place
-                # Of equal scores the first are the best; children may be equal to the k-th segment.
-                picks, count, bound = count, count * 0, tl.maximum(bound, LEAST + 1) - 1
-
+                kept, picks, count = kept + LIST, count, zero
+                # A winner's score is not below that of the k-th segment.
+                bound = tl.maximum((bound + 1) >> 32 << 32, LOWEST + 1) - 1
+    memory += kept
     slot = tl.arange(0, ROOM)
-    score = tl.load(memory + slot, slot < count, 0)
-    key = (score.to(tl.int64) << 32) | (0xFFFFFFFF - tl.load(place + slot, slot < count, 0).to(tl.int64))
-    key = ~tl.sort(~tl.where(slot < count, key, LOWEST))
+    key = tl.load(memory + slot, slot < count, LOWEST)
+    if ROOM <= 512:  # fewer instructions than sorting
+        slot = tl.where(slot < count, ranked(memory, count, key), slot)
+    else:
+        key = ~tl.sort(~key)
     exists = (slot < winners) & (key != LOWEST)
-    number = tl.where(exists, (-1 - key).to(tl.int32), 0)
+    number = tl.where(exists, _number(key), 0)
     c = number % max_children
     w = (number // max_children).to(tl.int64)
     edge, column, z, _ = _child(logits, token, trie, b, w, c, columns, exists)
@@ -293,7 +302,7 @@ def _select(
         out_score, out_logp, out_parent, out_token, out_child, b * k + slot, slot < k, exists, score, logp, w,
         column, edge + 1,
     )  # fmt: skip
-    tl.store(out_count + b, tl.sum(exists.to(tl.int32), 0))
+    tl.store(out_count + b, tl.minimum(count, winners))
     for start in range(ROOM, k, BLOCK):  # more are asked for than there are children
         rest, nothing = start + tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.int32)
         _write(
