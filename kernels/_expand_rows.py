@@ -64,8 +64,7 @@ def scored(z, row, extra_score, terms):
     logp = (divided(z - row.row_max, terms.weights.inv_temperature) - row.log_sum) + row.cum_logp
     weight = terms.weights.logp_weight
     score = (tl.where(weight == 0, 0.0, weight * logp) + row.constant) + extra_score
-    wins = (z > float("-inf")) & (logp > float("-inf")) & (score > float("-inf"))
-    return tl.where(wins, score, float("-inf")), logp
+    return tl.where(logp > float("-inf"), tl.maximum(score, float("-inf")), float("-inf")), logp
 
 
 @triton.jit
@@ -103,11 +102,11 @@ def _gumbel(seed, node, token):
 
 
 @triton.jit
-def extra_score_of(terms, b, line, node, column, inside):
+def extra_score_of(terms, b, line, node, column, z):
     """A child's own part of the score: child value and noise."""
     extra_score = tl.zeros(column.shape, tl.float32)
     if terms.child_value.dtype >= 0:
-        inside &= column * 0 + line >= 0
+        inside = (z > float("-inf")) & (column * 0 + line >= 0)
         value = load_float(terms.child_value, b, line, column.to(tl.int64), inside)
         extra_score += terms.weights.value_weight * value
     if terms.seed.dtype >= 0:
@@ -139,7 +138,7 @@ def _load_children(logits, s2, children, columns, readable, c):
         column = tl.load(children.token + children.begin + c, c < children.count, -1)
         inside = (column >= 0) & (column < columns)
         z = tl.load(logits + column.to(tl.int64) * s2, inside & (column < readable), 0.0).to(tl.float32)
-    return column, inside, cleaned(z, inside)
+    return column, cleaned(z, inside)
 
 
 @triton.jit
@@ -230,7 +229,7 @@ def expand_rows(
             _store_segments(best, z, turn * BLOCK, segments, BLOCK, SEGMENT)
         most, mass, weighted = add(z, most, mass, weighted, weights.inv_temperature)
     for turn in range(whole, last):
-        _, _, z = _load_children(logits, s2, children, columns, readable, turn * BLOCK + c)
+        _, z = _load_children(logits, s2, children, columns, readable, turn * BLOCK + c)
         if not EXTRA:
             _store_segments(best, z, turn * BLOCK, segments, BLOCK, SEGMENT)
         most, mass, weighted = add(z, most, mass, weighted, weights.inv_temperature)
@@ -251,8 +250,8 @@ def expand_rows(
         store_row(stats, entropies, r, row, entropy, split == 0)
         if EXTRA:
             for start in range(low, high, BLOCK):
-                column, inside, z = _load_children(logits, s2, children, columns, readable, start + c)
-                extra_score = extra_score_of(terms, b, line, here, column, inside)
+                column, z = _load_children(logits, s2, children, columns, readable, start + c)
+                extra_score = extra_score_of(terms, b, line, here, column, z)
                 score, _ = scored(z, row, extra_score, terms)
                 _store_segments(best, score, start, segments, BLOCK, SEGMENT)
     else:

@@ -11,7 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._floats import LOWEST
+from ._floats import ordered
+
+NONE = tl.constexpr(-0x7F80000000000001)  # the best key of a score of -inf, which is no candidate
+
+
+@triton.jit
+def key(score, number):
+    """An integer that orders candidates: score descending, then number ascending; the larger is better."""
+    return (ordered(score).to(tl.int64) << 32) | (0xFFFFFFFF - number.to(tl.int64))
+
+
+@triton.jit
+def number_of(key):
+    """The number within a key."""
+    return (-1 - key).to(tl.int32)
 
 
 @triton.jit
@@ -36,7 +50,7 @@ def _range(kept, count, BLOCK: tl.constexpr):
     worst, best = tl.full((BLOCK,), 2**31 - 1, tl.int32), tl.full((BLOCK,), -(2**31), tl.int32)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        score = (tl.load(kept + i, i < count, LOWEST) >> 32).to(tl.int32)
+        score = (tl.load(kept + i, i < count, NONE) >> 32).to(tl.int32)
         worst, best = tl.where(i < count, tl.minimum(worst, score), worst), tl.maximum(best, score)
     worst, best = tl.min(worst, 0).to(tl.int64), tl.max(best, 0).to(tl.int64)
     return worst << 32, (best << 32) | 0xFFFFFFFF
@@ -48,7 +62,7 @@ def _reaching(kept, count, bound, BLOCK: tl.constexpr):
     number = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        number += (tl.load(kept + i, i < count, LOWEST) >= bound).to(tl.int32)
+        number += (tl.load(kept + i, i < count, NONE) >= bound).to(tl.int32)
     return tl.sum(number, 0)
 
 
@@ -76,20 +90,9 @@ def shorten(kept, count, bound, wanted, room, BLOCK: tl.constexpr):
             number = count * 0
             for start in range(0, count, BLOCK):
                 i = start + tile(BLOCK)
-                keys = tl.load(kept + i, i < count, LOWEST)
+                keys = tl.load(kept + i, i < count, NONE)
                 tl.debug_barrier()  # what follows overwrites only what has been read
                 number = append(kept, number, keys, bound)
             count = number
     tl.debug_barrier()
     return bound, count
-
-
-@triton.jit
-def ranked(kept, count, keys):
-    """How many of a list's keys are better than each of some keys."""
-    ahead = tl.zeros(keys.shape, tl.int32)
-    for start in range(0, count, 16):
-        i = start + tl.arange(0, 16)[:, None]
-        others = tl.load(kept + i, i < count, LOWEST)
-        ahead += tl.sum((others > keys[None, :]).to(tl.int32), 0)
-    return ahead

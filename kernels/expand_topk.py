@@ -36,14 +36,14 @@ import triton.language as tl
 from .._triton import Unsupported
 from ._array import Array, load_float, strided
 from ._expand_rows import Terms, Weights, expand_rows, extra_score_of, finish, load_row, scored, store_row
-from ._floats import LOWEST, InverseTemperature, cleaned, divided, from_ordered, inverse_of, ordered
+from ._floats import InverseTemperature, cleaned, divided, from_ordered, inverse_of
 from ._kernel import ADDRESS, F32, FLOATS, I32, NUMBERS, Specialization, kernel, workspace
-from ._select import append, ranked, shorten, tile
+from ._select import NONE, append, key, number_of, shorten, tile
 
 _TILES = ((256, 16, 1), (1024, 128, 2))  # children per block and per segment; warps
 # Of a selection: candidates that are sorted, of a block of scores, warps. Other warps spill registers on one
 # architecture or another.
-_SELECTIONS = ((64, 1024, 4), (256, 2048, 8), (512, 2048, 8), (1024, 2048, 8), (2048, 2048, 8))
+_SELECTIONS = ((64, 1024, 4), (256, 4096, 16), (512, 4096, 16), (1024, 4096, 16), (2048, 4096, 16))
 _BLOCKS = tl.constexpr(2)  # of a selection's list
 _MOST_WINNERS = 2048
 _SHARE = 8  # blocks of a row that a program takes; fixed, so that no sum depends on the batch
@@ -170,24 +170,14 @@ def _join_parts(part, stats, entropies, terms, b, width, parts, ROWS: tl.constex
 def _child(logits, token, trie, b, w, c, columns, inside):
     """Edge, column, logit (-inf: there is none) and its line of children ``c`` of the rows ``w``."""
     begin = tl.load(trie + w * 4, inside, 0).to(tl.int64)
+    count = tl.load(trie + w * 4 + 1, inside, 0)
     line = tl.load(trie + w * 4 + 3, inside, -1).to(tl.int64)
-    inside = inside & (c < tl.load(trie + w * 4 + 1, inside, 0))
-    column = tl.load(token + begin + c, inside, -1)
-    inside &= (column >= 0) & (column < columns)
-    z = load_float(logits, b, line, column.to(tl.int64), inside & (line >= 0))
-    return begin + c, column, cleaned(z, inside), line
-
-
-@triton.jit
-def _key(score, number):
-    """An integer that orders candidates: score descending, then number ascending; the larger is better."""
-    key = (ordered(score).to(tl.int64) << 32) | (0xFFFFFFFF - number.to(tl.int64))
-    return tl.where(score > float("-inf"), key, LOWEST)
-
-
-@triton.jit
-def _number(key):
-    return (-1 - key).to(tl.int32)
+    # What lies outside is moved inside, and one mask is enough for all children of a row.
+    column = tl.load(token + begin + tl.minimum(c, count - 1), count > 0, -1)
+    near = tl.maximum(tl.minimum(column, columns - 1), 0).to(tl.int64)
+    readable = tl.where(columns > 0, count, 0) > 0
+    z = load_float(logits, b, line, near, readable & (line >= 0))
+    return begin + c, column, cleaned(z, (c < count) & (column >= 0) & (column < columns)), line
 
 
 @triton.jit
@@ -198,7 +188,7 @@ def _segment_keys(best, stats, terms, i, total, segments, extra):
     if extra == 0:
         row = load_row(stats, (i // segments).to(tl.int64), inside)
         score, _ = scored(score, row, 0.0, terms)
-    return _key(score, i)
+    return key(score, i)
 
 
 @triton.jit
@@ -209,15 +199,15 @@ def _child_keys(
     """Keys of the children of selected segments, as a tile: eight children of a segment per thread."""
     pick = pick[None, :, None]
     inside = pick < picks
-    which = tl.where(inside, _number(tl.load(picked + pick, inside, -1)), 0)
+    which = tl.where(inside, number_of(tl.load(picked + pick, inside, -1)), 0)
     w = (which // segments).to(tl.int64)
     c = (which % segments) * SEGMENT + tl.reshape(tile(SEGMENT), (8, 1, SEGMENT // 8))
     _, column, z, line = _child(logits, token, trie, b, w, c, columns, inside)
     row, node = load_row(stats, w, inside), tl.load(trie + w * 4 + 2, inside, 0)
-    extra_score = extra_score_of(terms, b, line, node, column, z > float("-inf"))
+    extra_score = extra_score_of(terms, b, line, node, column, z)
     score, _ = scored(z, row, extra_score, terms)
-    key = _key(score, w.to(tl.int32) * max_children + c)
-    return tl.reshape(key, (8, z.shape[1] * SEGMENT // 8))
+    keys = key(score, w.to(tl.int32) * max_children + c)
+    return tl.reshape(keys, (8, z.shape[1] * SEGMENT // 8))
 
 
 @triton.jit
@@ -263,7 +253,7 @@ def _select(
     all_segments = width * segments
     segment_turns = tl.cdiv(all_segments, BLOCK)
     zero = all_segments * 0
-    turn, turns, kept, count, picks, bound = zero, segment_turns, zero, zero, zero, zero.to(tl.int64) + LOWEST
+    turn, turns, kept, count, picks, bound = zero, segment_turns, zero, zero, zero, zero.to(tl.int64) + NONE
     while turn < turns:
         if turn < segment_turns:
             i = turn * BLOCK + tile(BLOCK)
@@ -283,21 +273,16 @@ def _select(
                 turns += tl.cdiv(count, BLOCK // SEGMENT)
                 kept, picks, count = kept + LIST, count, zero
                 # A winner's score is not below that of the k-th segment.
-                bound = tl.maximum((bound + 1) >> 32 << 32, LOWEST + 1) - 1
-    memory += kept
+                bound = tl.maximum(((bound + 1) >> 32 << 32) - 1, NONE)
     slot = tl.arange(0, ROOM)
-    key = tl.load(memory + slot, slot < count, LOWEST)
-    if ROOM <= 512:  # fewer instructions than sorting
-        slot = tl.where(slot < count, ranked(memory, count, key), slot)
-    else:
-        key = ~tl.sort(~key)
-    exists = (slot < winners) & (key != LOWEST)
-    number = tl.where(exists, _number(key), 0)
+    best_keys = ~tl.sort(~tl.load(memory + kept + slot, slot < count, NONE))
+    exists = (slot < winners) & (best_keys > NONE)
+    number = tl.where(exists, number_of(best_keys), 0)
     c = number % max_children
     w = (number // max_children).to(tl.int64)
     edge, column, z, _ = _child(logits, token, trie, b, w, c, columns, exists)
     _, logp = scored(z, load_row(stats, w, exists), 0.0, terms)
-    score = from_ordered((key >> 32).to(tl.int32))
+    score = from_ordered((best_keys >> 32).to(tl.int32))
     _write(
         out_score, out_logp, out_parent, out_token, out_child, b * k + slot, slot < k, exists, score, logp, w,
         column, edge + 1,
