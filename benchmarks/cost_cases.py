@@ -39,14 +39,29 @@ def _selection(segments: float, children: float, loads: Marks, latency: int) -> 
     ]
 
 
-def _triton_selection(batch: int, moved: float, segments: int, children: int) -> Launch:
-    """K=128; turns of 512 keys. Assumed: in each some are among the best, so each is sorted."""
+def _triton_selection(
+    batch: int, moved: float, segment: int, segments: int, picks: int, rounds: int
+) -> Launch:
+    """K=128. ``segments`` are looked at, ``picks`` of them taken; ``rounds``: halvings of a list's range.
+
+    Assumed, as random logits have it: above 4,096 the list of segments is shortened, and little more than K
+    of their children are good enough to be listed. Fewer are all taken, and children's list is shortened.
+    """
+    turns, lists = -(-segments // 4096), -(-picks * segment // 4096)
+    of_segments, of_children = {"STG": 8, "U16": 0}, {"STG": 8, "U16": 8}
+    many = turns > 1
     loops = [
-        Loop("REDUX", segments, {"BAR": 52, "LDG": 10}, latency=L2),
-        Loop("REDUX", children, {"BAR": 52, r"LDG\.E\.64": 2, "U16": 2}, latency=L2),
+        Loop("LDG", turns - 1, of_segments, which=1, up=1, latency=L2),
+        Loop("LDG", lists - 1, of_children, which=1, up=1, latency=L2),
+        Loop("LDG", turns + 1, which=1),
+        Loop("LDG", 1, of_children if many else of_segments, which=1, up=1, latency=L2),
+        Loop("LDG", turns * rounds, which=2),
+        Loop("LDG", rounds, which=2, up=1),
+        Loop("LDG", turns, which=3),
+        Loop("LDG", 1, of_segments if many else of_children, which=1, up=1, latency=L2),
     ]
-    items = batch * 512 * (segments + children)
-    return Launch("expand_topk select 128 of 512", batch, 8, moved, {"STG": 6}, loops, items, latency=L2)
+    name = f"expand_topk select 256 of 4096, segments of {segment}"
+    return Launch(name, batch, 16, moved, {"STG": 6}, loops, batch * (segments + picks * segment), latency=L2)
 
 
 def _dense() -> CostCase:
@@ -68,7 +83,7 @@ def _dense() -> CostCase:
         ],
         [
             Launch("expand_topk rows 1024, bfloat16", rows, 2, moved, {"STG": 10}, triton, rows * columns),
-            _triton_selection(256, again, 16, 32),
+            _triton_selection(256, again, 128, 8192, 160, 5),
         ],
     )
 
@@ -95,7 +110,7 @@ def _legal() -> CostCase:
         [Launch("expand_fused_kernelINS_8BFloat16ELb0", 16, 16, moved, {}, loops, children, 64_000)],
         [
             Launch("expand_topk rows 256, bfloat16", rows, 1, moved, {"STG": 10}, triton, children),
-            _triton_selection(16, moved, 2, 4),
+            _triton_selection(16, moved, 16, 768, 168, 4),
         ],
     )
 

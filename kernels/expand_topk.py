@@ -43,7 +43,7 @@ from ._select import NONE, append, key, number_of, shorten, tile
 _TILES = ((256, 16, 1), (1024, 128, 2))  # children per block and per segment; warps
 # Of a selection: candidates that are sorted, of a block of scores, warps. Other warps spill registers on one
 # architecture or another.
-_SELECTIONS = ((64, 1024, 4), (256, 4096, 16), (512, 4096, 16), (1024, 4096, 16), (2048, 4096, 16))
+_SELECTIONS = ((64, 2048, 8), (256, 4096, 16), (512, 4096, 16), (1024, 4096, 16), (2048, 4096, 16))
 _BLOCKS = tl.constexpr(2)  # of a selection's list
 _MOST_WINNERS = 2048
 _SHARE = 8  # blocks of a row that a program takes; fixed, so that no sum depends on the batch
@@ -202,8 +202,8 @@ def _child_keys(
     which = tl.where(inside, number_of(tl.load(picked + pick, inside, -1)), 0)
     w = (which // segments).to(tl.int64)
     c = (which % segments) * SEGMENT + tl.reshape(tile(SEGMENT), (8, 1, SEGMENT // 8))
-    _, column, z, line = _child(logits, token, trie, b, w, c, columns, inside)
     row, node = load_row(stats, w, inside), tl.load(trie + w * 4 + 2, inside, 0)
+    _, column, z, line = _child(logits, token, trie, b, w, c, columns, inside)
     extra_score = extra_score_of(terms, b, line, node, column, z)
     score, _ = scored(z, row, extra_score, terms)
     keys = key(score, w.to(tl.int32) * max_children + c)
@@ -280,8 +280,9 @@ def _select(
     number = tl.where(exists, number_of(best_keys), 0)
     c = number % max_children
     w = (number // max_children).to(tl.int64)
+    row = load_row(stats, w, exists)
     edge, column, z, _ = _child(logits, token, trie, b, w, c, columns, exists)
-    _, logp = scored(z, load_row(stats, w, exists), 0.0, terms)
+    _, logp = scored(z, row, 0.0, terms)
     score = from_ordered((best_keys >> 32).to(tl.int32))
     _write(
         out_score, out_logp, out_parent, out_token, out_child, b * k + slot, slot < k, exists, score, logp, w,
