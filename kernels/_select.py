@@ -37,10 +37,13 @@ def tile(BLOCK: tl.constexpr):
 @triton.jit
 def append(kept, count, keys, bound):
     """Append what of a tile of keys is better than a bound; returns the new number in the list."""
-    better = (keys > bound).to(tl.int32)
-    number = tl.sum(better, 0)
-    start = count + tl.cumsum(number, 0) - number
-    tl.store(kept + start[None, :] + tl.cumsum(better, 0) - better, keys, better > 0)
+    number = tl.sum((keys > bound).to(tl.int32), 0)
+    at = count + tl.cumsum(number, 0) - number
+    row = tl.arange(0, 8)[:, None]
+    for i in tl.static_range(8):  # a store of the whole tile might lay it over the threads in another way
+        mine = tl.sum(tl.where(row == i, keys, 0), 0)
+        tl.store(kept + at, mine, mine > bound)
+        at += (mine > bound).to(tl.int32)
     return count + tl.sum(number, 0)
 
 
