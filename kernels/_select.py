@@ -29,14 +29,15 @@ def number_of(key):
 
 
 @triton.jit
-def tile(BLOCK: tl.constexpr):
-    """Numbers of a block's candidates, ``[8, BLOCK / 8]``: those of a column lie in one thread."""
-    return tl.arange(0, 8)[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
+def spread(x, BLOCK: tl.constexpr):
+    """A number per column of a block, for all of the column's eight candidates, which lie in one thread."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (8, BLOCK // 8)), (BLOCK,))
 
 
 @triton.jit
-def append(kept, count, keys, bound):
-    """Append what of a tile of keys is better than a bound; returns the new number in the list."""
+def append(kept, count, keys, bound, BLOCK: tl.constexpr):
+    """Append what of a block of keys is better than a bound; returns the new number in the list."""
+    keys = tl.reshape(keys, (8, BLOCK // 8))
     number = tl.sum((keys > bound).to(tl.int32), 0)
     at = count + tl.cumsum(number, 0) - number
     row = tl.arange(0, 8)[:, None]
@@ -92,10 +93,10 @@ def shorten(kept, count, bound, wanted, room, BLOCK: tl.constexpr):
         if reach < count:
             number = count * 0
             for start in range(0, count, BLOCK):
-                i = start + tile(BLOCK)
+                i = start + tl.arange(0, BLOCK)
                 keys = tl.load(kept + i, i < count, NONE)
                 tl.debug_barrier()  # what follows overwrites only what has been read
-                number = append(kept, number, keys, bound)
+                number = append(kept, number, keys, bound, BLOCK)
             count = number
     tl.debug_barrier()
     return bound, count

@@ -25,6 +25,7 @@ Multiplications and additions are not fused: both launches must give a score the
 from __future__ import annotations
 
 import functools
+from collections import namedtuple
 from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
@@ -35,10 +36,20 @@ import triton.language as tl
 
 from .._triton import Unsupported
 from ._array import Array, load_float, strided
-from ._expand_rows import Terms, Weights, expand_rows, extra_score_of, finish, load_row, scored, store_row
+from ._expand_rows import (
+    Row,
+    Terms,
+    Weights,
+    expand_rows,
+    extra_score_of,
+    finish,
+    load_row,
+    scored,
+    store_row,
+)
 from ._floats import InverseTemperature, cleaned, divided, from_ordered, inverse_of
 from ._kernel import ADDRESS, F32, FLOATS, I32, NUMBERS, Specialization, kernel, workspace
-from ._select import NONE, append, key, number_of, shorten, tile
+from ._select import NONE, append, key, number_of, shorten, spread
 
 _TILES = ((256, 16, 1), (1024, 128, 2))  # children per block and per segment; warps
 # Of a selection: candidates that are sorted, of a block of scores, warps. Other warps spill registers on one
@@ -166,18 +177,26 @@ def _join_parts(part, stats, entropies, terms, b, width, parts, ROWS: tl.constex
     tl.debug_barrier()  # they are read by other threads of this program
 
 
+# Where a row's children are: first edge, number, line of the logits, node.
+Places = namedtuple("Places", "begin count line node")
+
+
 @triton.jit
-def _child(logits, token, trie, b, w, c, columns, inside):
-    """Edge, column, logit (-inf: there is none) and its line of children ``c`` of the rows ``w``."""
-    begin = tl.load(trie + w * 4, inside, 0).to(tl.int64)
-    count = tl.load(trie + w * 4 + 1, inside, 0)
-    line = tl.load(trie + w * 4 + 3, inside, -1).to(tl.int64)
-    # What lies outside is moved inside, and one mask is enough for all children of a row.
-    column = tl.load(token + begin + tl.minimum(c, count - 1), count > 0, -1)
+def _load_places(trie, w, inside):
+    at = trie + w * 4
+    begin, count = tl.load(at, inside, 0).to(tl.int64), tl.load(at + 1, inside, 0)
+    return Places(begin, count, tl.load(at + 3, inside, -1).to(tl.int64), tl.load(at + 2, inside, 0))
+
+
+@triton.jit
+def _child(logits, token, places, b, c, columns):
+    """Column and logit (-inf: there is none) of the children ``c`` of rows."""
+    # What lies outside is moved inside: with a mask per child, they would be read one after the other.
+    column = tl.load(token + places.begin + tl.minimum(c, places.count - 1), places.count > 0, -1)
     near = tl.maximum(tl.minimum(column, columns - 1), 0).to(tl.int64)
-    readable = tl.where(columns > 0, count, 0) > 0
-    z = load_float(logits, b, line, near, readable & (line >= 0))
-    return begin + c, column, cleaned(z, (c < count) & (column >= 0) & (column < columns)), line
+    readable = tl.where(columns > 0, places.count, 0) > 0
+    z = load_float(logits, b, places.line, near, readable & (places.line >= 0))
+    return column, cleaned(z, (c < places.count) & (column >= 0) & (column < columns))
 
 
 @triton.jit
@@ -193,21 +212,31 @@ def _segment_keys(best, stats, terms, i, total, segments, extra):
 
 @triton.jit
 def _child_keys(
-    logits, token, trie, stats, picked, pick, picks, terms, b, columns, max_children, segments,
-    SEGMENT: tl.constexpr,
+    logits, token, trie, stats, picked, first, picks, terms, b, columns, max_children, segments,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys of the children of selected segments, as a tile: eight children of a segment per thread."""
-    pick = pick[None, :, None]
+    """Keys of the children of selected segments, from ``first`` on; a column has children of one segment."""
+    LANES: tl.constexpr = SEGMENT // 8
+    lane = tl.arange(0, BLOCK // 8)
+    pick = first + lane // LANES
     inside = pick < picks
     which = tl.where(inside, number_of(tl.load(picked + pick, inside, -1)), 0)
     w = (which // segments).to(tl.int64)
-    c = (which % segments) * SEGMENT + tl.reshape(tile(SEGMENT), (8, 1, SEGMENT // 8))
-    row, node = load_row(stats, w, inside), tl.load(trie + w * 4 + 2, inside, 0)
-    _, column, z, line = _child(logits, token, trie, b, w, c, columns, inside)
-    extra_score = extra_score_of(terms, b, line, node, column, z)
+    row, places = load_row(stats, w, inside), _load_places(trie, w, inside)
+    row = Row(
+        spread(row.row_max, BLOCK), spread(row.log_sum, BLOCK), spread(row.cum_logp, BLOCK),
+        spread(row.constant, BLOCK),
+    )  # fmt: skip
+    places = Places(
+        spread(places.begin, BLOCK), spread(places.count, BLOCK), spread(places.line, BLOCK),
+        spread(places.node, BLOCK),
+    )  # fmt: skip
+    c = spread((which % segments) * SEGMENT + lane % LANES, BLOCK)
+    c += tl.arange(0, BLOCK) // (BLOCK // 8) * LANES
+    column, z = _child(logits, token, places, b, c, columns)
+    extra_score = extra_score_of(terms, b, places.line, places.node, column, z)
     score, _ = scored(z, row, extra_score, terms)
-    keys = key(score, w.to(tl.int32) * max_children + c)
-    return tl.reshape(keys, (8, z.shape[1] * SEGMENT // 8))
+    return key(score, spread(w.to(tl.int32) * max_children, BLOCK) + c)
 
 
 @triton.jit
@@ -256,15 +285,15 @@ def _select(
     turn, turns, kept, count, picks, bound = zero, segment_turns, zero, zero, zero, zero.to(tl.int64) + NONE
     while turn < turns:
         if turn < segment_turns:
-            i = turn * BLOCK + tile(BLOCK)
+            i = turn * BLOCK + tl.arange(0, BLOCK)
             keys = _segment_keys(best, stats, terms, i, all_segments, segments, extra)
         else:
-            pick = (turn - segment_turns) * (BLOCK // SEGMENT) + tl.arange(0, BLOCK // SEGMENT)
+            first = (turn - segment_turns) * (BLOCK // SEGMENT)
             keys = _child_keys(
-                logits, token, trie, stats, memory, pick, picks, terms, b, columns, max_children, segments,
-                SEGMENT,
+                logits, token, trie, stats, memory, first, picks, terms, b, columns, max_children, segments,
+                SEGMENT, BLOCK,
             )  # fmt: skip
-        count = append(memory + kept, count, keys, bound)
+        count = append(memory + kept, count, keys, bound, BLOCK)
         turn += 1
         if (turn == segment_turns) | (turn == turns) | (count > LIST - BLOCK):
             room = tl.where(turn <= segment_turns, tl.minimum(ROOM, winners + winners // 4 + 16), ROOM)
@@ -280,13 +309,13 @@ def _select(
     number = tl.where(exists, number_of(best_keys), 0)
     c = number % max_children
     w = (number // max_children).to(tl.int64)
-    row = load_row(stats, w, exists)
-    edge, column, z, _ = _child(logits, token, trie, b, w, c, columns, exists)
+    row, places = load_row(stats, w, exists), _load_places(trie, w, exists)
+    column, z = _child(logits, token, places, b, c, columns)
     _, logp = scored(z, row, 0.0, terms)
     score = from_ordered((best_keys >> 32).to(tl.int32))
     _write(
         out_score, out_logp, out_parent, out_token, out_child, b * k + slot, slot < k, exists, score, logp, w,
-        column, edge + 1,
+        column, places.begin + c + 1,
     )  # fmt: skip
     tl.store(out_count + b, tl.minimum(count, winners))
     for start in range(ROOM, k, BLOCK):  # more are asked for than there are children
