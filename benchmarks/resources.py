@@ -140,7 +140,7 @@ def _cuda_kernels() -> dict[str, Kernel]:
     folder = ROOT / "build" / "model" / hashlib.sha256(b"\0".join(words)).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
-    for name in ("expand_topk", "sibling_advantage", "token_logp", "ved"):
+    for name in ("beams", "draws", "expand_topk", "sibling_advantage", "token_logp", "ved", "ved_rows"):
         cubin = folder / f"{name}.cubin"
         if not cubin.exists():
             with replacing(cubin) as path:

@@ -52,9 +52,13 @@ from ._kernel import ADDRESS, F32, FLOATS, I32, NUMBERS, Specialization, kernel,
 from ._select import NONE, append, key, number_of, shorten, spread
 
 _TILES = ((256, 16, 1), (1024, 128, 2))  # children per block and per segment; warps
-# Of a selection: candidates that are sorted, of a block of scores, warps. Other warps spill registers on one
-# architecture or another.
-_SELECTIONS = ((64, 2048, 8), (256, 4096, 16), (512, 4096, 16), (1024, 4096, 16), (2048, 4096, 16))
+# Of a selection: candidates that are sorted, most children of a request, of a block of keys, warps. Other
+# warps spill registers on one architecture or another.
+_ANY = 2**31
+_SELECTIONS = (
+    (256, 1024, 512, 2), (64, _ANY, 2048, 8), (256, _ANY, 4096, 16), (512, _ANY, 4096, 16),
+    (1024, _ANY, 4096, 16), (2048, _ANY, 4096, 16),
+)  # fmt: skip
 _BLOCKS = tl.constexpr(2)  # of a selection's list
 _MOST_WINNERS = 2048
 _SHARE = 8  # blocks of a row that a program takes; fixed, so that no sum depends on the batch
@@ -125,7 +129,7 @@ def _plan(batch, width, columns, k, vocab, max_children, extra) -> Plan:
     blocks = -(-longest // block)
     splits = max(1, min(blocks, _PROGRAMS // max(rows, 1))) if extra else -(-blocks // _SHARE)
     parts = 0 if extra or splits == 1 else splits
-    room, keys, select_warps = next(x for x in _SELECTIONS if winners <= x[0] // 2 or 1024 <= x[0] >= winners)
+    room, keys, select_warps = _selection(winners, children)
     chunk, column_chunk = (-(-total // (splits * block)) * block for total in (max_children, columns))
     return Plan(
         workspace=(
@@ -138,6 +142,15 @@ def _plan(batch, width, columns, k, vocab, max_children, extra) -> Plan:
         select_warps=select_warps,
         select=(max_children, segments, parts, int(extra), k, winners, segment, room, keys),
     )  # fmt: skip
+
+
+def _selection(winners: int, children: int) -> tuple[int, int, int]:
+    """Candidates that are sorted, of which there may be somewhat more than winners; keys per block; warps."""
+    return next(
+        (room, keys, warps)
+        for room, most, keys, warps in _SELECTIONS
+        if children <= most and (winners <= room // 2 or 1024 <= room >= winners)
+    )
 
 
 @triton.jit
@@ -333,7 +346,7 @@ def specializations() -> Iterator[Specialization]:
         constants = {"EXTRA": extra, "BLOCK": block, "SEGMENT": segment, "s2": 1}
         name = f"expand_topk rows {block}{', extra score' * extra}, {dtype}"
         yield Specialization(name, expand_rows, warps, constants, {"logits": logits, "weights": weights})
-    for (room, keys, warps), (_, segment, _) in product(_SELECTIONS, _TILES):
+    for (room, _, keys, warps), (_, segment, _) in product(_SELECTIONS, _TILES):
         name = f"expand_topk select {room} of {keys}, segments of {segment}"
         constants = {"SEGMENT": segment, "ROOM": room, "BLOCK": keys}
         yield Specialization(name, _select, warps, constants, {"weights": weights})

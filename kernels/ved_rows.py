@@ -107,6 +107,15 @@ def _leaf_of(child, only_leaf, num_nodes, first_leaf):
     return tl.where(child >= first_leaf, child, other)
 
 
+@jit
+def _clear(node, number, found, size, BLOCK: tl.constexpr):
+    """Fill the end of a list that is not used."""
+    for start in range(found, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(node + i, tl.full((BLOCK,), -1, tl.int32), i < size)
+        tl.store(number + i, tl.full((BLOCK,), float("-inf"), tl.float32), i < size)
+
+
 @kernel
 def _ved_lists(
     node: ADDRESS, node_type, n0, n1, value: ADDRESS, value_type, v0, v1, drawn: I32, drawn_logp: F32,
@@ -137,10 +146,7 @@ def _ved_lists(
         tl.store(child_logp + r * children + at, its_logp, kept)
         found += tl.sum(kept.to(tl.int32), 0)
     tl.store(num_children + r, found)
-    for start in range(found, children, BLOCK):
-        i = start + step
-        tl.store(child_node + r * children + i, tl.full((BLOCK,), -1, tl.int32), i < children)
-        tl.store(child_logp + r * children + i, tl.full((BLOCK,), float("-inf"), tl.float32), i < children)
+    _clear(child_node + r * children, child_logp + r * children, found, children, BLOCK)
 
     found = 0
     for start in range(0, listed, BLOCK):
@@ -158,11 +164,8 @@ def _ved_lists(
         tl.store(leaf_score + r * leaves + at, worth + score, kept)
         found += tl.sum(kept.to(tl.int32), 0)
     tl.store(num_leaves + r, found)
-    for start in range(found, leaves, BLOCK):
-        i = start + step
-        tl.store(leaf_node + r * leaves + i, tl.full((BLOCK,), -1, tl.int32), i < leaves)
-        tl.store(leaf_logp + r * leaves + i, tl.full((BLOCK,), float("-inf"), tl.float32), i < leaves)
-        tl.store(leaf_score + r * leaves + i, tl.full((BLOCK,), float("-inf"), tl.float32), i < leaves)
+    _clear(leaf_node + r * leaves, leaf_logp + r * leaves, found, leaves, BLOCK)
+    _clear(leaf_node + r * leaves, leaf_score + r * leaves, found, leaves, BLOCK)
 
 
 def ved_beams(
@@ -235,11 +238,8 @@ def _ved_beams(
         Array(other_logp, other_logp_type, k0, k1, 0), other_size, only_leaf, num_nodes, out_node, out_parent,
         out_logp, b, start, found, found, width, BLOCK,
     )  # fmt: skip
-    for begin in range(found, width, BLOCK):
-        j = begin + step
-        tl.store(out_node + j, tl.full((BLOCK,), -1, tl.int32), j < width)
-        tl.store(out_parent + j, tl.full((BLOCK,), -1, tl.int32), j < width)
-        tl.store(out_logp + j, tl.full((BLOCK,), float("-inf"), tl.float32), j < width)
+    _clear(out_node, out_logp, found, width, BLOCK)
+    _clear(out_parent, out_logp, found, width, BLOCK)
 
 
 def specializations() -> Iterator[Specialization]:
