@@ -128,8 +128,7 @@ def _ved() -> list[CostCase]:
         [first_pass, Loop("U16", 1, {"U16": 8, "STG": 1, "LDG": loads}, which=-1, latency=L2)]
         for loads in (17, 24)
     )
-    turn = {"which": 1, "up": 1, "latency": L2}
-    selected = [Loop("LDG", 1, {"STG": 8, "U16": 0}, **turn), Loop("LDG", 1, {"STG": 8, "U16": 8}, **turn)]
+    selected = [Loop("LDG", 1, {"STG": 8, "U16": units}, which=1, up=1, latency=L2) for units in (0, 8)]
     lists = [
         Loop("SHFL", 1, {"STG": 8}, latency=L2),
         Loop("SHFL", 1, {"STG": 12}, which=1, latency=L2),
