@@ -350,7 +350,7 @@ def test_the_backward_pass_keeps_the_backend_of_the_forward_pass():
     """Float64 is known to the reference alone."""
     z = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
     with vstar_ops.use_backend("reference"):
-        logp = OP(z.device, z, torch.tensor([[[1], [2]]]), None, None, None, 1.0, 0)[0]
+        logp = OP(z.device, z, torch.tensor([[[1], [2]]]), None, None, None, None, 1.0, 0)[0]
     (gradient,) = torch.autograd.grad(logp.sum(), z)
     torch.testing.assert_close(gradient[0], torch.eye(5, dtype=z.dtype)[[1, 2]] - z.softmax(-1)[0])
 
