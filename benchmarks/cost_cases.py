@@ -13,10 +13,10 @@ WIDE, SHARED_64 = r"LDG\.E\.128", r"LD\.E\.64"  # what tells loops apart
 
 
 class CostCase(NamedTuple):
-    """One shape, by its name in ``cases``. ``goals`` are in seconds: CUDA C++, Triton."""
+    """One shape, by its name in ``cases``. ``goals``, if any, are in seconds: CUDA C++, Triton."""
 
     name: str
-    goals: tuple[float, float]
+    goals: tuple[float, float] | None
     cuda: list[Launch]
     triton: list[Launch]
 
