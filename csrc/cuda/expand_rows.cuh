@@ -151,14 +151,12 @@ VSTAR_DEVICE void read_children(
 #pragma unroll
     for (int j = 0; j < kCount; ++j) token[j] = load(list + clamped(c + j * step, row.count - 1));
   }
-  uint32_t alive = ~0u;  // a bit for each
-  if (kFiltered && row.begin >= 0) {
+  if (kFiltered && row.begin >= 0) {  // the token says it: a register more for each would be spilled
     const int32_t* const bits = a.trie.alive_of(b).bits;
-    alive = 0;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const uint32_t child = uint32_t(row.begin + clamped(c + j * step, row.count - 1)) + 1;
-      alive |= uint32_t(load(bits + (child >> 5)) >> (child & 31) & 1) << j;
+      if (!(load(bits + (child >> 5)) >> (child & 31) & 1)) token[j] = -1;
     }
   }
   const int32_t last = int32_t(a.columns) - 1;
@@ -179,8 +177,7 @@ VSTAR_DEVICE void read_children(
   }
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    bool there = c + j * step < row.count && token[j] >= 0 && token[j] <= last;
-    if (kFiltered) there = there && alive >> j & 1;
+    const bool there = c + j * step < row.count && token[j] >= 0 && token[j] <= last;
     z[j] = there ? cleaned(z[j]) : -kInf;
     token[j] = there ? token[j] : -1;
   }

@@ -163,7 +163,7 @@ VSTAR_DEVICE void select_children(const ExpandLaunch& a, int64_t b, const Expand
     const int32_t c = key > 0 ? int32_t(number - w * span) : row.count;
     int32_t token[1];
     float z[1];
-    read_children<T, kFiltered>(a, b, row, c, 0, token, z);
+    read_children<T, false>(a, b, row, c, 0, token, z);  // what wins is alive
     const float logp = scored(a, row, z[0], 0.0f).logp;
     const uint32_t place = ranked ? rank_of_own(space.list, found) : i;
     if (key > 0 && place < count) a.store(b, place, key_score(key), logp, int32_t(w), token[0], row.begin + c);
@@ -188,7 +188,8 @@ constexpr int64_t kSelectScratch = (sizeof(SelectScratch) + 15) / 16 * 16;
 
 // T is the logits' type where the selection's arrays lie in shared memory, else void.
 template <class T, bool kExtra, bool kFiltered>
-__global__ void __launch_bounds__(kSelectThreads, std::is_void<T>::value ? 1 : 2) expand_select_kernel(ExpandLaunch a) {
+__global__ void __launch_bounds__(kSelectThreads, std::is_void<T>::value || (kExtra && kFiltered) ? 1 : 2)
+    expand_select_kernel(ExpandLaunch a) {
   VSTAR_SHARED(memory);
   SelectScratch& s = *reinterpret_cast<SelectScratch*>(memory);
   const int64_t b = blockIdx.x, rows = b * a.width;
