@@ -155,6 +155,9 @@ def test_a_sentence_says_what_was_shown() -> None:
     assert said.startswith(
         "In short: V-STAR: Sibling-GRPO with VED, beam search at test raises true reward@10 from "
     )
+    assert "NDCG@10 goes from" in said and said.endswith("and keeps what they click.")
+    forgetful = {s: rows | {"SFT": rows["SFT"] | {"NDCG@10": 1.0}} for s, rows in found.items()}
+    assert report.in_short(forgetful).endswith("and forgets much of what they click.")
     worse = {seed: {row: rows[row] for row in reversed(rows)} for seed, rows in found.items()}
     assert "did not raise true reward@10 above" in report.in_short(worse)
     for rows in found.values():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from toy_data import finish, kill_at, start, untimed, weights
 
+from benchmarks.rank_correlation import spearman
 from vstar_ops import Trie, group_advantage, sibling_advantage
 from vstar_ops.decoding import VEDConfig, beam_search
 from vstar_ops.train import __main__, checkpoint, metrics, pictures, report, rewards, scoring, trainer
@@ -133,10 +134,28 @@ def test_synthetic_properties() -> None:
     assert float(reward.min()) >= 0 and float(reward.max()) <= 1
     assert (data.reward(torch.tensor([0]), torch.full((1, 1, 3), -1)) == 0).all()
     clicked = data.reward(data.test.user, data.test.target[:, None]).mean()
-    # Likelihood and reward disagree: clicks are worth more than chance, and far less than what there is.
-    assert reward.mean() < clicked < 0.6 * reward.topk(10, 1).values.mean()
+    # Clicks are worth much more than chance, and less than what there is.
+    assert 5 * reward.mean() < clicked < 0.8 * reward.topk(10, 1).values.mean()
     known = {tuple(row) for row in data.test.history[:, :, 0].tolist()}
     assert len(known) > 150  # histories differ between users
+
+
+def agreement(seed: int, **options: float) -> float:
+    """Spearman's correlation of how often an item is clicked with the reward that it gives on average."""
+    data = synthetic(seed=seed, items=1500, users=1500, requests=1000, codes=(16, 8), **options)
+    trie = Trie.from_sequences(data.sequences)
+    leaves = torch.arange(trie.level_offset[-2], trie.num_nodes)
+    assert data.reward is not None
+    reward = data.reward(data.test.user, trie.sequences(leaves).long().expand(1000, -1, -1)).mean(0)
+    clicks = torch.bincount(trie.lookup(data.train.target).long(), minlength=trie.num_nodes)[leaves]
+    return spearman(clicks[None], reward[None], torch.ones(1, len(leaves), dtype=torch.bool)).item()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_clicks_and_rewards_agree_in_part(seed: int) -> None:
+    """What is clicked more is often better, but far from always; the option says how often."""
+    assert 0.1 < agreement(seed) < 0.6
+    assert agreement(seed, agreement=-0.6) < -0.2 and agreement(seed, agreement=1.0) > 0.7
 
 
 # ------------------------------------------------------------------ model

@@ -25,7 +25,7 @@ class VEDConfig:
         entropy_weight: :math:`\lambda`, weight of the entropy in the priority G.
         exploration: :math:`\beta` of the upper confidence bound U, at least 0.
         value_weight: :math:`w_v`, weight of the value. With 0, and without ``child_values``, this is a
-            best-first search by probability, and the model needs no values. 1 was chosen on logged clicks, 30
+            best-first search by probability, and the model needs no values. 1 was chosen on logged clicks, 10
             on the synthetic catalogue, where V learns the true reward itself (``docs/evidence.md``).
         logp_weight: :math:`w_p`, weight of the log-probability in G and in the ranking of leaves; 0 is the
             paper.

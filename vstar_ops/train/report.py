@@ -168,10 +168,11 @@ def in_short(results: Results) -> str:
     text = f"In short: {best.removeprefix('+ ')} raises {COLUMNS[metric]} {change}"
     if metric == "NDCG@10":
         return f"{text}."
-    clicks = f"from {mean(supervised, 'NDCG@10'):.3f} to {mean(best, 'NDCG@10'):.3f}"
+    before, after = mean(supervised, "NDCG@10"), mean(best, "NDCG@10")
+    kept = "keeps" if after > 0.9 * before else "forgets much of"
     return (
-        f"{text}. NDCG@10, which asks for the clicks, goes {clicks}: the made users click what is popular, "
-        "and their true reward lies elsewhere."
+        f"{text}, and NDCG@10 goes from {before:.3f} to {after:.3f}: it learns what users value, and {kept} "
+        "what they click."
     )
 
 

@@ -1,10 +1,11 @@
-"""An embedded catalogue and user model in which likelihood and reward disagree by construction.
+"""An embedded catalogue and user model in which clicks are a biased view of what is rewarded.
 
-Items have a latent vector, a popularity and a quality. Popularity and quality belong to *regions* of the
-latent space, so they are properties of SID prefixes. Users click what is popular and roughly fits them;
-the true reward of an item depends on how well it fits and on its quality, which is negatively correlated
-with popularity and moves no clicks. A model fitted to clicks therefore ranks the wrong
-regions first, and only feedback on what it proposes can tell it so.
+Items have a latent vector, a quality and an appeal. Quality and appeal belong to *regions* of the latent
+space, so they are properties of SID prefixes. The true reward of an item is what a user thinks of it
+afterward: how well it fits the user, and its quality. A click comes before that: users choose by fit and
+appeal, which agrees with quality in part; the rest is bias, such as popularity, position or a good picture. A
+model of the clicks therefore ranks some poor regions high and misses some good ones, and it has few clicks to
+learn the users' fit from. Feedback on what it proposes helps with both.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from ..trie import Trie
 from .data import Dataset, Split
 
 DIM = 16  # of latent vectors
-CLICK_FIT, REWARD_FIT, REWARD_OFFSET = 10.0, 5.0, 3.0
+FIT, OFFSET = 7.5, 4.5  # weight of the fit in reward and clicks; where a reward is 1/2
+DECISIVENESS = 2.0  # of users in choosing what to click
 
 
 @dataclass(frozen=True)
 class LatentReward:
-    """The true reward of candidates, ``sigmoid(REWARD_FIT * <user, item> + quality - REWARD_OFFSET)``.
+    """The true reward of candidates, ``sigmoid(FIT * <user, item> + quality - OFFSET)``.
 
     Items that share a SID are one candidate, with their mean vector and quality.
     """
@@ -45,22 +47,32 @@ class LatentReward:
         known = leaf >= 0
         leaf = leaf.clamp(min=0)
         affinity = torch.einsum("bd,bgd->bg", self.users[user], self.vector[leaf])
-        return torch.sigmoid(REWARD_FIT * affinity + self.quality[leaf] - REWARD_OFFSET) * known
+        return torch.sigmoid(FIT * affinity + self.quality[leaf] - OFFSET) * known
 
 
 def synthetic(
     *,
     seed: int = 0,
+    agreement: float = 0.5,
     items: int = 3000,
     users: int = 3000,
     requests: int = 1000,
     max_history: int = 10,
     codes: tuple[int, int] = (32, 16),
 ) -> Dataset:
-    """Draw a catalogue and click logs; a pure function of its arguments.
+    r"""Draw a catalogue and click logs; a pure function of its arguments.
+
+    User u clicks items without replacement, in proportion to
+    :math:`\exp(2 \, (7.5 \langle u, i \rangle + \text{appeal}_i))`, where
+    :math:`\text{appeal} = a \, \text{quality} + \sqrt{1 - a^2} \, \text{bias}`. Quality and bias are
+    independent and normally distributed.
 
     Args:
         seed: of everything.
+        agreement: a, the correlation of appeal with quality: how far clicks and rewards agree on what is not
+            a matter of fit. With 1 users click what is good, and a model of the clicks has little to learn
+            from rewards; with 0 what is popular may be anything; below 0 it is mostly poor, so that either
+            clicks or rewards can be served. Real popularity says something of quality, but not much.
         items, users: how many. Each user clicks 5 to ``max_history + 2`` items.
         requests: rows of valid and of test. As in the usual protocol, a user's last click is the test
             target, the one before the valid target, and all before those is for training.
@@ -70,14 +82,13 @@ def synthetic(
     regions = _unit(rng.normal(size=(items // 25 + 1, DIM)))
     region = rng.integers(len(regions), size=items)
     vector = _unit(regions[region] + 0.5 * rng.normal(size=(items, DIM)) / np.sqrt(DIM))
-    taste = rng.normal(size=(len(regions), 2))
-    popularity = taste[region, 0] + 0.5 * rng.normal(size=items)
-    quality = (0.8 * taste[:, 1] - 0.6 * taste[:, 0])[region] + 0.5 * rng.normal(size=items)
+    quality, bias = rng.normal(size=(len(regions), 2))[region].T + 0.5 * rng.normal(size=(items, 2)).T
+    appeal = agreement * quality + np.sqrt(1 - agreement**2) * bias
 
     tokens, sizes = _semantic_ids(vector, codes, rng)
     interests = rng.integers(len(regions), size=(users, 2))
     person = _unit(regions[interests].sum(1) + 0.5 * rng.normal(size=(users, DIM)) / np.sqrt(DIM))
-    utility = CLICK_FIT * person @ vector.T + popularity
+    utility = DECISIVENESS * (FIT * person @ vector.T + appeal)
     counts = rng.integers(5, max_history + 3, size=users)
     # The best n of Gumbel-perturbed utilities are n clicks drawn without replacement, in order.
     clicks = np.argsort(-(utility + rng.gumbel(size=utility.shape)), axis=1)[:, : max_history + 2]
