@@ -1,6 +1,7 @@
 """``python -m benchmarks.resources``: compile every kernel, Triton and CUDA C++, for every GPU architecture,
 and record what registers and shared memory it takes. ``--check`` compares with the tables that are checked in
-instead. ``--model`` does the same with what the kernels should take on an H100 (``results/model.md``).
+instead, with ``--only 90`` the Triton kernels for that architecture alone. ``--model`` writes or compares what
+the kernels should take on an H100 (``results/model.md``).
 
 Compiling needs no GPU. The figures belong to a version of Triton and of nvcc, which the tables name. Without
 nvcc the table of the CUDA C++ kernels stays as it is, and with another one it is not compared; that no kernel
@@ -15,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -42,20 +44,23 @@ def _measure(job: tuple[str, int, int]) -> tuple[int, int, int]:
     return resources(list(specializations([module]))[index], architecture)
 
 
-def table() -> tuple[str, list[str]]:
-    """The table as Markdown, and the kernels that spill."""
+def table(architectures: Sequence[int] = ARCHITECTURES) -> tuple[str, list[str]]:
+    """The table as Markdown, and the kernels that spill. What is not compiled now stays as it was written."""
     names = [(m, i, item) for m in modules() for i, item in enumerate(specializations([m]))]
-    jobs = [(m, i, architecture) for m, i, _ in names for architecture in ARCHITECTURES]
+    jobs = [(m, i, architecture) for m, i, _ in names for architecture in architectures]
+    written = dict(re.findall(r"(?m)^\| (.+?) \| \d+ \| (.*) \|$", TABLE.read_text()))
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), 8)) as pool:
         found = dict(zip(jobs, pool.map(_measure, jobs)))
     heads = " | ".join(f"sm_{a}" for a in ARCHITECTURES)
     lines = [f"| kernel | warps | {heads} |", "|---|---|" + "---|" * len(ARCHITECTURES)]
     spills = []
     for m, i, item in names:
-        cells = []
-        for architecture in ARCHITECTURES:
+        cells = written.get(item.name, "").split(" | ")
+        cells += [""] * (len(ARCHITECTURES) - len(cells))
+        for architecture in architectures:
             registers, shared, spilled = found[m, i, architecture]
-            cells.append(f"{registers}, {shared}" + (f", **spills {spilled}**" if spilled else ""))
+            text = f"{registers}, {shared}" + (f", **spills {spilled}**" if spilled else "")
+            cells[ARCHITECTURES.index(architecture)] = text
             if spilled:
                 spills.append(f"{item.name} on sm_{architecture}: {spilled} bytes")
         lines.append(f"| {item.name} | {item.warps} | {' | '.join(cells)} |")
@@ -257,10 +262,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where the checked-in table differs")
     parser.add_argument("--model", action="store_true", help="the cost model instead of the resources")
+    parser.add_argument("--only", type=int, choices=ARCHITECTURES, help="of Triton, this architecture")
     args = parser.parse_args()
     if args.model:
         sys.exit(model(args.check))
-    body, spills = table()
+    body, spills = table([args.only] if args.only else ARCHITECTURES)
     written = TABLE.read_text().partition(CUDA)
     cuda = written[1] + written[2]
     try:

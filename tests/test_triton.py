@@ -64,8 +64,8 @@ def test_interpreted(module: str) -> None:
 
 @pytest.mark.slow
 def test_the_table_of_resources_is_current() -> None:
-    """Every kernel compiles for sm_80, sm_90 and sm_100, spills nothing and takes what the table says."""
-    done = python("-m", "benchmarks.resources", "--check", TRITON_INTERPRET="0")
+    """Every kernel compiles, spills nothing and takes what the table says; Triton's for sm_90, which takes minutes."""
+    done = python("-m", "benchmarks.resources", "--check", "--only", "90", TRITON_INTERPRET="0")
     print(done.stdout)
     assert done.returncode == 0
 
