@@ -1,6 +1,6 @@
 """``python -m benchmarks.resources``: compile every kernel, Triton and CUDA C++, for every GPU architecture,
 and record what registers and shared memory it takes. ``--check`` compares with the tables that are checked in
-instead, with ``--only 90`` the Triton kernels for that architecture alone. ``--model`` writes or compares what
+instead, with ``--only 90`` Triton kernels for that architecture alone. ``--model`` does the same with what
 the kernels should take on an H100 (``results/model.md``).
 
 Compiling needs no GPU. The figures belong to a version of Triton and of nvcc, which the tables name. Without

@@ -64,7 +64,7 @@ def test_interpreted(module: str) -> None:
 
 @pytest.mark.slow
 def test_the_table_of_resources_is_current() -> None:
-    """Every kernel compiles, spills nothing and takes what the table says; Triton's for sm_90, which takes minutes."""
+    """Every kernel compiles, spills nothing and takes what the table says; of Triton's those for sm_90."""
     done = python("-m", "benchmarks.resources", "--check", "--only", "90", TRITON_INTERPRET="0")
     print(done.stdout)
     assert done.returncode == 0
