@@ -127,6 +127,11 @@ def other(rng: Random, dtype: torch.dtype) -> torch.dtype:
     return one(rng, *FLOATS[: 4 if dtype == torch.float64 else 3])
 
 
+def summable(cum_logp: Tensor) -> Tensor:
+    """Without +inf: its sum with a log-probability that exceeds float32 is a winner's only in float64."""
+    return cum_logp.masked_fill(cum_logp == math.inf, 0.0)
+
+
 def expand_topk(rng: Random, dtype: torch.dtype) -> Call:
     batch, width, columns = size(rng, 1, 2, 3), size(rng, 1, 3, 5), wide(rng, 7, 16, 33)
     trie = filtered(rng, catalogue(rng, columns), batch)
@@ -148,6 +153,8 @@ def expand_topk(rng: Random, dtype: torch.dtype) -> Call:
         rng, logp_weight=(0.0, 0.5, -1.0), value_weight=(1.0, -0.5), entropy_weight=(0.1, -2.0),
         temperature=TEMPERATURES, normalize=("vocab",),
     )  # fmt: skip
+    if "cum_logp" in a:
+        a["cum_logp"] = summable(a["cum_logp"])
     a |= {"logits": floats(rng, *shape, kinds=LOGITS).to(dtype), "trie": trie}
     return strided(rng, Call(vstar_ops.expand_topk, a))
 
@@ -427,7 +434,7 @@ def ved_evaluate(rng: Random, dtype: torch.dtype) -> Call:
     trees, rows = rows_of(rng, trie)
     shape = rows.node.shape
     trie = filtered(rng, trie, shape[0])
-    a: dict[str, Any] = {"trees": trees, "trie": trie, "rows": rows}
+    a: dict[str, Any] = {"trees": trees, "trie": trie, "rows": rows._replace(logp=summable(rows.logp))}
     logits = floats(rng, *shape, columns, kinds=LOGITS).to(other(rng, dtype))
     a["logits"] = one(rng, logits, torch.stack([logits, logits], -1)[..., 1])
     a["slot"] = torch.from_numpy(rng.integers(-1, 9, shape)).reshape(shape)

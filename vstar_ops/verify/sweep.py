@@ -148,8 +148,7 @@ def _others(found: Finding, seed: int, number: int = 40) -> Iterator[Call]:
 def _one_case(op: str, case: Case, rows: list[Row], spent: float) -> None:
     """A case on each backend that takes it and is not behind the others for being slow."""
     compare = None if case.large else expectation(op, case.call)
-    double = any(x.dtype == torch.float64 for x in tensors(tuple(case.call.arguments.values())))
-    double &= not op.startswith("ved")  # whose sums are
+    double = checks.has_float64(case.call) and not op.startswith("ved")  # whose sums are
     for row in rows:
         late = row.cases > 0 and row.seconds > spent / len(rows) + 0.05
         long = row.backend == "triton" and interpreting() and size(case.call) > 200
