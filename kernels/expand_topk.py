@@ -53,12 +53,12 @@ from ._select import NONE, append, key, number_of, shorten, spread
 from ._trie import filter_of, is_alive
 
 _TILES = ((256, 16, 1), (1024, 128, 2))  # children per block and per segment; warps
-# Of a selection: candidates that are sorted, most children of a request, of a block of keys, warps. Other
-# warps spill registers on one architecture or another.
+# Of a selection: candidates that are sorted, most children of a request and of a segment, keys of a block,
+# warps. Other warps and a smaller list spill registers on one architecture or another.
 _ANY = 2**31
 _SELECTIONS = (
-    (256, 1024, 512, 2), (64, _ANY, 2048, 8), (256, _ANY, 4096, 16), (512, _ANY, 4096, 16),
-    (1024, _ANY, 4096, 16), (2048, _ANY, 4096, 16),
+    (256, 1024, 16, 512, 2), (256, _ANY, 128, 4096, 16), (512, _ANY, 128, 4096, 16),
+    (1024, _ANY, 128, 4096, 16), (2048, _ANY, 128, 4096, 16),
 )  # fmt: skip
 _BLOCKS = tl.constexpr(2)  # of a selection's list
 _MOST_WINNERS = 2048
@@ -130,7 +130,7 @@ def _plan(batch, width, columns, k, vocab, max_children, extra, filters=False) -
     blocks = -(-longest // block)
     splits = max(1, min(blocks, _PROGRAMS // max(rows, 1))) if extra else -(-blocks // _SHARE)
     parts = 0 if extra or splits == 1 else splits
-    room, keys, select_warps = _selection(winners, children)
+    room, keys, select_warps = _selection(winners, children, segment)
     chunk, column_chunk = (-(-total // (splits * block)) * block for total in (max_children, columns))
     return Plan(
         workspace=(
@@ -138,7 +138,7 @@ def _plan(batch, width, columns, k, vocab, max_children, extra, filters=False) -
             (6 * rows * parts, torch.float32), (2 * _BLOCKS.value * batch * keys, torch.int64),
         ),
         grid=(rows, splits),
-        warps=warps,
+        warps=_warps(warps, extra, filters),
         rows=(
             max_children, int(vocab), segments, splits, chunk, column_chunk, filters, extra, block, segment,
         ),
@@ -147,12 +147,17 @@ def _plan(batch, width, columns, k, vocab, max_children, extra, filters=False) -
     )  # fmt: skip
 
 
-def _selection(winners: int, children: int) -> tuple[int, int, int]:
+def _warps(warps: int, extra: bool, filters: bool) -> int:
+    """Of the rows; one alone would spill a register with both."""
+    return 2 if extra and filters else warps
+
+
+def _selection(winners: int, children: int, segment: int) -> tuple[int, int, int]:
     """Candidates that are sorted, of which there may be somewhat more than winners; keys per block; warps."""
     return next(
         (room, keys, warps)
-        for room, most, keys, warps in _SELECTIONS
-        if children <= most and (winners <= room // 2 or 1024 <= room >= winners)
+        for room, most, longest, keys, warps in _SELECTIONS
+        if children <= most and segment <= longest and (winners <= room // 2 or 1024 <= room >= winners)
     )
 
 
@@ -354,8 +359,11 @@ def specializations() -> Iterator[Specialization]:
     for (dtype, logits), (block, segment, warps), extra, bits in product(FLOATS.items(), _TILES, two, two):
         constants = {"FILTER": bits, "EXTRA": extra, "BLOCK": block, "SEGMENT": segment, "s2": 1}
         name = f"expand_topk rows {block}{', extra score' * extra}, {dtype}{', filter' * bits}"
-        yield Specialization(name, expand_rows, warps, constants, {"logits": logits, "weights": weights})
-    for (room, _, keys, warps), (_, segment, _), bits in product(_SELECTIONS, _TILES, two):
+        types = {"logits": logits, "weights": weights}
+        yield Specialization(name, expand_rows, _warps(warps, extra, bits), constants, types)
+    for (room, _, longest, keys, warps), (_, segment, _), bits in product(_SELECTIONS, _TILES, two):
+        if segment > longest:
+            continue
         name = f"expand_topk select {room} of {keys}, segments of {segment}{', filter' * bits}"
         constants = {"FILTER": bits, "SEGMENT": segment, "ROOM": room, "BLOCK": keys}
         yield Specialization(name, _select, warps, constants, {"weights": weights})
