@@ -57,7 +57,7 @@ def compiled(
     assert COMPILER is not None
     torch_folder = Path(torch.__file__).parent
     command = [
-        COMPILER, *flags, "-O2", "-g1", "-std=c++17", "-fPIC",
+        COMPILER, *flags, "-O1" if sanitizers else "-O2", "-g1", "-std=c++17", "-fPIC",
         recipe.TORCH_TARGET, f"-I{ROOT / 'csrc'}", f"-I{FOLDER}",
         "-isystem", str(torch_folder / "include"),
     ]  # fmt: skip
