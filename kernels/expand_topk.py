@@ -18,7 +18,7 @@ more                      1,024    128       2
 ========================  =======  ========  =====
 
 One workspace: 16 bytes of statistics and 16 of places per row, 4 bytes per segment, 24 per part of a shared
-row, 48 per score of a selection's block. A request has at most 2,048 winners and fewer than 2^31 children.
+row, 32 per key of a selection's block. A request has at most 2,048 winners and fewer than 2^31 children.
 Multiplications and additions are not fused: both launches must give a score the same bits.
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _trie_building as building
 from .ops.filters import ItemFilter, filter_items
-from .reference.filters import num_words, pack_bits, unpack_bits
+from .reference.filters import bits_at, num_words, pack_bits, unpack_bits
 from .trie import Children, CompactTrie, Trie, pick, ragged
 
 _IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -190,8 +190,7 @@ class RestrictedTrie(Trie):
                 f"{name} must have one row for each of the {requests} requests of the trie's filter, got "
                 f"{list(node.shape)} nodes"
             )
-        at = index.clamp(min=0).long()
-        return (index >= 0) & ((bits[request, at >> 5] >> (at & 31)) & 1 != 0)
+        return (index >= 0) & bits_at(bits, request, index.clamp(min=0).long())
 
     # ---------------------------------------------------------------- copies
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import vstar_ops
 from vstar_ops import Trie
+from vstar_ops.reference.filters import unpack_bits
 
 from .. import baselines
 from .case import Case, Function, beams, nbytes, random_items, random_logits, short
@@ -53,7 +54,7 @@ def expand_legal(
     trie, own, node, cum_logp = beams(items, batch, width, depth, banned)
     alive = None
     if trie.alive is not None:
-        alive = (trie.alive[0, :, None] >> torch.arange(32) & 1).flatten()[: trie.num_nodes + 1].bool()
+        alive = unpack_bits(trie.alive, trie.num_nodes + 1)[0]
     columns, vocab, edges = columns or own, normalize == "vocab", int(trie.num_children(node).sum())
     tables, index, value = baselines.child_tables(trie, depth), node.long(), torch.randn(node.shape)
     scoring: dict[str, Any] = {"cum_logp": cum_logp, "value": value, "value_weight": 1.0}

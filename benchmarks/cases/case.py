@@ -12,8 +12,6 @@ from torch import Tensor
 
 import vstar_ops
 from vstar_ops import Trie
-from vstar_ops.verify.calls import with_alive
-from vstar_ops.verify.generators import restricted
 
 from .. import catalogue
 
@@ -153,17 +151,15 @@ def beams(
 ) -> tuple[Trie, int, Tensor, Tensor]:
     """The trie, its columns, and ``node, cum_logp`` that beam search of random logits has at ``depth``.
 
-    ``banned``: the share of the sequences that the trie is restricted to do without.
+    ``banned``: the share of the items that the trie is restricted to do without.
     """
     trie = Trie.from_sequences(items.cpu())
     columns = max(trie.max_token + 1, 768)
     with torch.device("cpu"), vstar_ops.use_backend("auto"):
         if banned:
-            trie = restricted(trie, torch.rand(1, trie.num_sequences) >= banned)
+            trie = trie.restrict(ban=torch.rand(trie.num_items) < banned)
         node, cum_logp = catalogue.frontiers(trie, batch, width, columns)[depth]
-    there = trie.to(items.device)
-    there = there if trie.alive is None else with_alive(there, trie.alive.to(items.device))
-    return there, columns, node.to(items.device), cum_logp.to(items.device)
+    return trie.to(items.device), columns, node.to(items.device), cum_logp.to(items.device)
 
 
 def short(dtype: torch.dtype) -> str:

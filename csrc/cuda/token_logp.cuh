@@ -9,6 +9,8 @@
 // bf16 [4096, 151936]: 1.2 GB of logits read in each pass, 1.2 GB of gradient written.
 #pragma once
 
+#include <type_traits>
+
 #include "common/ops/token_logp.h"
 #include "cuda/rows.cuh"
 
@@ -126,25 +128,18 @@ struct EntryGradient {
 };
 
 // Two halves in one word.
-VSTAR_DEVICE uint32_t packed(float low, float high, BFloat16) {
+template <class Half>
+VSTAR_DEVICE uint32_t packed(float low, float high) {
 #if defined(__CUDA_ARCH__)
   uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  if constexpr (std::is_same_v<Half, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  }
   return both;
 #else
-  BFloat16 half[2];
-  put(low, half);
-  put(high, half + 1);
-  return half[0].bits | uint32_t(half[1].bits) << 16;
-#endif
-}
-VSTAR_DEVICE uint32_t packed(float low, float high, Float16) {
-#if defined(__CUDA_ARCH__)
-  uint32_t both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-#else
-  Float16 half[2];
+  Half half[2];
   put(low, half);
   put(high, half + 1);
   return half[0].bits | uint32_t(half[1].bits) << 16;
@@ -159,10 +154,10 @@ VSTAR_DEVICE void write_eight(float* to, const float (&x)[8]) {
 template <class Half>
 VSTAR_DEVICE void write_eight(Half* to, const float (&x)[8]) {
   uint4 v;
-  v.x = packed(x[0], x[1], Half{});
-  v.y = packed(x[2], x[3], Half{});
-  v.z = packed(x[4], x[5], Half{});
-  v.w = packed(x[6], x[7], Half{});
+  v.x = packed<Half>(x[0], x[1]);
+  v.y = packed<Half>(x[2], x[3]);
+  v.z = packed<Half>(x[4], x[5]);
+  v.w = packed<Half>(x[6], x[7]);
   *reinterpret_cast<uint4*>(to) = v;
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._deprecated import renamed_arguments, renamed_field
 from ..ops import distinct_rows, draw_children, expand_topk
 from ..ops._checks import check_alive, check_int
+from ..reference.filters import bits_at
 from ..trie import Trie, pick, ragged
 from .protocol import PrefixModel, extend_by_request
 
@@ -119,7 +120,7 @@ def _without_banned(logits: Tensor, trie: Trie, node: Tensor, request: Tensor, w
     assert trie.alive is not None
     edge, present = ragged(*trie._edges(node.long()), width)
     token, child = pick(trie.token, edge, present), torch.where(present, edge + 1, 0)
-    banned = present & ((trie.alive[request[:, None], child >> 5] >> (child & 31)) & 1 == 0)
+    banned = present & ~bits_at(trie.alive, request[:, None], child)
     columns = logits.shape[1]
     mask = torch.zeros(len(logits), columns + 1, dtype=torch.bool, device=logits.device)
     mask.scatter_(1, torch.where(banned, token, columns).long(), True)

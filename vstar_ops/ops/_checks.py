@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference import derive_seeds
+from ..reference.filters import num_words
 from ..trie import Trie
 
 _validate = os.environ.get("VSTAR_OPS_VALIDATE", "0") not in ("", "0")
@@ -211,7 +212,7 @@ def check_alive(trie: Trie, batch: int) -> None:
     alive = trie.alive
     if alive is None:
         return
-    words = (trie.num_nodes + 31) // 32 + 1
+    words = num_words(trie.num_nodes)
     check("trie.alive", alive, (None, words), f"[R, {words}]", (torch.int32,), trie.device)
     if alive.shape[0] not in (1, batch):
         raise ValueError(f"trie is restricted for {alive.shape[0]} requests, got logits of {batch}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..noise import gumbel
+from .filters import bits_at
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _NEG_INF = float("-inf")
@@ -117,7 +118,7 @@ def is_alive(alive: Tensor, node: Tensor) -> Tensor:
     """Bits of ``[R, words]`` for nodes ``[B, W, C]``; each of ``R`` equal parts of ``B`` has a row."""
     batch = node.shape[0]
     row = torch.arange(batch, device=node.device) * alive.shape[0] // max(batch, 1)
-    return (alive[row.view(-1, 1, 1), node >> 5] >> (node & 31)) & 1 != 0
+    return bits_at(alive, row.view(-1, 1, 1), node)
 
 
 def _rows(x: Tensor, row: Tensor) -> Tensor:

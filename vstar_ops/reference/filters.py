@@ -53,6 +53,11 @@ def pack_bits(bits: Tensor) -> Tensor:
     return packed.view(torch.int32)
 
 
+def bits_at(words: Tensor, row: Tensor, index: Tensor) -> Tensor:
+    """The bits ``index[...]`` of the rows ``row`` of int32 ``[R, words]``; both are broadcast."""
+    return (words[row, index >> 5] >> (index & 31)) & 1 != 0
+
+
 def unpack_bits(words: Tensor, n: int) -> Tensor:
     """bool ``[R, n]`` of int32 ``[R, words]``."""
     shift = torch.arange(32, dtype=torch.int32, device=words.device)

@@ -43,15 +43,14 @@ def random_mask(seed: int, *shape: int) -> Tensor:
 
 def restricted(trie: Trie, allowed: Tensor) -> Trie:
     """A trie of which some sequences are allowed, bool ``[R, num_sequences]``, where ``R`` is 1 or ``B``."""
-    nodes, words = trie.num_nodes, (trie.num_nodes + 31) // 32 + 1
-    alive = torch.zeros(len(allowed), 32 * words, dtype=torch.int64, device=trie.device)
-    alive[:, nodes - trie.num_sequences : nodes] = allowed.long()
+    nodes = trie.num_nodes
+    alive = torch.zeros(len(allowed), nodes, dtype=torch.uint8, device=trie.device)
+    alive[:, nodes - trie.num_sequences :] = allowed.byte()
     parent = trie.parent(torch.arange(nodes, device=trie.device)).long()
     for first, end in zip(trie.level_offset[-2:0:-1], trie.level_offset[:0:-1]):
         above = parent[first:end].expand(len(allowed), end - first)
         alive.scatter_reduce_(1, above, alive[:, first:end].clone(), "amax")
-    bits = (alive.view(len(allowed), words, 32) << torch.arange(32, device=trie.device)).sum(2)
-    return with_alive(trie, bits.to(torch.int32))
+    return with_alive(trie, pack_bits(alive))
 
 
 def half_of(trie: Trie, filters: int | None, batch: int) -> Trie:
