@@ -25,10 +25,10 @@ from vstar_ops import Trie
 from vstar_ops.ops import OPS
 from vstar_ops.verify import sampling
 from vstar_ops.verify.__main__ import main
-from vstar_ops.verify.checks import off, same_bits
-from vstar_ops.verify.judge import Verdict, Want
+from vstar_ops.verify.checks import Finding, off, same_bits
+from vstar_ops.verify.judge import Problem, Verdict, Want
 from vstar_ops.verify.script import literal
-from vstar_ops.verify.shrink import sequences, size
+from vstar_ops.verify.shrink import sequences, size, smallest
 from vstar_ops.verify.sweep import verify
 from vstar_ops.verify.wants import ORACLES, RANKED
 
@@ -420,6 +420,18 @@ def test_literals_give_the_same_back():
         y = eval(literal(x), {"torch": torch, "inf": float("inf"), "nan": float("nan")})
         assert (y.stride(), y.storage_offset()) == (x.stride(), x.storage_offset()) or not x.numel()
         assert same_bits(x.isnan(), y.isnan()) and same_bits(x.nan_to_num(7), y.nan_to_num(7))
+
+
+@pytest.mark.parametrize(
+    ("kind", "want", "finds"), [("values", 1.0, 1), ("values", float("nan"), 0), ("error", 1.0, 0)]
+)
+def test_a_smaller_call_fails_in_the_same_way(kind, want, finds, monkeypatch):
+    """A wrong number does not become a wrong NaN, and an error not a wrong number."""
+    shown = Problem("[0].item()", 0.0, want)
+    monkeypatch.setattr("vstar_ops.verify.shrink.problem", lambda *_: shown)
+    call = sampling.draw("group_advantage", np.random.default_rng(0), torch.float32)
+    found = Finding("group_advantage", "cpu", kind, call, "", Problem("[0].item()", "", 1.0))
+    assert (size(smallest(found, (), 1.0).call) < size(call)) == finds
 
 
 @pytest.mark.parametrize("rows", [[[0, 3], [0, 4], [2, 3]], [[5]], np.zeros((0, 3), int), [[1, 2, 3]] * 2])

@@ -368,6 +368,9 @@ def sibling_grpo_loss(rng: Random, dtype: torch.dtype) -> Call:
         importance_sampling_level=("sequence",), log_ratio_bound=(0.5, 20.0), kl=("k1", "k2"),
         form=("paper",), weighting=("node", "candidate"), loss_type=("bnpo", "dr_grpo"), scale=("none",),
     )  # fmt: skip
+    if "clip_terms" in options and options.get("sibling_weight") != 0:
+        # Where both terms cancel but for rounding, rounding would say which clip cuts their sum.
+        options["sibling_weight"] = float(rng.uniform(0.5, 1.5))
     return strided(rng, Call(loss_and_gradient, a | options))
 
 

@@ -83,11 +83,17 @@ def smallest(found: Finding, others: Iterable[Call], seconds: float) -> Finding:
 def _fails(found: Finding, call: Call) -> Problem | None:
     """What is wrong with another call, if it is the same kind of failure."""
     try:
-        return problem(found.op, found.backend, "values" if found.kind == "error" else found.kind, call)
+        wrong = problem(found.op, found.backend, "values" if found.kind == "error" else found.kind, call)
+        same = wrong and found.kind != "error" and _is_nan(wrong.want) == _is_nan(found.problem.want)
+        return wrong if same else None
     except Exception as error:
         # What is not a call at all is refused by the checks of the arguments, in other words.
         same = found.kind == "error" and message(error)[:40] == found.problem.got[:40]
         return found.problem._replace(got=message(error)) if same else None
+
+
+def _is_nan(x: Any) -> bool:
+    return bool(x != x)
 
 
 def message(error: Exception) -> str:
