@@ -276,12 +276,10 @@ def _tokens(
     node_share = tl.where(usable, node_share, 0.0)
 
     x = load_float(Array(logp, logp_type, 1, 0, 0), i, 0, 0, present)
-    log_ratio, exact_log_ratio = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float64)
-    ratio = tl.full((BLOCK,), 1.0, tl.float32)
+    other = x  # on policy the old policy is this one
     if old_type >= 0:
         other = load_float(Array(old, old_type, 1, 0, 0), i, 0, 0, present)
-        log_ratio, exact_log_ratio = x - other, x.to(tl.float64) - other
-        ratio = tl.exp(log_ratio)
+    ratio, exact_log_ratio = tl.exp(x - other), x.to(tl.float64) - other
     if averaged:
         exact_log_ratio = tl.load(averages + sequence, present, 0.0)
     difference, exact_difference = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float64)

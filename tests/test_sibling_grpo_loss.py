@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import product
 from typing import Any, NamedTuple
 
 import loss_reference
@@ -416,6 +417,20 @@ def test_an_advantage_of_zero_has_no_term(backend, log_ratio, level, clip_terms)
     out, gradient = one_token(math.nan, **options)
     assert math.isnan(out.loss.item())
     assert math.isnan(gradient)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_policy_without_numbers_is_not_hidden(backend, wrong):
+    """Its ratio to itself is no number, whether it is given twice or once; padding may hold anything."""
+    logp = torch.tensor([[[wrong, -1.0], [-1.0, wrong]]])
+    tokens, rewards = torch.tensor([[[1, 2], [3, 4]]]), torch.tensor([[0.0, 1.0]])
+    there = logp.isfinite()
+    for old, mask in product((None, logp), (None, there)):
+        x = logp.clone().requires_grad_()
+        out = sibling_grpo_loss(x, tokens, rewards, old_logp=old, mask=mask)
+        (gradient,) = torch.autograd.grad(out.loss, x)
+        assert math.isnan(out.loss.item()) is (mask is None)
+        assert torch.equal(gradient.isnan(), ~there & (mask is None))
 
 
 @JOINT_OR_NOT

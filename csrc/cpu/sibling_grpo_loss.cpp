@@ -83,6 +83,8 @@ class Loss {
     for (int64_t i = 0; i < size_; ++i) n += !(fabsf(x[i] - y[i]) <= most);
     return n == 0;
   }
+  // On policy the old policy is this one.
+  const std::vector<float>& old_logp(const Scratch& s) const { return a_.old_logp ? s.old : s.logp; }
   // Whether advantages fit too, and their weights are finite.
   bool advantages_fit(int64_t b) const {
     int32_t n = 0;
@@ -102,8 +104,8 @@ class Loss {
     if (a_.old_logp) {
       copy(a_.old_logp, b, s.old.data());
       simd().exp_differences(s.logp.data(), s.old.data(), size_, s.ratio.data());
-      plain = plain && all_fit(s.logp, s.old);
     }
+    plain = plain && all_fit(s.logp, old_logp(s));
     if (a_.ref_logp) {
       copy(a_.ref_logp, b, s.ref.data());
       for (int64_t i = 0; i < size_; ++i) s.difference[i] = s.ref[i] - s.logp[i];
@@ -128,7 +130,7 @@ class Loss {
     const auto exp_difference = [&] { return s.exp_difference[i]; };
     if (kPlain) return token_terms<true>(a_, token, r, exp_difference);
     const double log_ratio =
-        a_.averages_ratios() ? average : a_.old_logp ? double(s.logp[i]) - double(s.old[i]) : 0;
+        a_.averages_ratios() ? average : double(s.logp[i]) - double(old_logp(s)[i]);
     const double difference = a_.ref_logp ? double(s.ref[i]) - double(s.logp[i]) : 0;
     if (fits_float(a_, log_ratio, difference) && fits_float(token.global) && fits_float(token.sibling)) {
       return token_terms<false>(a_, token, r, exp_difference);

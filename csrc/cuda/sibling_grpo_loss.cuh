@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kLossThreads) count_tokens_kernel(LossLaunch a
 
 VSTAR_DEVICE TokenTerms loss_terms(const LossLaunch& a, const LossToken& token, int64_t b, int64_t g, int64_t d) {
   const double x = a.logp.at(b, g, d), difference = a.ref_logp ? double(a.ref_logp.at(b, g, d)) - x : 0.0;
-  double log_ratio = a.old_logp ? x - double(a.old_logp.at(b, g, d)) : 0.0;
+  double log_ratio = x - (a.old_logp ? double(a.old_logp.at(b, g, d)) : x);
   if (a.averages_ratios()) log_ratio = a.averages[b * a.group + g];
   if (fits_float(a, log_ratio, difference) && fits_float(token.global) && fits_float(token.sibling)) {
     const Ratios<float> r{a.old_logp ? expf(float(log_ratio)) : 1.0f, float(difference), false, false};

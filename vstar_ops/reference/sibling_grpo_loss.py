@@ -49,7 +49,7 @@ def sibling_grpo_loss(
         node_weight = node_weight * depth_weight.to(torch.float64)
     token_weight, node_weight = there(token_weight), there(node_weight, used)
 
-    log_ratio = torch.zeros_like(there(logp)) if old_logp is None else there(logp) - there(old_logp)
+    log_ratio = there(logp) - there(logp if old_logp is None else old_logp)
     if level == "sequence":
         mean = log_ratio.sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
         log_ratio = there(mean)
