@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda_emulator
 import numpy as np
+import op_calls
 import pytest
 import torch
 
@@ -279,6 +281,28 @@ def test_a_call_that_is_too_large_to_be_printed(fault, monkeypatch):
         (row,) = verify(SHARE, 0, [fault.op], [fault.backend], shrink=0.1)
         assert status(row.script) == 1
     assert "arguments()" not in row.script and status(row.script) == 0
+
+
+@pytest.mark.skipif(not cuda_emulator.COMPILER, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("replace", "op"),
+    [(one_winner_too_few, "expand_topk"), (mask_ignored, "sibling_advantage"), (None, "expand_topk")],
+)
+def test_a_planted_fault_of_a_gpu_backend_is_found(replace, op, monkeypatch):
+    """The CUDA C++ kernels run on the host, so that the sweep is that of a GPU but for the device."""
+    cuda_emulator.load()
+    op_calls.route(monkeypatch, "emulated", lambda op: op.overloads["cuda"])
+    monkeypatch.setattr("vstar_ops.verify.checks.off", dict)
+    monkeypatch.setattr("vstar_ops.verify.checks.device_of", lambda _: "cpu")
+    use_backend = vstar_ops.use_backend
+    monkeypatch.setattr(vstar_ops, "use_backend", lambda _: use_backend("auto"))
+    before = cuda_emulator.counts().launches
+    with planted(Fault(replace, op, "cuda")) if replace else contextlib.nullcontext():
+        (row,) = verify(SHARE, 0, [op], ["cuda"], shrink=1.0)
+    assert cuda_emulator.counts().launches > before and row.cases > 0
+    assert (row.found is None) is (replace is None)
+    if row.found is not None:
+        assert row.found.kind == "values" and size(row.found.call) <= 400
 
 
 PLANTED = """
