@@ -34,17 +34,14 @@ def expand_legal(
     value: Tensor,
     k: int,
     vocab: bool = False,
-    alive: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gather the legal logits, log_softmax, entropy, score, top-k.
 
-    ``vocab``: log-probabilities by a log_softmax over all columns, as the usual decoder has them.
-    ``alive``: the nodes, bool ``[nodes + 1]``, below which something is allowed.
+    ``vocab``: log-probabilities by a log_softmax over all columns, as the usual decoder has them. The tables
+    of a restricted trie hold what is allowed alone: they must be made anew when that changes.
     """
     tokens, children = tables[0][node], tables[1]
     illegal, columns = tokens < 0, tokens.clamp(min=0)
-    if alive is not None:
-        illegal |= ~alive[children[node]]
     z = logits.gather(2, columns).float().masked_fill_(illegal, float("-inf"))
     logp = torch.log_softmax(z, -1)
     entropy = -(logp.exp() * logp.masked_fill(illegal, 0)).sum(-1)

@@ -42,11 +42,13 @@ def start(args: argparse.Namespace) -> tuple[str, Trie, Tensor, Tensor | None]:
     """One thread, seed 0. Returns a line on what is measured, printed, the trie, items and prompts."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    module = vstar_ops.backends()["cpu"]
+    if not module.available:
+        raise SystemExit(f"without the C++ backend there is nothing to measure: {module.detail}")
     name, sequences, prompts = catalogue.load(args.data, args.category)
     trie = Trie.from_sequences(sequences)
     cpu = f"{cpu_model()}, {torch.get_num_threads()} threads"
-    module = vstar_ops.backends()["cpu"].detail
-    header = f"{cpu}, torch {torch.__version__}, {module}; catalogue: {name}, {trie}"
+    header = f"{cpu}, torch {torch.__version__}, {module.detail}; catalogue: {name}, {trie}"
     print(header)
     return header, trie, sequences, prompts
 

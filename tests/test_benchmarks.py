@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmarks.__main__
 import benchmarks.gpu
+import vstar_ops
 from benchmarks import base, cases, competitors, cost_cases, harness, plots, scale, trainers, worker
 from benchmarks.catalogue import industrial_like
 from vstar_ops.ops import OPS
@@ -269,6 +270,20 @@ def test_a_base_that_is_no_commit(
     with pytest.raises(SystemExit):
         benchmarks.__main__.main()
     assert "--base 'no-such-commit' names no commit" in capsys.readouterr().err
+
+
+def test_nothing_to_measure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No case begins so; and torch against torch says nothing about the library."""
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--small", "--only", "expand_topk"])
+    with pytest.raises(SystemExit):
+        benchmarks.__main__.main()
+    assert "expected the beginning of one of expand_legal, " in capsys.readouterr().err
+    off = vstar_ops._backends.BackendStatus(False, "no module")
+    monkeypatch.setitem(vstar_ops._backends._backends, "cpu", off)
+    with pytest.raises(
+        SystemExit, match="without the C\\+\\+ backend there is nothing to measure: no module"
+    ):
+        benchmarks.__main__.main()
 
 
 def test_a_module_older_than_its_sources(tmp_path: Path) -> None:

@@ -97,6 +97,21 @@ def test_no_candidates_are_an_error(decoder, none):
 
 
 @every_decoder
+def test_what_is_no_model_of_the_trie(decoder):
+    """A Hugging Face model as it is; the catalogue where the model has the columns of ``model.trie``."""
+    trie = Trie.from_sequences([[3, 7], [4, 9]])
+    with pytest.raises(
+        TypeError, match=r"^model must have .* prefill and extend, got Linear; .*prefix_model"
+    ):
+        DECODERS[decoder](torch.nn.Linear(2, 2), 1, trie, 2)
+    model = Masked(4)
+    model.trie = trie.compact()[0]
+    assert DECODERS[decoder](model, 1, model.trie, 2).num_valid.item() > 0
+    with pytest.raises(ValueError, match=r"^trie must be the model's own, .* 4 columns, got .* up to 9"):
+        DECODERS[decoder](model, 1, trie, 2)
+
+
+@every_decoder
 @pytest.mark.parametrize("nothing", [-INF, NAN])
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_logits_that_forbid_everything(backend, decoder, nothing, length):

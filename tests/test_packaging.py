@@ -137,7 +137,7 @@ import torch, vstar_ops
 status = vstar_ops.backends()
 assert status["reference"].available and not status["cpu"].available
 assert "not built: /nonexistent does not compile C++17; " in status["cpu"].detail
-assert "`VSTAR_OPS_REQUIRE=cpu pip install --no-build-isolation .`" in status["cpu"].detail
+assert "`VSTAR_OPS_REQUIRE=cpu pip install --no-build-isolation -e .`" in status["cpu"].detail
 advantage = vstar_ops.group_advantage(torch.tensor([[1.0, 0.0]]))
 assert advantage[0, 0] > 0 > advantage[0, 1]
 print(vstar_ops.__file__)
@@ -161,10 +161,14 @@ def test_record_of_a_build(native: Path, pure: Path) -> None:
 
 
 def test_reading_the_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tmp_path = tmp_path / "vstar_ops"
+    tmp_path.mkdir()
     info = vstar_ops._build_info
     monkeypatch.setattr(info, "__file__", str(tmp_path / "_build_info.py"))
     assert info.reason("cpu") is None
-    assert "no build has run here" in info.not_built("cpu")
+    assert f"no build has run in {tmp_path.parent}; " in info.not_built("cpu")
+    (tmp_path.parent / "setup.py").touch()
+    assert "whose sources Python imports here, whatever is installed" in info.not_built("cpu")
     assert "no build has run here" in info.summary()["record"]
     for unreadable in ("", "[]", "\xff"):
         (tmp_path / "_build.json").write_text(unreadable, encoding="latin-1")

@@ -217,6 +217,11 @@ def test_errors_name_the_argument(arguments, error, name):
         Trie.from_sequences(*arguments)
 
 
+def test_items_of_different_lengths_are_told_what_they_need():
+    with pytest.raises(ValueError, match="rows of different lengths; short items end with an end token"):
+        Trie.from_sequences([[1, 2], [3]])
+
+
 @given(seed=st.integers(0, 2**32 - 1), num=st.integers(0, 40), length=st.integers(1, 4))
 def test_compact(seed, num, length):
     """The same nodes, under tokens that leave out no number."""

@@ -354,6 +354,15 @@ def test_nothing_else_is_found(capsys):
     assert "FAILED" not in printed
 
 
+def test_what_was_not_tested_is_said_at_the_end(capsys, monkeypatch):
+    missing = {name: "not here" for name in vstar_ops.backends() if name != "reference"}
+    monkeypatch.setattr("vstar_ops.verify.checks.off", lambda: missing)
+    monkeypatch.setattr("vstar_ops.verify.__main__.off", lambda: missing)
+    assert main(["--seconds", "0.1"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.endswith("cases agree, on reference; off: cpu; off: triton; off: cuda.")
+
+
 def test_json(capsys):
     assert main(["--seconds", "0.1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

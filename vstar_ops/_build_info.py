@@ -27,9 +27,13 @@ def reason(backend: str) -> str | None:
 
 def not_built(backend: str) -> str:
     """The sentence for a module that is missing, with the command that builds it or fails with the reason."""
-    why = reason(backend) or "no build has run here"
+    why, root = reason(backend), Path(__file__).parent.parent
+    if why is None:
+        why = f"no build has run in {root}"
+        if (root / "setup.py").exists():
+            why += ", whose sources Python imports here, whatever is installed"
     return (
-        f"not built: {why}; `VSTAR_OPS_REQUIRE={backend} pip install --no-build-isolation .` "
+        f"not built: {why}; `VSTAR_OPS_REQUIRE={backend} pip install --no-build-isolation -e .` "
         "in the source folder builds it"
     )
 

@@ -146,7 +146,9 @@ def integers(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"{name} must be rectangular: {error}") from error
+        raise ValueError(
+            f"{name} must be rectangular, got rows of different lengths; short items end with an end token"
+        ) from error
     if array.size == 0 and not isinstance(value, np.ndarray):
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":

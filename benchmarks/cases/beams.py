@@ -10,7 +10,6 @@ from torch import Tensor
 
 import vstar_ops
 from vstar_ops import Trie
-from vstar_ops.reference.filters import unpack_bits
 
 from .. import baselines
 from .case import Case, Function, beams, nbytes, random_items, random_logits, short
@@ -52,9 +51,6 @@ def expand_legal(
     ``banned``: the share of the items that are not allowed.
     """
     trie, own, node, cum_logp = beams(items, batch, width, depth, banned)
-    alive = None
-    if trie.alive is not None:
-        alive = unpack_bits(trie.alive, trie.num_nodes + 1)[0]
     columns, vocab, edges = columns or own, normalize == "vocab", int(trie.num_children(node).sum())
     tables, index, value = baselines.child_tables(trie, depth), node.long(), torch.randn(node.shape)
     scoring: dict[str, Any] = {"cum_logp": cum_logp, "value": value, "value_weight": 1.0}
@@ -66,7 +62,7 @@ def expand_legal(
         {
             "ours": lambda z: vstar_ops.expand_topk(z, trie, node, k, **scoring),
             "log_softmax, gather, top-k" if vocab else "gather, log_softmax, top-k": lambda z: (
-                baselines.expand_legal(z, tables, index, cum_logp, value, k, vocab, alive)
+                baselines.expand_legal(z, tables, index, cum_logp, value, k, vocab)
             ),
         },
         [(z,) for z in logits],

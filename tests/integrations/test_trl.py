@@ -324,6 +324,7 @@ def test_an_item_with_eos_of_its_own_gets_no_other(tmp_path: Path) -> None:
         ({}, PROMPTS, "prompts must be whole groups of num_generations = 4 in every process, got 3"),
         ({}, [PROMPTS[0]] * 3 + [PROMPTS[1]], "prompts must be whole groups"),
         ({"top_p": 0.9}, [PROMPTS[0]] * 4, "cannot sample with top_p=0.9, only 1.0"),
+        ({"max_completion_length": 3}, [PROMPTS[0]] * 4, "max_completion_length must be at least 4, .*got 3"),
         (
             {"num_generations": 50, "per_device_train_batch_size": 50},
             [PROMPTS[0]] * 50,
@@ -338,6 +339,10 @@ def test_refused_rollouts(tmp_path: Path, options: Any, prompts: list[str], mess
         trie_rollout(TRIE, decoder)(prompts, trainer)
     with pytest.raises(ValueError, match="decoder must be one of"):
         trie_rollout(TRIE, "greedy")
+    with pytest.raises(
+        TypeError, match=r"options of 'beam' must be some of .*'temperature'\], got \['top_k'\]"
+    ):
+        trie_rollout(TRIE, "beam", top_k=3)
 
 
 def test_a_restricted_trie(tmp_path: Path) -> None:

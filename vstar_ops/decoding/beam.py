@@ -15,7 +15,7 @@ from .protocol import (
     PrefixModel,
     can_skip_forced,
     check_finite_logits,
-    check_normalize,
+    check_model,
     extend_by_request,
 )
 
@@ -78,7 +78,7 @@ def beam_search(
             model that has broken its promise of finite logits where it was run.
     """
     check_int("beam_width", beam_width, 1)
-    check_normalize(model, normalize)
+    check_model(model, trie, normalize)
     skip_forced = skip_forced and can_skip_forced(model, normalize)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..trie import Trie
+
 
 class PrefixModel(Protocol):
     """A causal language model that keeps a cache that the prefixes of a request share.
@@ -91,8 +93,19 @@ def extend_by_request(model: PrefixModel, state: Any, parent: Tensor, token: Ten
     return logits.unflatten(0, parent.shape), slot.view_as(parent)
 
 
-def check_normalize(model: PrefixModel, normalize: str) -> None:
-    """Raise if the model lacks columns that ``normalize`` needs; other values are the op's to check."""
+def check_model(model: PrefixModel, trie: Trie, normalize: str = "legal") -> None:
+    """Raise if it is no such model, or lacks columns that the trie or ``normalize`` needs."""
+    if not (hasattr(model, "prefill") and hasattr(model, "extend")):
+        raise TypeError(
+            f"model must have the methods prefill and extend, got {type(model).__name__}; of a Hugging Face "
+            "model vstar_ops.integrations.transformers.prefix_model makes one that has"
+        )
+    own = getattr(model, "trie", None)
+    if isinstance(own, Trie) and isinstance(trie, Trie) and trie.max_token > own.max_token:
+        raise ValueError(
+            f"trie must be the model's own, model.trie, or a restriction of it: the model has logits of "
+            f"{own.max_token + 1} columns, got a trie with tokens up to {trie.max_token}"
+        )
     if normalize == "vocab" and getattr(model, "partial_logits", False):
         raise ValueError(
             "normalize='vocab' needs the logits of all columns, and the model has partial_logits: make it "

@@ -12,7 +12,7 @@ from ..ops import distinct_rows, draw_children, expand_topk
 from ..ops._checks import check_alive, check_int
 from ..reference.filters import bits_at
 from ..trie import Trie, pick, ragged
-from .protocol import PrefixModel, extend_by_request
+from .protocol import PrefixModel, check_model, extend_by_request
 
 
 class SampleResult(NamedTuple):
@@ -69,6 +69,7 @@ def topk_sampling(
     """
     for name, number in (("num_candidates", num_candidates), ("top_k", top_k)):
         check_int(name, number, 1)
+    check_model(model, trie)
     logits, state = model.prefill(context)
     batch, device = len(logits), logits.device
     # Each distinct prefix is one row of logits: its node, and its slot; the root of request b is in slot b.

@@ -29,7 +29,7 @@ from .protocol import (
     PrefixModel,
     can_skip_forced,
     check_finite_logits,
-    check_normalize,
+    check_model,
     extend_by_request,
 )
 from .ved_config import VEDConfig
@@ -111,7 +111,7 @@ def ved(
     if not isinstance(config, VEDConfig):
         raise TypeError(f"config must be a VEDConfig, got {type(config).__name__}")
     budget = config.forward_budget(trie.length, num_candidates)
-    _check_model(model, config)
+    _check_methods(model, trie, config)
     logits, state = model.prefill(context)
     seeds = check_seeds("seed", seed, logits.shape[0], logits.device)
     levels = trie.length if config.evaluate_leaves else trie.length - 1
@@ -137,9 +137,9 @@ def ved(
     return VEDResult(trie.sequences(best.node), *best, trees.size, trees)
 
 
-def _check_model(model: PrefixModel, config: VEDConfig) -> None:
+def _check_methods(model: PrefixModel, trie: Trie, config: VEDConfig) -> None:
     """The methods and the logits that the config needs."""
-    check_normalize(model, config.normalize)
+    check_model(model, trie, config.normalize)
     unasked = "child_values=False and num_value_beams=0"
     value = "value", config.value_weight != 0, f"one with value_weight=0, {unasked}"
     child_value = "child_value", config.child_values, f"VEDConfig.paper(), or one with {unasked}"

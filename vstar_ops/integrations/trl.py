@@ -9,6 +9,7 @@ Rewards, loss, metrics, checkpoints and the training loop are TRL's own.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -44,7 +45,7 @@ NORMALIZER = {
     "dr_grpo": "constant",
     "luspo": "sum",
 }
-_DECODERS = ("sample", "beam", "ved")
+_DECODERS: dict[str, Callable[..., Any]] = {"sample": topk_sampling, "beam": beam_search, "ved": ved}
 
 
 class SiblingGRPOTrainer(GRPOTrainer):
@@ -287,14 +288,19 @@ def trie_rollout(
         full_head: compute the logits of the whole vocabulary, which ``normalize="vocab"`` needs.
         append_eos: end each completion with the tokenizer's EOS token, unless the item ends with one itself.
             Without EOS, TRL counts a completion as truncated, and ``mask_truncated_completions`` drops it.
-        options: keywords of the decoder, such as ``top_k`` or ``config``.
+        options: keywords of the decoder, such as ``top_k`` or ``config``, but for ``seed``.
 
     Raises:
+        TypeError: an option that the decoder does not have.
         ValueError: filters per request in the trie; the prompts of a process are no whole groups; the
-            catalogue has fewer items than ``num_generations``; the trainer samples in a way that the decoder
-            does not.
+            catalogue has fewer items than ``num_generations``; completions are longer than
+            ``max_completion_length``; the trainer samples in a way that the decoder does not.
     """
-    check_choice("decoder", decoder, _DECODERS)
+    check_choice("decoder", decoder, tuple(_DECODERS))
+    parameters = inspect.signature(_DECODERS[decoder]).parameters.values()
+    known = {x.name for x in parameters if x.kind is x.KEYWORD_ONLY or x.name == "config"} - {"seed"}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"options of {decoder!r} must be some of {sorted(known)}, got {unknown}")
     models = _PrefixModels(trie, value_head=value_head, full_head=full_head)
 
     def rollout(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
@@ -325,6 +331,12 @@ def trie_rollout(
             elif append_eos:
                 row = [*row, ends[0]]
             completions.append(row)
+        longest = max(map(len, completions), default=0)
+        if longest > trainer.max_completion_length:
+            raise ValueError(
+                f"max_completion_length must be at least {longest}, the tokens of a completion with its end, "
+                f"got {trainer.max_completion_length}"
+            )
         return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
 
     return rollout

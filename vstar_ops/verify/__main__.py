@@ -43,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nFAILED: {row.op} on {row.backend!r}: {describe(found)}")
         print(f"A program that shows it:\n\n{row.script}")
     if not failures:
-        print(f"\nAll {sum(row.cases for row in rows)} cases agree.")
+        tested = ", ".join(dict.fromkeys(row.backend for row in rows))
+        missing = "".join(f"; off: {name}" for name in off())
+        print(f"\nAll {sum(row.cases for row in rows)} cases agree, on {tested}{missing}.")
     return int(bool(failures))
 
 
