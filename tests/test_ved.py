@@ -330,7 +330,7 @@ def compare(case: int, **changes: Any) -> None:
 def test_same_decisions_as_the_sequential_search(block, backend):
     if INTERPRETING and block > 0:
         pytest.skip("takes minutes")
-    cases = {"cpu": 100, "triton": 4 if INTERPRETING else 20, "emulated": 8}
+    cases = {"cpu": 100, "triton": 2 if INTERPRETING else 20, "emulated": 8}
     for case in range(cases.get(backend, 20)):
         compare(1000 * block + case)
 
@@ -338,7 +338,7 @@ def test_same_decisions_as_the_sequential_search(block, backend):
 def test_beams_pass_over_what_stands_for_a_leaf(backend):
     """In the order of probability and in that of value, level after level."""
     beams = {"beam_width": 6, "num_value_beams": 3, "value_weight": 1.0, "budget": 40}
-    for case in (3, 173):
+    for case in (3,) if INTERPRETING else (3, 173):
         compare(case, **beams, child_values=True, evaluate_leaves=False, normalize="legal", skip_forced=True)
 
 
