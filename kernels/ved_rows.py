@@ -174,6 +174,9 @@ def ved_beams(
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.ved_beams`."""
     batch, device = len(size), size.device
+    other_size = 0 if other_node is None else other_node.shape[1]
+    if other_node is None:  # something to point to, which is not read
+        other_node, other_parent, other_logp = node, parent, logp
     out_node, out_parent = (torch.empty(batch, width, dtype=torch.int32, device=device) for _ in range(2))
     out_logp = torch.empty(batch, width, device=device)
     if batch:
@@ -183,7 +186,7 @@ def ved_beams(
             *strided(other_parent, 2), *strided(other_logp, 2), *strided(above, 2),
             size if only_leaf is None else only_leaf, size, out_node, out_parent, out_logp,
             num_nodes=0 if only_leaf is None else only_leaf.numel(), rows=above.shape[1],
-            first_size=node.shape[1], other_size=other_node.shape[1], num_first=min(num_first, width),
+            first_size=node.shape[1], other_size=other_size, num_first=min(num_first, width),
             width=width, BLOCK=_BEAMS,
         )  # fmt: skip
     return out_node, out_parent, out_logp

@@ -41,7 +41,8 @@ void ved_beams(Call<Device>& call) {
   VedBeamsArgs a{};
   call.inputs(
       sized(a.first.node, nullptr, &a.first.size), a.first.parent, a.first.logp, a.num_first,
-      sized(a.others.node, nullptr, &a.others.size), a.others.parent, a.others.logp, optional(a.only_leaf),
+      optional(sized(a.others.node, nullptr, &a.others.size)), optional(a.others.parent), optional(a.others.logp),
+      optional(a.only_leaf),
       sized(a.above, &a.batch, &a.rows), a.tree_size, a.width);
   call.output(a.out_node, {a.batch, a.width});
   call.output(a.out_parent, {a.batch, a.width});

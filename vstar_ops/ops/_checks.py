@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,14 +57,25 @@ def check(
     """Return ``value`` if it is a tensor of this shape (``None``: any size), dtype and device, else raise."""
     if isinstance(value, Tensor) and value.dtype in dtypes and (device is None or value.device == device):
         given = value.shape
-        if given == shape or (len(given) == len(shape) and _fits(given, shape)):
+        if given == shape or len(given) == len(shape) == shape.count(None):
             return value
+        if len(given) == len(shape):
+            for have, want in zip(given, shape):
+                if want is not None and have != want:
+                    break
+            else:
+                return value
     raise _mismatch(name, value, shape, axes, dtypes, device)
 
 
-def _fits(given: torch.Size, shape: tuple[int | None, ...]) -> bool:
-    for have, want in zip(given, shape):  # noqa: SIM110 (a generator takes twice as long)
-        if want is not None and have != want:
+def all_fit(
+    values: Sequence[Any], shapes: Sequence[Any], dtypes: Sequence[torch.dtype], device: torch.device
+) -> bool:
+    """Whether :func:`check` takes each of many values, and all are contiguous; a quarter of its time."""
+    for x, shape, dtype in zip(values, shapes, dtypes, strict=True):
+        if type(x) is not Tensor or x.dtype is not dtype or x.shape != shape:
+            return False
+        if x.device != device or not x.is_contiguous():
             return False
     return True
 
@@ -83,7 +94,8 @@ def _mismatch(
     if value.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         return TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
-    if len(value.shape) != len(shape) or not _fits(value.shape, shape):
+    fits = all(want is None or have == want for have, want in zip(value.shape, shape))
+    if len(value.shape) != len(shape) or not fits:
         sizes = "" if None in shape else f" = {list(shape)}"
         return ValueError(f"{name} must have the shape {axes}{sizes}, got {list(value.shape)}")
     return ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
@@ -156,25 +168,35 @@ def check_finite(name: str, value: Any) -> float:
 def level_weights(name: str, weights: Any, length: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """``L`` finite numbers as a tensor ``[L]`` on the device of ``like``.
 
-    On a GPU it is kept: a copy from the host would wait for all work before it, and cannot be captured in a
-    graph. What is made while tracing, where ``like`` is no plain tensor, is not kept.
+    It is kept: on a GPU a copy from the host would wait for all work before it, and cannot be captured in a
+    graph. What is made while tracing, where tensors are no plain ones, is not kept.
     """
     if not isinstance(weights, Iterable):
         raise TypeError(f"{name} must be L = {length} numbers, got {type(weights).__name__}")
-    levels = tuple(check_finite(name, w) for w in weights)
+    levels = [check_finite(name, w) for w in weights]
     if len(levels) != length:
         raise ValueError(f"{name} must be L = {length} numbers, got {len(levels)}")
-    kept = like.device.type == "cuda" and type(like) in (Tensor, torch.nn.Parameter)
-    return (_kept_numbers if kept else _numbers)(levels, dtype, like.device)
+    if torch.compiler.is_dynamo_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+        return _numbers(levels, dtype, like.device)
+    key = array("d", levels).tobytes(), dtype, like.device  # as bits: -0 is not 0
+    kept = _kept_numbers.get(key)
+    if kept is None:
+        with torch.inference_mode(False):
+            kept = _numbers(levels, dtype, like.device)
+        if len(_kept_numbers) >= 64:
+            _kept_numbers.clear()
+        if type(kept) is Tensor:
+            _kept_numbers[key] = kept
+    return kept
 
 
-def _numbers(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+_kept_numbers: dict[tuple[bytes, torch.dtype, torch.device], Tensor] = {}
+
+
+def _numbers(levels: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     if torch.compiler.is_dynamo_compiling() and any(map(varies, levels)):
         return torch.stack([as_tensor(x) for x in levels]).to(device, dtype)
     return torch.tensor(levels, dtype=dtype, device=device)
-
-
-_kept_numbers = functools.lru_cache(maxsize=64)(_numbers)
 
 
 def varies(value: Any) -> bool:

@@ -102,8 +102,12 @@ class Op:
         self.dynamic = _overloads(self.name + _DYNAMIC) if has_floats else {}
 
     def __call__(self, device: torch.device, *arguments: Any) -> Any:
-        if self.differentiable:
-            self._refuse_transforms(arguments)
+        compiling, past_python = is_dynamo_compiling(), False
+        if self.differentiable or self.mutates:
+            transforms = not compiling and torch._C._are_functorch_transforms_active()
+            past_python = not (compiling or transforms)
+            if self.differentiable and (transforms or forward_ad._current_level >= 0):
+                self._refuse_transforms(arguments, transforms)
         backend = active_backend(device)
         for name, position in self.double:
             if backend != "reference" and arguments[position].dtype is torch.float64:
@@ -112,12 +116,10 @@ class Op:
                         f"{name} must be float32, bfloat16 or float16 on the backend {backend!r}, got float64"
                     )
                 backend = "reference"
-        if is_dynamo_compiling():
-            if any(map(varies, arguments)):
-                return self.dynamic[backend](*map(as_tensor, arguments))
-        elif (self.differentiable or self.mutates) and not torch._C._are_functorch_transforms_active():
-            return self._past_python(self.overloads[backend], arguments)
-        return self.overloads[backend](*arguments)
+        if compiling and any(map(varies, arguments)):
+            return self.dynamic[backend](*map(as_tensor, arguments))
+        overload = self.overloads[backend]
+        return self._past_python(overload, arguments) if past_python else overload(*arguments)
 
     def _past_python(self, overload: Any, arguments: tuple[Any, ...]) -> Any:
         """Call a dispatcher op past what :func:`_implement` puts in its way in Python, 5 to 8 us per call."""
@@ -130,11 +132,8 @@ class Op:
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*arguments)
 
-    def _refuse_transforms(self, arguments: tuple[Any, ...]) -> None:
+    def _refuse_transforms(self, arguments: tuple[Any, ...], transforms: bool) -> None:
         """Raise where a derivative is asked for that would be 0, or fail without naming the op."""
-        transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-        if not transforms and forward_ad._current_level < 0:
-            return
         for x in arguments:
             if not isinstance(x, Tensor):
                 continue

@@ -35,6 +35,12 @@ from .sibling_advantage import sibling_advantage as _sibling_advantage
 from .token_logp import token_logp
 
 _AXES = "[B, G, L]"
+_ADVANTAGES = (torch.float32, torch.float64)
+_SIBLINGS: tuple[tuple[str, tuple[torch.dtype, ...]], ...] = (
+    ("sibling_advantage.advantage", _ADVANTAGES),
+    ("sibling_advantage.valid", (torch.bool,)),
+    ("sibling_advantage.num_candidates", (torch.int32,)),
+)
 
 
 class SiblingGRPOLoss(NamedTuple):
@@ -62,7 +68,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, _: None, grad_loss: Tensor, *__: Tensor) -> tuple[Any, ...]:
-    return (grad_loss * ctx.saved_tensors[1]).to(ctx.dtype), *[None] * ctx.others
+    gradient = grad_loss * ctx.saved_tensors[1]
+    return gradient if gradient.dtype is ctx.dtype else gradient.to(ctx.dtype), *[None] * ctx.others
 
 
 _op = define(
@@ -244,7 +251,7 @@ def sibling_grpo_loss(
     ):
         check_choice(name, choice, choices)
     options, weighting = sibling_form(form, weighting)
-    siblings, group_advantage = _advantages(
+    advantages = _advantages(
         sibling_advantage, group_advantage, tokens, rewards, mask, options, scale, logp
     )
     if normalizer is not None:
@@ -256,10 +263,7 @@ def sibling_grpo_loss(
         logp,
         old_logp,
         ref_logp,
-        siblings.advantage,
-        siblings.valid,
-        siblings.num_candidates,
-        group_advantage,
+        *advantages,
         there,
         _depth_weights(depth_weights, logp),
         normalizer,
@@ -313,8 +317,8 @@ def _advantages(
     options: dict[str, Any],
     scale: str,
     logp: Tensor,
-) -> tuple[SiblingAdvantage, Tensor]:
-    """Both advantages, given or computed, those of siblings with the ``options`` of their form."""
+) -> list[Tensor]:
+    """Three of siblings, given or computed with the ``options`` of their form, and those of candidates."""
     shape, device = tuple(logp.shape), logp.device
     if siblings is not None and group is not None:
         if scale != "std":
@@ -323,7 +327,6 @@ def _advantages(
             )
     elif rewards is None:
         raise ValueError("rewards must be given where sibling_advantage or group_advantage is not, got None")
-    floats = (torch.float32, torch.float64)
     if siblings is None:
         if tokens is None:
             raise ValueError("tokens must be given where sibling_advantage is not, got None")
@@ -335,16 +338,18 @@ def _advantages(
         raise TypeError(
             f"sibling_advantage must be a vstar_ops.SiblingAdvantage, got {type(siblings).__name__}"
         )
-    for name, dtypes in (("advantage", floats), ("valid", (torch.bool,)), ("num_candidates", (torch.int32,))):
-        check(f"sibling_advantage.{name}", getattr(siblings, name), shape, _AXES, dtypes, device)
+    found = [
+        check(name, x, shape, _AXES, dtypes, device)
+        for (name, dtypes), x in zip(_SIBLINGS, (siblings.advantage, siblings.valid, siblings.num_candidates))
+    ]
     if group is None:
         check("rewards", rewards, shape[:2], "[B, G]", FLOATS_OR_DOUBLE, device)
         candidates = mask.any(2) if mask is not None and mask.dim() == 3 else mask
         group_scale = "group" if scale == "std" else scale
         group = _group_advantage(rewards, candidates, scale=group_scale)  # type: ignore[arg-type]
-    check("group_advantage", group, shape[:2], "[B, G]", floats, device)
+    found.append(check("group_advantage", group, shape[:2], "[B, G]", _ADVANTAGES, device))
     dtype = result_dtype(logp)
-    return siblings._replace(advantage=siblings.advantage.to(dtype)), group.to(dtype)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype is not dtype else x for x in found]
 
 
 def _tokens_there(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:

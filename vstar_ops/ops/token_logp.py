@@ -158,12 +158,18 @@ def token_logp(
         if trie is not None and node is not None:
             check_nodes(node, trie)
 
+    if len(rows) == 2:  # as it lies, for a view costs a microsecond
+        each = targets if many else targets.unsqueeze(2)
+        logp, entropy, *_ = _op(device, logits, each, offset, token, alive, node, temperature, max_children)
+        return TokenLogp(logp if many else logp.squeeze(2), entropy)
     if alive is not None and alive.shape[0] > 1:  # a filter per request, which is the first dimension
-        batched = logits.flatten(1, -2) if len(rows) > 1 else logits.unsqueeze(1)
+        batched = logits.flatten(1, -2) if rows[1:] else logits.unsqueeze(1)
     else:
-        batched = logits.flatten(0, -3) if len(rows) > 2 else logits[(None,) * (2 - len(rows))]
+        batched = logits.flatten(0, -3) if rows[1:] else logits[None] if rows else logits[None, None]
     flat = batched.shape[:2]
     each = targets.reshape(*flat, targets.shape[-1] if many else 1)
-    where = None if node is None else node.reshape(flat)
+    where = None if node is None else node.reshape(*flat)
     logp, entropy, *_ = _op(device, batched, each, offset, token, alive, where, temperature, max_children)
-    return TokenLogp(logp.reshape(targets.shape), entropy.reshape(rows))
+    if not rows:
+        return TokenLogp(logp.reshape(targets.shape), entropy.reshape(()))
+    return TokenLogp(logp.reshape(*targets.shape), entropy.reshape(*rows))  # numbers are read faster than a Size

@@ -12,16 +12,18 @@ threads. Statistics are float64 over float32 data.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import reference
 from .._deprecated import renamed_field
-from ._checks import check, check_finite, check_int
+from ._checks import all_fit, check, check_finite, check_int
 from ._registry import define
 
 _NODE, _CHILD, _LEAF, _TREE, _DEPTH = (
@@ -115,8 +117,23 @@ class SearchTrees:
             arrays["budget"].fill_(capacity if budget is None else budget)
         return cls(**arrays)
 
+    def __post_init__(self) -> None:
+        self._right: tuple[Any, Any] = (), None  # the arrays that check() found right, and their shapes
+
     def check(self) -> None:
-        """Raise where an array's shape, dtype, device or layout is not what the class says."""
+        """Raise where an array's shape, dtype, device or layout is not what the class says.
+
+        Of the same arrays as last time only the shapes are looked at.
+        """
+        if is_dynamo_compiling():
+            self._check_each()
+            return
+        arrays, (right, shapes) = _every_array(self), self._right
+        if not (all(map(operator.is_, arrays, right)) and [x.shape for x in arrays] == shapes):
+            self._check_each()
+            self._right = arrays, [x.shape for x in arrays]
+
+    def _check_each(self) -> None:
         sizes: dict[str, int] = {}
         device = None
         for name, (dtype, axes, _fill) in _LAYOUT.items():
@@ -132,6 +149,7 @@ class SearchTrees:
 # Array of SearchTrees -> dtype, axes, and what it holds in a tree without nodes.
 _LAYOUT = {name: hint.__metadata__ for name, hint in get_type_hints(SearchTrees, include_extras=True).items()}
 _AXES = {axes: f"[{', '.join(axes)}]" for _, axes, _ in _LAYOUT.values()}
+_every_array = operator.attrgetter(*_LAYOUT)
 
 
 class SelectedRows(NamedTuple):
@@ -179,6 +197,8 @@ def _arrays(reference_op: Callable[..., Any], prefix: str = "") -> tuple[str, ..
 
 _SELECT, _INSERT = _arrays(reference.ved_select), _arrays(reference.ved_insert)
 _ROWS, _CANDIDATES = _arrays(reference.ved_insert, "row_"), _arrays(reference.ved_candidates)
+_ROW_DTYPES = [_LAYOUT[name][0] for name in _ROWS]
+_ROW_AXES = [_LAYOUT[name][1][2:] for name in _ROWS]
 
 
 def _select_fake(trie_node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
@@ -241,8 +261,8 @@ def ved_select(
     if exploration < 0:
         raise ValueError(f"exploration must be >= 0, got {exploration}")
     traversals, max_idle = check_int("traversals", traversals, 1), check_int("max_idle", max_idle, 0)
+    arrays = [getattr(trees, name) for name in _SELECT]
     levels = trees.depth_sum.shape[1] - 1
-    arrays = (getattr(trees, name) for name in _SELECT)
     return SelectedRows(*_select(trees.node.device, *arrays, levels, exploration, traversals, max_idle))
 
 
@@ -270,15 +290,17 @@ def ved_insert(
     """
     trees.check()
     weights = check_finite("logp_weight", logp_weight), check_finite("entropy_weight", entropy_weight)
-    check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", (torch.int32,), trees.node.device)
-    given = {**evaluation._asdict(), **rows._asdict()}
-    for name in _ROWS:
-        like = getattr(trees, name)
-        shape = (*rows.node.shape, *like.shape[2:])
-        axes = _AXES[_LAYOUT[name][1]].replace("T", "P")
-        given[name] = check(name, given[name], shape, axes, (like.dtype,), trees.node.device).contiguous()
-    arrays = (getattr(trees, name) for name in _INSERT)
-    _insert(trees.node.device, *arrays, *(given[name] for name in _ROWS), *weights)
+    device = trees.node.device
+    row = check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", (torch.int32,), device).shape
+    ends = {(): row, ("C",): (*row, trees.child_node.shape[2]), ("D",): (*row, trees.leaf_node.shape[2])}
+    given, shapes = (*rows, *evaluation), [ends[axes] for axes in _ROW_AXES]
+    if not all_fit(given, shapes, _ROW_DTYPES, device):
+        given = tuple(
+            check(name, x, shape, _AXES[_LAYOUT[name][1]].replace("T", "P"), (dtype,), device).contiguous()
+            for name, x, shape, dtype in zip(_ROWS, given, shapes, _ROW_DTYPES, strict=True)
+        )
+    arrays = [getattr(trees, name) for name in _INSERT]
+    _insert(device, *arrays, *given, *weights)
 
 
 def ved_candidates(trees: SearchTrees, length: int, k: int, *, logp_weight: float = 0.0) -> LeafCandidates:
@@ -297,6 +319,6 @@ def ved_candidates(trees: SearchTrees, length: int, k: int, *, logp_weight: floa
     """
     trees.check()
     length, k = check_int("length", length, 1), check_int("k", k, 1)
-    arrays = (getattr(trees, name) for name in _CANDIDATES)
+    arrays = [getattr(trees, name) for name in _CANDIDATES]
     logp_weight = check_finite("logp_weight", logp_weight)
     return LeafCandidates(*_candidates(trees.node.device, *arrays, length, k, logp_weight))

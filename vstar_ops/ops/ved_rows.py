@@ -107,13 +107,23 @@ def ved_inputs(trees: SearchTrees, trie: Trie, rows: SelectedRows) -> ModelInput
     return ModelInputs(*_inputs(device, slot, trie.token, parent, node))
 
 
-def _shape(trees: SearchTrees, name: str) -> torch.Size:
-    """Of an array of the trees, whose last axis is not empty but for that of requests."""
-    dtype, axes, _ = _LAYOUT[name]
-    shape = check(f"trees.{name}", getattr(trees, name), (None,) * len(axes), _AXES[axes], (dtype,)).shape
-    if len(shape) > 1 and shape[-1] == 0:
-        raise ValueError(f"trees.{name} must have at least one place in its last axis, got {tuple(shape)}")
-    return shape
+# Arrays of the trees whose last axis says how long lists are, and what check() is told of them.
+_SIZED = [
+    (name, (f"trees.{name}", (None,) * len(axes), _AXES[axes], (dtype,)))
+    for name, (dtype, axes, _) in _LAYOUT.items()
+    if name in ("child_node", "leaf_node", "depth_sum")
+]
+
+
+def _sizes(trees: SearchTrees) -> list[int]:
+    """Of the last axes of these arrays, which are not empty."""
+    sizes = []
+    for name, (label, *expected) in _SIZED:
+        shape = check(label, getattr(trees, name), *expected).shape
+        if shape[-1] == 0:
+            raise ValueError(f"{label} must have at least one place in its last axis, got {tuple(shape)}")
+        sizes.append(shape[-1])
+    return sizes
 
 
 def ved_evaluate(
@@ -171,8 +181,8 @@ def ved_evaluate(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
-    (batch,), device = _shape(trees, "size"), trees.size.device
-    children, leaves, levels = (_shape(trees, x)[-1] for x in ("child_node", "leaf_node", "depth_sum"))
+    (batch,), device = check("trees.size", trees.size, (None,), "[B]", (torch.int32,)).shape, trees.size.device
+    children, leaves, levels = _sizes(trees)
     levels -= 1
     logits = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device)
     shape = logits.shape[:2]
@@ -249,8 +259,8 @@ def ved_beams(
     num_first = width if num_first is None else check_int("num_first", num_first, 0)
     node = check("rows.node", rows.node, (batch, None), _ROWS, (torch.int32,), device)
     check_trie(trie, trie.max_token + 1, device)
-    arrays = _list("first", first, batch, device)
-    arrays += [x[:, :0] for x in arrays] if others is None else _list("others", others, batch, device)
+    beams = _list("first", first, batch, device)
+    further = (None, None, None) if others is None else _list("others", others, batch, device)
     only_leaf = trie._only_leaf if skip_forced else None
-    node, parent, logp = _beams(device, *arrays[:3], num_first, *arrays[3:], only_leaf, node, size, width)
+    node, parent, logp = _beams(device, *beams, num_first, *further, only_leaf, node, size, width)
     return SelectedRows(parent, node, logp)

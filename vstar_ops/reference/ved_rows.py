@@ -107,9 +107,9 @@ def ved_beams(
     parent: Tensor,
     logp: Tensor,
     num_first: int,
-    other_node: Tensor,
-    other_parent: Tensor,
-    other_logp: Tensor,
+    other_node: Tensor | None,
+    other_parent: Tensor | None,
+    other_logp: Tensor | None,
     only_leaf: Tensor | None,
     above: Tensor,
     size: Tensor,
@@ -123,11 +123,13 @@ def ved_beams(
         inside = (x >= 0) & (x < len(only_leaf))
         return x.masked_fill(inside & (only_leaf[torch.where(inside, x, 0).long()] >= 0), -1)
 
-    node, other_node = without_leaves(node), without_leaves(other_node)
-    first = _first(node >= 0, num_first, (node, -1), (parent, -1), (logp, -torch.inf))
-    again = (other_node[:, :, None] == first[0][:, None]).any(2)
-    others = other_node.masked_fill(again, -1), other_parent, other_logp
-    every = [torch.cat(pair, 1) for pair in zip(first, others)]
+    node = without_leaves(node)
+    every = _first(node >= 0, num_first, (node, -1), (parent, -1), (logp, -torch.inf))
+    if other_node is not None and other_parent is not None and other_logp is not None:
+        other_node = without_leaves(other_node)
+        again = (other_node[:, :, None] == every[0][:, None]).any(2)
+        others = other_node.masked_fill(again, -1), other_parent, other_logp
+        every = [torch.cat(pair, 1) for pair in zip(every, others)]
     node, parent, logp = _first(every[0] >= 0, width, *zip(every, (-1, -1, -torch.inf)))
     start = size - (above >= 0).sum(1, dtype=torch.int32)
     return node, torch.where(node >= 0, parent + start[:, None], -1), logp
