@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -116,3 +117,21 @@ def op_arguments(name: str, call: Callable[[], Any]) -> tuple[Any, ...]:
     except _Found as found:
         return map_tensors(torch.Tensor.detach, found.args[0])
     raise AssertionError(f"vstar_ops::{name} was not called")
+
+
+def steps(call: Callable[[], Any]) -> int:
+    """Functions that a call runs, of Python and of C: what host time follows from on any machine."""
+    count = 0
+
+    def event(frame: Any, what: str, argument: Any) -> None:
+        nonlocal count
+        count += what in ("call", "c_call")
+
+    call()
+    before = sys.getprofile()
+    sys.setprofile(event)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return count

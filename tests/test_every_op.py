@@ -15,7 +15,8 @@ from typing import Any
 import op_calls
 import pytest
 import torch
-from helpers import assert_same, check_every_float16, map_tensors, op_arguments, tensors
+from helpers import assert_same, check_every_float16, map_tensors, op_arguments, steps, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vstar_ops
 from vstar_ops.ops import OPS
@@ -226,6 +227,65 @@ def test_what_goes_to_a_gpu_keeps_its_strides(monkeypatch):
     monkeypatch.undo()
     (gradient,) = torch.autograd.grad(case().logp.sum(), logits)
     torch.testing.assert_close(logits.grad, gradient)
+
+
+# Functions that the host may run in a call: what its checks cost on any machine.
+STEPS = {
+    "expand_topk": 36, "filter_items": 51, "group_advantage": 24, "sibling_advantage": 34,
+    "prefix_returns": 47, "prefix_tree": 22, "advance_beams": 34, "rows_to_run": 34, "draw_children": 34, "distinct_rows": 26,
+    "token_logp": 42, "sibling_grpo_loss": 118, "ved_select": 48, "ved_insert": 72, "ved_candidates": 36,
+    "ved_inputs": 32, "ved_evaluate": 68, "ved_beams": 46,
+}  # fmt: skip
+RECORDED = {"token_logp": 82, "sibling_grpo_loss": 190}  # where a gradient is asked for
+OTHER_OPS = {"token_logp": 4, "sibling_grpo_loss": 3}  # views of [N, V] as [B, W, V]; advantages, terms
+PUBLIC = [x for x in CASES if x != "token_logp_backward"]
+
+
+def in_place(op: str) -> Call:
+    """The call on the arguments themselves, where an op changes them."""
+    call = case(op, "plain", 1)
+    return call._replace(function=IN_PLACE.get(op, call.function))
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_functions_of_a_call(cpu, op):
+    assert steps(in_place(op)) <= STEPS[op]
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_functions_of_a_call_that_is_recorded(cpu, op):
+    assert steps(requires_grad(case(op, "plain", 1))) <= RECORDED[op]
+
+
+class Ops(TorchDispatchMode):
+    """The ops that the dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_a_call_is_one_op(cpu, op):
+    """A view costs the host as much as all checks of two arguments."""
+    call = in_place(op)
+    call()  # makes what is kept
+    with Ops() as ops:
+        call()
+    assert f"vstar_ops::{op}" in ops.names
+    assert len(ops.names) == 1 + OTHER_OPS.get(op, 0)
+
+
+def test_rows_of_requests_are_read_without_views(cpu):
+    """``token_logp`` of [B, W, V] and [B, W, T]."""
+    logits, targets = torch.randn(2, 3, 9), torch.zeros(2, 3, 1, dtype=torch.int64)
+    with Ops() as ops:
+        vstar_ops.token_logp(logits, targets)
+    assert ops.names == ["vstar_ops::token_logp"]
 
 
 @pytest.mark.parametrize(("op", "label"), COMPILED)

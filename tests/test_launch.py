@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import steps
 
 import vstar_ops
 from vstar_ops.ops._registry import Op
@@ -191,24 +191,6 @@ def test_threads_launch_the_same_variants(stub: Stub) -> None:
         thread.join()
     assert len(stub.launched) == 4 * 20 * 2
     assert len({variant for variant, _ in stub.launched}) == 2
-
-
-def steps(call: Callable[[], Any]) -> int:
-    """Functions that a call runs, of Python and of C: what host time follows from on any machine."""
-    count = 0
-
-    def event(frame: Any, what: str, argument: Any) -> None:
-        nonlocal count
-        count += what in ("call", "c_call")
-
-    call()
-    before = sys.getprofile()
-    sys.setprofile(event)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return count
 
 
 @pytest.mark.parametrize(

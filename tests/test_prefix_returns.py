@@ -5,6 +5,7 @@ The table below teaches the op; read it first.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -265,3 +266,11 @@ def test_backends_agree():
         want = prefix_returns(*case)
     for got, expected in zip(prefix_returns(*case), want):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_kept_apart_by_their_bits(backend):
+    """0 and -0 are equal, and a return of the target is its weight."""
+    tokens, item = torch.tensor([[[1]]]), torch.ones(1, 1, 2)
+    for weight in (0.0, -0.0, 0.0):
+        found = prefix_returns(tokens, item, tokens[:, 0], item[:, 0], weights=[weight])
+        assert found.returns.signbit().item() == (math.copysign(1, weight) < 0)

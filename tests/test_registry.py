@@ -224,17 +224,15 @@ def test_double_backward_is_refused(backend):
                 second()
 
 
-def planted(backend):
-    trees = SearchTrees.empty(2, 6, 2, children=3, leaves=3)
-    select = [getattr(trees, name) for name in vstar_ops.ops.ved._SELECT]
-    with vstar_ops.use_backend(backend):
-        OPS["ved_select"](CPU, *select, 2, 1.0, 1, 10)
-    return trees
-
-
+@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_an_op_changes_has_a_new_version(backend):
-    trees = planted(backend)
+def test_what_an_op_changes_has_a_new_version(backend, direct):
+    """Whether it is called as the public functions do, or through ``torch.ops``."""
+    trees = SearchTrees.empty(2, 6, 2, children=3, leaves=3)
+    arguments = *(getattr(trees, name) for name in vstar_ops.ops.ved._SELECT), 2, 1.0, 1, 10
+    op = OPS["ved_select"]
+    with vstar_ops.use_backend(backend):
+        op.overloads[backend](*arguments) if direct else op(CPU, *arguments)
     changed = {name for name in vstar_ops.ops.ved._SELECT if getattr(trees, name)._version > 0}
     assert changed == {"visits", "next_child", "budget"}
 

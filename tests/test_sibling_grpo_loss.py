@@ -890,3 +890,12 @@ def test_compile_from_logits():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     (got,), (want,) = (torch.autograd.grad(run(z), z) for run in (compiled, step))
     torch.testing.assert_close(got, want)
+
+
+def test_depth_weights_that_inference_made_serve_training(backend):
+    logp, tokens, rewards = torch.zeros(1, 2, 2), torch.tensor([[[1, 2], [1, 3]]]), torch.tensor([[1.0, 0.0]])
+    with torch.inference_mode():
+        sibling_grpo_loss(logp, tokens, rewards, depth_weights=(0.125, 0.75))
+    logp.requires_grad_()
+    sibling_grpo_loss(logp, tokens, rewards, depth_weights=(0.125, 0.75)).loss.backward()
+    assert logp.grad is not None and logp.grad.any()

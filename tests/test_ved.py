@@ -670,6 +670,22 @@ def test_errors_of_the_ops():
         ved_insert(trees, rows, evaluation)
 
 
+def test_trees_that_changed_are_checked_again():
+    """What was found right is not looked at again, unless it is another tensor or has another shape."""
+    trees = SearchTrees.empty(2, 5, 3, children=2, leaves=2)
+    for other in (torch.zeros(2, 4), torch.zeros(2, 5).double(), torch.zeros(5, 2).t(), [0.0]):
+        value = trees.value
+        ved_select(trees)
+        trees.value = other
+        with pytest.raises((TypeError, ValueError), match="trees.value must"):
+            ved_candidates(trees, 3, 4)
+        trees.value = value
+    ved_select(trees)
+    trees.leaf_score.resize_(2, 5, 1)
+    with pytest.raises(ValueError, match="trees.leaf_score must have the shape"):
+        ved_candidates(trees, 3, 4)
+
+
 def test_devices_other_than_the_trees_are_refused():
     trees = SearchTrees.empty(2, 5, 3, children=2, leaves=2)
     with pytest.raises(ValueError, match="trees.value must be on cpu like the other tensors, got meta"):

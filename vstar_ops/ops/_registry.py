@@ -295,7 +295,9 @@ def _mutating(op: Op, overload: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _differentiable(overload: Any, save: Callable[..., None], formula: Callable[..., Any]) -> Callable[..., Any]:
+def _differentiable(
+    overload: Any, save: Callable[..., None], formula: Callable[..., Any]
+) -> Callable[..., Any]:
     """What records a call for its backward pass.
 
     As ``torch.library.register_autograd`` does, but that reads the schema again for every argument of every

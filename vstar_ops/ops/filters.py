@@ -94,7 +94,7 @@ def filter_items(
         raise TypeError(f"trie must be a vstar_ops.Trie, got {type(trie).__name__}")
     words, int32 = num_words(trie.num_nodes), (torch.int32,)
     alive = check("bits.alive", bits.alive, (None, words), f"[R, {words}]", int32, trie.device)
-    requests, words = len(alive), num_words(trie.num_items)
+    requests, words = alive.shape[0], num_words(trie.num_items)
     check("bits.allowed", bits.allowed, (requests, words), "[R, words]", int32, trie.device)
     for name, x in (("alive", alive), ("allowed", bits.allowed)):
         if not x.is_contiguous():

@@ -251,9 +251,7 @@ def sibling_grpo_loss(
     ):
         check_choice(name, choice, choices)
     options, weighting = sibling_form(form, weighting)
-    advantages = _advantages(
-        sibling_advantage, group_advantage, tokens, rewards, mask, options, scale, logp
-    )
+    advantages = _advantages(sibling_advantage, group_advantage, tokens, rewards, mask, options, scale, logp)
     if normalizer is not None:
         check("normalizer", normalizer, (4,), "[4]", (torch.int64,), device)
         if validating() and bool((normalizer < loss_counts(logp, mask)).any()):

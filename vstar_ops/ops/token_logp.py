@@ -172,4 +172,4 @@ def token_logp(
     logp, entropy, *_ = _op(device, batched, each, offset, token, alive, where, temperature, max_children)
     if not rows:
         return TokenLogp(logp.reshape(targets.shape), entropy.reshape(()))
-    return TokenLogp(logp.reshape(*targets.shape), entropy.reshape(*rows))  # numbers are read faster than a Size
+    return TokenLogp(logp.reshape(*targets.shape), entropy.reshape(*rows))  # read faster than a Size

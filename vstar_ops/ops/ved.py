@@ -293,7 +293,8 @@ def ved_insert(
     device = trees.node.device
     row = check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", (torch.int32,), device).shape
     ends = {(): row, ("C",): (*row, trees.child_node.shape[2]), ("D",): (*row, trees.leaf_node.shape[2])}
-    given, shapes = (*rows, *evaluation), [ends[axes] for axes in _ROW_AXES]
+    given: tuple[Any, ...] = (*rows, *evaluation)
+    shapes = [ends[axes] for axes in _ROW_AXES]
     if not all_fit(given, shapes, _ROW_DTYPES, device):
         given = tuple(
             check(name, x, shape, _AXES[_LAYOUT[name][1]].replace("T", "P"), (dtype,), device).contiguous()

@@ -109,7 +109,7 @@ def ved_inputs(trees: SearchTrees, trie: Trie, rows: SelectedRows) -> ModelInput
 
 # Arrays of the trees whose last axis says how long lists are, and what check() is told of them.
 _SIZED = [
-    (name, (f"trees.{name}", (None,) * len(axes), _AXES[axes], (dtype,)))
+    (name, f"trees.{name}", (None,) * len(axes), _AXES[axes], (dtype,))
     for name, (dtype, axes, _) in _LAYOUT.items()
     if name in ("child_node", "leaf_node", "depth_sum")
 ]
@@ -118,11 +118,11 @@ _SIZED = [
 def _sizes(trees: SearchTrees) -> list[int]:
     """Of the last axes of these arrays, which are not empty."""
     sizes = []
-    for name, (label, *expected) in _SIZED:
-        shape = check(label, getattr(trees, name), *expected).shape
-        if shape[-1] == 0:
-            raise ValueError(f"{label} must have at least one place in its last axis, got {tuple(shape)}")
-        sizes.append(shape[-1])
+    for name, label, shape, axes, dtypes in _SIZED:
+        *_, size = given = check(label, getattr(trees, name), shape, axes, dtypes).shape
+        if size == 0:
+            raise ValueError(f"{label} must have at least one place in its last axis, got {tuple(given)}")
+        sizes.append(size)
     return sizes
 
 
@@ -181,12 +181,13 @@ def ved_evaluate(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
-    (batch,), device = check("trees.size", trees.size, (None,), "[B]", (torch.int32,)).shape, trees.size.device
+    size = check("trees.size", trees.size, (None,), "[B]", (torch.int32,))
+    (batch,), device = size.shape, size.device
     children, leaves, levels = _sizes(trees)
     levels -= 1
-    logits = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device)
-    shape = logits.shape[:2]
-    check_trie(trie, logits.shape[2], device)
+    _, number, columns = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device).shape
+    shape = batch, number
+    check_trie(trie, columns, device)
     check_alive(trie, batch)
     node = check("rows.node", rows.node, shape, _ROWS, (torch.int32,), device)
     logp = check("rows.logp", rows.logp, shape, _ROWS, (torch.float32,), device)
