@@ -11,22 +11,27 @@ from __future__ import annotations
 import argparse
 import sys
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-import vstar_ops
 from vstar_ops.collect_env import cpu_model
-from vstar_ops.ops import OPS
+from vstar_ops.ops import OPS, filter_items, ved_insert, ved_select
 from vstar_ops.ops._registry import Op
+from vstar_ops.verify import calls
 from vstar_ops.verify.cases import CASES
 
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tools")]
 import cuda_emulator  # noqa: E402
+
+# What changes its arguments, in place of the call on copies that the cases make.
+IN_PLACE: dict[Any, Callable[..., Any]] = {
+    calls.select: ved_select, calls.insert: ved_insert, calls.filter_bits: filter_items,
+}  # fmt: skip
 
 
 def microseconds(call: Callable[[], Any], rounds: int) -> float:
@@ -35,7 +40,7 @@ def microseconds(call: Callable[[], Any], rounds: int) -> float:
 
 
 def inner(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The last call of an op that a call makes."""
+    """The last call of an op that a call makes, past what torch does in Python before the kernel."""
     found: list[tuple[Op, tuple[Any, ...]]] = []
     run = Op.__call__
 
@@ -49,18 +54,32 @@ def inner(call: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: op.overloads["cuda"](*arguments)
 
 
-def measure(name: str, rounds: int) -> str:
-    """A line of the table: one request of the plain case, half empty if that does more than call the op."""
+def row(label: str, rounds: int, call: Callable[[], Any], direct: Callable[[], Any] | None = None) -> str:
+    """A line of the table."""
+    cuda_emulator.count()
+    call()
+    launches = cuda_emulator.counts().launches
+    op = ""
+    if direct is not None:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op = f"{microseconds(direct, rounds):.1f}"
+    return f"| {label} | {launches} | {microseconds(call, rounds):.1f} | {op} |"
+
+
+def measure(name: str, rounds: int) -> Iterator[str]:
+    """Lines of the table: one request of the plain case, and its gradient where there is one."""
     case = next(iter(CASES[name].values()))(1)
-    with patch.dict(OPS[name].overloads, {None: OPS[name].overloads["cuda"]}):
-        call = lambda: case.function(**case.arguments)  # noqa: E731
-        direct = inner(call)
-        cuda_emulator.count()
-        direct()
-        launches = cuda_emulator.counts().launches
-        public = case.function is getattr(vstar_ops, name, None)
-        whole = f"{microseconds(call, rounds):.1f}" if public else ""
-        return f"| `{name}` | {launches} | {whole} | {microseconds(direct, rounds):.1f} |"
+    case = case._replace(function=IN_PLACE.get(case.function, case.function))
+    cuda = OPS[name].overloads["cuda"]
+    with patch.dict(OPS[name].overloads, {None: cuda}):
+        yield row(f"`{name}`", rounds, case, inner(case))
+        if OPS[name].differentiable:
+            case = case.map(lambda x: x.detach().requires_grad_(x.is_floating_point()))
+            yield row("the same, recorded for a gradient", rounds, case)
+            result, given = case()[0], case.arguments[next(iter(case.arguments))]
+            ones = torch.ones_like(result)
+            backward = lambda: torch.autograd.grad(result, given, ones, retain_graph=True)  # noqa: E731
+            yield row("its backward pass", rounds, backward)
 
 
 def main() -> None:
@@ -72,10 +91,12 @@ def main() -> None:
     x = torch.zeros(8)
     addition = microseconds(lambda: x.add_(1), rounds)
     print(f"{cpu_model()}, torch {torch.__version__}; microseconds of the host per call.\n")
-    print("| op | launches | public function | dispatcher op |\n|---|---|---|---|")
+    print("| op | launches | public function | the op alone |\n|---|---|---|---|")
     with cuda_emulator.idle():
         for name in CASES:
-            print(measure(name, rounds), flush=True)
+            if not name.endswith("_backward"):
+                for line in measure(name, rounds):
+                    print(line, flush=True)
     print(f"| in-place addition of torch | | {addition:.1f} | |")
 
 
