@@ -135,3 +135,15 @@ def steps(call: Callable[[], Any]) -> int:
     finally:
         sys.setprofile(before)
     return count
+
+
+class Ops(TorchDispatchMode):
+    """The ops that the dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))

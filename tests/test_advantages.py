@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, assert_same
+from helpers import Ops, assert_close, assert_same
 from torch import Tensor
 
 import vstar_ops
@@ -315,3 +315,11 @@ def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -
     arguments = {"tokens": TOKENS, "rewards": REWARDS, "groups": IDS, "normalizer": "sequence", **changed}
     with pytest.raises(error, match=message):
         token_advantages(**arguments)
+
+
+def test_rows_that_lie_as_they_are_take_few_ops() -> None:
+    """Nothing is copied, and no sum is made that the normalizer does not ask for."""
+    with Ops() as ops:
+        token_advantages(torch.zeros(4, 3, dtype=torch.int64), torch.rand(4), 2, normalizer="sum")
+    assert len(ops.names) <= 21
+    assert "aten::copy_" not in ops.names

@@ -15,8 +15,7 @@ from typing import Any
 import op_calls
 import pytest
 import torch
-from helpers import assert_same, check_every_float16, map_tensors, op_arguments, steps, tensors
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import Ops, assert_same, check_every_float16, map_tensors, op_arguments, steps, tensors
 
 import vstar_ops
 from vstar_ops.ops import OPS
@@ -255,18 +254,6 @@ def test_functions_of_a_call(cpu, op):
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_functions_of_a_call_that_is_recorded(cpu, op):
     assert steps(requires_grad(case(op, "plain", 1))) <= RECORDED[op]
-
-
-class Ops(TorchDispatchMode):
-    """The ops that the dispatcher is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("op", PUBLIC)

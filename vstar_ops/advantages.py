@@ -124,35 +124,40 @@ def token_advantages(
     if device.type == "cpu":  # elsewhere this would wait for the device
         columns = mask.sum(0).nonzero()
         used = int(columns[-1]) + 1 if len(columns) else 0
-        tokens, mask = tokens[:, :used], mask[:, :used]
+        if used < shape[1]:
+            tokens, mask = tokens[:, :used], mask[:, :used]
     length = mask.sum(1)
     there = length > 0
-    over_groups = torch.empty_like(rewards, dtype=torch.float32)
-    per_node = torch.empty_like(tokens, dtype=torch.float32)
-    group_size, num_groups = torch.empty_like(length), length.new_zeros(())
+    over_groups: Any = None
+    per_node: Any = None
+    group_size: Any = None
+    num_groups: Any = 0
     for layout in GroupLayout.split(groups, shape[0], device):
         grid_rewards, candidates = layout.grid(rewards), layout.grid(there)
-        size = candidates.sum(1, keepdim=True)
+        if normalizer == "sequence" or singleton == "reward":
+            size = candidates.sum(1, keepdim=True)
         if normalizer == "sequence":
-            layout.put(group_size, size.expand_as(candidates))
-            num_groups += (size > 0).sum()
+            group_size = layout.put(group_size, size.expand_as(candidates), shape[0])
+            num_groups = num_groups + (size > 0).sum()
         if group_advantage is None:
             among = _group_advantage(grid_rewards, candidates, **group_options or {})
             if singleton == "reward":
                 among = torch.where(size == 1, grid_rewards.float(), among)
-            layout.put(over_groups, among)
+            over_groups = layout.put(over_groups, among, shape[0])
         siblings = _sibling_advantage(layout.grid(tokens), grid_rewards, layout.grid(mask), **sibling_options)
-        number = siblings.num_candidates.clamp(min=1) if weighting == "node" else 1
-        layout.put(per_node, siblings.advantage / number)
+        each = siblings.advantage
+        if weighting == "node":
+            each = each / siblings.num_candidates.clamp(min=1)
+        per_node = layout.put(per_node, each, shape[0])
     if group_advantage is None:
         group_advantage = over_groups
 
-    rows = there.sum().double()
     factor: Any = 1
     if normalizer == "sequence":
+        rows = there.sum().double()
         factor = (length * rows / (num_groups * group_size.clamp(min=1)))[:, None]
     elif normalizer == "token":
-        factor = length.sum() / rows.clamp(min=1)
+        factor = length.sum() / there.sum().double().clamp(min=1)
     elif normalizer == "constant":
         factor = horizon
     advantage = global_weight * group_advantage[:, None] + sibling_weight * factor * per_node
@@ -223,15 +228,16 @@ class GroupLayout:
         laid = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
         return laid.index_copy_(0, self.slot, x if self.row is None else x[self.row]).unflatten(0, self.shape)
 
-    def put(self, rows: Tensor, x: Tensor) -> None:
-        """Write ``x[B, G, ...]`` into its ``rows[N, ...]``."""
+    def put(self, rows: Tensor | None, x: Tensor, number: int) -> Tensor:
+        """``rows[N, ...]`` with ``x[B, G, ...]`` in its places; where None, others are still to come."""
         flat = x.flatten(0, 1)
         if self.slot is not None:
             flat = flat.index_select(0, self.slot)
         if self.row is None:
-            rows.copy_(flat)
-        else:
-            rows.index_copy_(0, self.row, flat.to(rows.dtype))
+            return flat
+        if rows is None:
+            rows = flat.new_empty(number, *flat.shape[1:])
+        return rows.index_copy_(0, self.row, flat)
 
 
 def number_ids(ids: Any, rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
