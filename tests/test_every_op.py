@@ -231,9 +231,9 @@ def test_what_goes_to_a_gpu_keeps_its_strides(monkeypatch):
 # Functions that the host may run in a call: what its checks cost on any machine.
 STEPS = {
     "expand_topk": 36, "filter_items": 51, "group_advantage": 24, "sibling_advantage": 34,
-    "prefix_returns": 47, "prefix_tree": 22, "advance_beams": 34, "rows_to_run": 34, "draw_children": 34, "distinct_rows": 26,
-    "token_logp": 42, "sibling_grpo_loss": 118, "ved_select": 48, "ved_insert": 72, "ved_candidates": 36,
-    "ved_inputs": 32, "ved_evaluate": 68, "ved_beams": 46,
+    "prefix_returns": 47, "prefix_tree": 22, "advance_beams": 34, "rows_to_run": 34, "draw_children": 34,
+    "distinct_rows": 26, "token_logp": 42, "sibling_grpo_loss": 118, "ved_select": 48, "ved_insert": 72,
+    "ved_candidates": 36, "ved_inputs": 32, "ved_evaluate": 68, "ved_beams": 46,
 }  # fmt: skip
 RECORDED = {"token_logp": 82, "sibling_grpo_loss": 190}  # where a gradient is asked for
 OTHER_OPS = {"token_logp": 4, "sibling_grpo_loss": 3}  # views of [N, V] as [B, W, V]; advantages, terms

@@ -30,7 +30,7 @@ def sibling_grpo_loss(
     """The dispatcher's signature; see :func:`vstar_ops.sibling_grpo_loss`.
 
     ``choices`` are those of ``loss_type``, ``kl``, ``weighting``, ``importance_sampling_level`` and
-    ``clip_terms``, in this order. (Each argument more costs microseconds in torch's autograd.)
+    ``clip_terms``, in this order.
 
     Returns the loss, the seven terms in the order of its result, and the gradient of ``logp``.
     """
