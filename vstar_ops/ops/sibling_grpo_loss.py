@@ -36,10 +36,12 @@ from .token_logp import token_logp
 
 _AXES = "[B, G, L]"
 _ADVANTAGES = (torch.float32, torch.float64)
-_SIBLINGS: tuple[tuple[str, tuple[torch.dtype, ...]], ...] = (
-    ("sibling_advantage.advantage", _ADVANTAGES),
-    ("sibling_advantage.valid", (torch.bool,)),
-    ("sibling_advantage.num_candidates", (torch.int32,)),
+_CHOICES = (
+    ("scale", ("std", "none")),
+    ("clip_terms", ("separate", "joint")),
+    ("importance_sampling_level", ("token", "sequence")),
+    ("kl", ("k1", "k2", "k3")),
+    ("loss_type", ("grpo", "bnpo", "dr_grpo")),
 )
 
 
@@ -242,13 +244,8 @@ def sibling_grpo_loss(
         if value is not None:
             check(name, value, shape, _AXES, floats, device)
     there = _tokens_there(mask, shape, device)
-    for name, choice, choices in (
-        ("scale", scale, ("std", "none")),
-        ("clip_terms", clip_terms, ("separate", "joint")),
-        ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
-        ("kl", kl, ("k1", "k2", "k3")),
-        ("loss_type", loss_type, ("grpo", "bnpo", "dr_grpo")),
-    ):
+    chosen = (scale, clip_terms, importance_sampling_level, kl, loss_type)
+    for choice, (name, choices) in zip(chosen, _CHOICES):
         check_choice(name, choice, choices)
     options, weighting = sibling_form(form, weighting)
     advantages = _advantages(sibling_advantage, group_advantage, tokens, rewards, mask, options, scale, logp)
@@ -315,7 +312,7 @@ def _advantages(
     options: dict[str, Any],
     scale: str,
     logp: Tensor,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """Three of siblings, given or computed with the ``options`` of their form, and those of candidates."""
     shape, device = tuple(logp.shape), logp.device
     if siblings is not None and group is not None:
@@ -336,18 +333,20 @@ def _advantages(
         raise TypeError(
             f"sibling_advantage must be a vstar_ops.SiblingAdvantage, got {type(siblings).__name__}"
         )
-    found = [
-        check(name, x, shape, _AXES, dtypes, device)
-        for (name, dtypes), x in zip(_SIBLINGS, (siblings.advantage, siblings.valid, siblings.num_candidates))
-    ]
+    advantage, valid, _, count = siblings
+    check("sibling_advantage.advantage", advantage, shape, _AXES, _ADVANTAGES, device)
+    check("sibling_advantage.valid", valid, shape, _AXES, (torch.bool,), device)
+    check("sibling_advantage.num_candidates", count, shape, _AXES, (torch.int32,), device)
     if group is None:
         check("rewards", rewards, shape[:2], "[B, G]", FLOATS_OR_DOUBLE, device)
         candidates = mask.any(2) if mask is not None and mask.dim() == 3 else mask
         group_scale = "group" if scale == "std" else scale
         group = _group_advantage(rewards, candidates, scale=group_scale)  # type: ignore[arg-type]
-    found.append(check("group_advantage", group, shape[:2], "[B, G]", _ADVANTAGES, device))
+    check("group_advantage", group, shape[:2], "[B, G]", _ADVANTAGES, device)
     dtype = result_dtype(logp)
-    return [x.to(dtype) if x.is_floating_point() and x.dtype is not dtype else x for x in found]
+    if advantage.dtype is not dtype:
+        advantage = advantage.to(dtype)
+    return advantage, valid, count, group if group.dtype is dtype else group.to(dtype)
 
 
 def _tokens_there(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
