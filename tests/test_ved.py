@@ -6,13 +6,16 @@ The tables below teach the steps; read them first.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+import pickle
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same
 
 import vstar_ops
 from vstar_ops import (
@@ -681,6 +684,8 @@ def test_trees_that_changed_are_checked_again():
             ved_candidates(trees, 3, 4)
         trees.value = value
     ved_select(trees)
+    assert all(isinstance(x, torch.Tensor) for x in vars(trees).values())
+    assert_same(copy.deepcopy(trees), pickle.loads(pickle.dumps(trees)))
     trees.leaf_score.resize_(2, 5, 1)
     with pytest.raises(ValueError, match="trees.leaf_score must have the shape"):
         ved_candidates(trees, 3, 4)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -35,8 +35,14 @@ _NODE, _CHILD, _LEAF, _TREE, _DEPTH = (
 )
 
 
+class _Remembered:
+    """Room for what was found right, which ``vars`` does not list."""
+
+    __slots__ = ("_right",)
+
+
 @dataclass
-class SearchTrees:
+class SearchTrees(_Remembered):
     r"""``B`` trees of at most ``T`` evaluated nodes; node 0 is the root, a node stands behind its parent.
 
     Attributes:
@@ -117,21 +123,23 @@ class SearchTrees:
             arrays["budget"].fill_(capacity if budget is None else budget)
         return cls(**arrays)
 
-    def __post_init__(self) -> None:
-        self._right: tuple[Any, Any] = (), None  # the arrays that check() found right, and their shapes
-
     def check(self) -> None:
         """Raise where an array's shape, dtype, device or layout is not what the class says.
 
-        Of the same arrays as last time only the shapes are looked at.
+        Of the same arrays as last time only the sizes are looked at, by which kernels address them.
         """
         if is_dynamo_compiling():
             self._check_each()
             return
-        arrays, (right, shapes) = _every_array(self), self._right
-        if not (all(map(operator.is_, arrays, right)) and [x.shape for x in arrays] == shapes):
+        arrays, (right, sizes) = _every_array(self), getattr(self, "_right", ((), None))
+        if not all(map(operator.is_, arrays, right)) or self._sizes(arrays) != sizes:
             self._check_each()
-            self._right = arrays, [x.shape for x in arrays]
+            self._right = arrays, self._sizes(arrays)
+
+    def _sizes(self, arrays: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The numbers of entries, and the shapes that a kernel reads."""
+        shapes = self.node.shape, self.child_node.shape, self.leaf_node.shape, self.depth_sum.shape
+        return *shapes, *map(Tensor.numel, arrays)
 
     def _check_each(self) -> None:
         sizes: dict[str, int] = {}

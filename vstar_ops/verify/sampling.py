@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -380,7 +379,7 @@ def grown(rng: Random) -> tuple[SearchTrees, SelectedRows, NodeEvaluation]:
     batch, capacity, levels = size(rng, 1, 2, 3), one(rng, 4, 12, 24), one(rng, 1, 2, 3)
     budget = torch.from_numpy(rng.integers(one(rng, 0, capacity), capacity + 1, batch))
     trees = SearchTrees.empty(batch, capacity, levels, children=4, leaves=2, budget=budget)
-    arrays = {field.name: getattr(trees, field.name).numpy() for field in fields(trees)}
+    arrays = {name: x.numpy() for name, x in vars(trees).items()}
     root = torch.full((batch, 1), -1, dtype=torch.int32)
     rows, fresh = SelectedRows(root, torch.zeros_like(root), torch.zeros(batch, 1)), 1
     for step in range(rounds := int(rng.integers(1, 9))):
