@@ -660,6 +660,8 @@ def test_errors_of_the_ops():
     trees = SearchTrees.empty(2, 5, 3, children=2, leaves=2)
     with pytest.raises(ValueError, match="trees.value must have the shape"):
         ved_select(replace(trees, value=torch.zeros(2, 4)))
+    with pytest.raises(TypeError, match=r"trees.node must be a tensor \[B, T\], got list"):
+        ved_select(replace(trees, node=[0]))
     with pytest.raises(TypeError, match="trees.slot must be int64, got int32"):
         ved_candidates(replace(trees, slot=trees.slot.int()), 3, 4)
     with pytest.raises(ValueError, match="trees.node must be contiguous"):

@@ -131,8 +131,8 @@ class SearchTrees(_Remembered):
         if is_dynamo_compiling():
             self._check_each()
             return
-        arrays, (right, sizes) = _every_array(self), getattr(self, "_right", ((), None))
-        if not all(map(operator.is_, arrays, right)) or self._sizes(arrays) != sizes:
+        arrays, right = _every_array(self), getattr(self, "_right", None)
+        if right is None or not all(map(operator.is_, arrays, right[0])) or self._sizes(arrays) != right[1]:
             self._check_each()
             self._right = arrays, self._sizes(arrays)
 
