@@ -184,7 +184,8 @@ def tokens_of_dead_rows(run, tree_slot, token, parent, node):
 
 def beams_twice(run, *a):
     node, parent, logp = run(*a)
-    return node.where(node != node[:, :1], a[4][:, :1]) if a[4].shape[1] else node, parent, logp
+    none = a[4] is None or a[4].shape[1] == 0
+    return node if none else node.where(node != node[:, :1], a[4][:, :1]), parent, logp
 
 
 class Fault(NamedTuple):
