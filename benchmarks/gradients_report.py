@@ -78,6 +78,8 @@ def tables(result: Result) -> str:
     forms = ["GRPO", "leave-one-out", *map(str, FORMS), *(f"GRPO + {form}" for form in JOINT)]
     text = [
         "Cosine with the exact gradient by the logits: one draw of candidates, in brackets the mean of many.",
+        "The advantages: `GRPO` and `leave-one-out` are one per candidate; `paper` is the paper's form;\n"
+        "the others name weighting, baseline and scale of [sibling_advantage](ops/sibling_advantage.md).",
         table("The policies:", policies),
         table(f"{SAMPLED}, G = {at}:", {name: logits(SAMPLED, name, both) for name in forms}),
         table(f"The same with the best of {at}:", {name: logits(SAMPLED, name, best) for name in forms}),
