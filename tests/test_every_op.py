@@ -233,7 +233,7 @@ STEPS = {
     "expand_topk": 36, "filter_items": 51, "group_advantage": 24, "sibling_advantage": 34,
     "prefix_returns": 47, "prefix_tree": 22, "advance_beams": 34, "rows_to_run": 34, "draw_children": 34,
     "distinct_rows": 26, "token_logp": 42, "sibling_grpo_loss": 118, "ved_select": 48, "ved_insert": 72,
-    "ved_candidates": 36, "ved_inputs": 32, "ved_evaluate": 68, "ved_beams": 46,
+    "ved_candidates": 36, "ved_inputs": 34, "ved_evaluate": 70, "ved_beams": 50,
 }  # fmt: skip
 RECORDED = {"token_logp": 82, "sibling_grpo_loss": 190}  # where a gradient is asked for
 OTHER_OPS = {"token_logp": 4, "sibling_grpo_loss": 3}  # views of [N, V] as [B, W, V]; advantages, terms

@@ -656,6 +656,25 @@ def test_presets():
         paper.budget = 3
 
 
+def test_arguments_in_another_order_are_named():
+    trie = Trie.from_sequences([[3, 7], [4, 7]])
+    trees, none = SearchTrees.empty(1, 3, 1, children=2, leaves=2), torch.full((1, 1), -1, dtype=torch.int32)
+    rows, logits = SelectedRows(none, none, torch.zeros(1, 1)), torch.zeros(1, 1, 8)
+    for name, call in (
+        ("trees", lambda: ved_select([1])),
+        ("trees", lambda: ved_insert(rows, trees, None)),
+        ("rows", lambda: ved_insert(trees, (1, 2, 3), None)),
+        ("evaluation", lambda: ved_insert(trees, rows, None)),
+        ("trees", lambda: ved_candidates(trie, 2, 3)),
+        ("trie", lambda: vstar_ops.ved_inputs(trees, rows, rows)),
+        ("rows", lambda: vstar_ops.ved_inputs(trees, trie, trie)),
+        ("rows", lambda: vstar_ops.ved_evaluate(trees, trie, trie, logits, none.long(), none[0].long())),
+        ("first", lambda: vstar_ops.ved_beams(trees, trie, rows, logits, 2)),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} must be a vstar_ops\.\w+, got "):
+            call()
+
+
 def test_errors_of_the_ops():
     trees = SearchTrees.empty(2, 5, 3, children=2, leaves=2)
     with pytest.raises(ValueError, match="trees.value must have the shape"):

@@ -96,7 +96,9 @@ def _mismatch(
         return TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
     fits = all(want is None or have == want for have, want in zip(value.shape, shape))
     if len(value.shape) != len(shape) or not fits:
-        sizes = "" if None in shape else f" = {list(shape)}"
+        letters = axes.strip("[]").split(", ") if len(shape) == axes.count(",") + 1 else shape
+        sizes = f"[{', '.join(str(x if want is None else want) for x, want in zip(letters, shape))}]"
+        sizes = f" = {sizes}" if sizes != axes and None not in letters else ""
         return ValueError(f"{name} must have the shape {axes}{sizes}, got {list(value.shape)}")
     return ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
 
@@ -217,11 +219,10 @@ def check_positive(name: str, value: Any) -> float:
     return value
 
 
-def check_trie(trie: Any, columns: int, device: torch.device) -> None:
-    """A trie on the device whose tokens are columns of logits."""
-    if not isinstance(trie, Trie):
-        raise TypeError(f"trie must be a vstar_ops.Trie, got {type(trie).__name__}")
-    if trie.max_token >= columns:
+def check_trie(trie: Any, columns: int | None, device: torch.device) -> None:
+    """A trie on the device whose tokens are columns of the logits that there are."""
+    check_type("trie", trie, Trie)
+    if columns is not None and trie.max_token >= columns:
         raise ValueError(
             f"logits must have a column for every token of the trie (V > {trie.max_token}), got V = {columns}"
         )
@@ -253,6 +254,12 @@ def check_range(name: str, values: Tensor, end: int) -> None:
         low, high = int(values.min()), int(values.max())
         if low < -1 or high >= end:
             raise ValueError(f"{name} must lie in [-1, {end}), got values in [{low}, {high}]")
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Raise unless ``value`` is one of a class of this package."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a vstar_ops.{kind.__name__}, got {type(value).__name__}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

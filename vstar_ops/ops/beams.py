@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..trie import Trie
-from ._checks import INTS, check, check_nodes, check_range, validating
+from ._checks import INTS, check, check_nodes, check_range, check_type, validating
 from ._registry import define
 
 
@@ -169,8 +169,7 @@ def rows_to_run(trie: Trie, node: Tensor, sequence: Tensor, slot: Tensor, evalua
         >>> rows.row.tolist(), rows.num_rows.tolist(), rows.token[:, 0].tolist()
         ([[0, -1]], [1, 1], [0, 3])
     """
-    if not isinstance(trie, Trie):
-        raise TypeError(f"trie must be a vstar_ops.Trie, got {type(trie).__name__}")
+    check_type("trie", trie, Trie)
     device = trie.device
     beams = check("node", node, (None, None), "[B, W]", INTS, device).shape
     check("sequence", sequence, (*beams, None), "[B, W, l]", INTS, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.filters import num_words
 from ..trie import Trie
-from ._checks import INTS, check
+from ._checks import INTS, check, check_type
 from ._registry import define
 
 
@@ -90,8 +90,8 @@ def filter_items(
         >>> f"{bits.alive[0, 0]:06b}"  # the nodes 4, 1 and 0
         '010011'
     """
-    if not isinstance(trie, Trie):
-        raise TypeError(f"trie must be a vstar_ops.Trie, got {type(trie).__name__}")
+    check_type("trie", trie, Trie)
+    check_type("bits", bits, ItemFilter)
     words, int32 = num_words(trie.num_nodes), (torch.int32,)
     alive = check("bits.alive", bits.alive, (None, words), f"[R, {words}]", int32, trie.device)
     requests, words = alive.shape[0], num_words(trie.num_items)

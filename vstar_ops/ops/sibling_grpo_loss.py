@@ -22,6 +22,7 @@ from ._checks import (
     check_int,
     check_mask,
     check_tokens,
+    check_type,
     floats_beside,
     level_weights,
     result_dtype,
@@ -329,10 +330,8 @@ def _advantages(
         if scale == "none":
             options = {**options, "scale": scale}
         siblings = _sibling_advantage(tokens, rewards, mask, **options)  # type: ignore[arg-type]
-    elif not isinstance(siblings, SiblingAdvantage):
-        raise TypeError(
-            f"sibling_advantage must be a vstar_ops.SiblingAdvantage, got {type(siblings).__name__}"
-        )
+    else:
+        check_type("sibling_advantage", siblings, SiblingAdvantage)
     advantage, valid, _, count = siblings
     check("sibling_advantage.advantage", advantage, shape, _AXES, _ADVANTAGES, device)
     check("sibling_advantage.valid", valid, shape, _AXES, (torch.bool,), device)

@@ -23,7 +23,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .. import reference
 from .._deprecated import renamed_field
-from ._checks import all_fit, check, check_finite, check_int
+from ._checks import all_fit, check, check_finite, check_int, check_type
 from ._registry import define
 
 _NODE, _CHILD, _LEAF, _TREE, _DEPTH = (
@@ -264,6 +264,7 @@ def ved_select(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
+    check_type("trees", trees, SearchTrees)
     trees.check()
     exploration = check_finite("exploration", exploration)
     if exploration < 0:
@@ -296,7 +297,10 @@ def ved_insert(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
+    check_type("trees", trees, SearchTrees)
     trees.check()
+    check_type("rows", rows, SelectedRows)
+    check_type("evaluation", evaluation, NodeEvaluation)
     weights = check_finite("logp_weight", logp_weight), check_finite("entropy_weight", entropy_weight)
     device = trees.node.device
     row = check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", (torch.int32,), device).shape
@@ -326,6 +330,7 @@ def ved_candidates(trees: SearchTrees, length: int, k: int, *, logp_weight: floa
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
+    check_type("trees", trees, SearchTrees)
     trees.check()
     length, k = check_int("length", length, 1), check_int("k", k, 1)
     arrays = [getattr(trees, name) for name in _CANDIDATES]

@@ -23,6 +23,7 @@ from ._checks import (
     check_nodes,
     check_positive,
     check_trie,
+    check_type,
     validating,
 )
 from ._registry import define
@@ -99,11 +100,13 @@ def ved_inputs(trees: SearchTrees, trie: Trie, rows: SelectedRows) -> ModelInput
     Raises:
         TypeError, ValueError: an argument's type, shape or device, by name.
     """
+    check_type("trees", trees, SearchTrees)
+    check_type("rows", rows, SelectedRows)
     slot = check("trees.slot", trees.slot, (None, None), "[B, T]", (torch.int64,)).contiguous()
     batch, device = slot.shape[0], slot.device
     node = check("rows.node", rows.node, (batch, None), _ROWS, (torch.int32,), device)
     parent = check("rows.parent", rows.parent, node.shape, _ROWS, (torch.int32,), device)
-    check_trie(trie, trie.max_token + 1, device)
+    check_trie(trie, None, device)
     return ModelInputs(*_inputs(device, slot, trie.token, parent, node))
 
 
@@ -181,6 +184,8 @@ def ved_evaluate(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
+    check_type("trees", trees, SearchTrees)
+    check_type("rows", rows, SelectedRows)
     size = check("trees.size", trees.size, (None,), "[B]", (torch.int32,))
     (batch,), device = size.shape, size.device
     children, leaves, levels = _sizes(trees)
@@ -220,6 +225,7 @@ def ved_evaluate(
 
 def _list(name: str, found: ExpandTopK, batch: int, device: torch.device) -> list[Tensor]:
     """What :func:`ved_beams` reads of a list, all of one shape."""
+    check_type(name, found, ExpandTopK)
     node = check(f"{name}.node", found.node, (batch, None), "[B, K]", (torch.int32,), device)
     parent = check(f"{name}.parent", found.parent, node.shape, "[B, K]", (torch.int32,), device)
     return [node, parent, check(f"{name}.logp", found.logp, node.shape, "[B, K]", (torch.float32,), device)]
@@ -254,12 +260,14 @@ def ved_beams(
     Raises:
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
+    check_type("trees", trees, SearchTrees)
+    check_type("rows", rows, SelectedRows)
     size = check("trees.size", trees.size, (None,), "[B]", (torch.int32,)).contiguous()
     batch, device = size.shape[0], size.device
     check_int("width", width, 1)
     num_first = width if num_first is None else check_int("num_first", num_first, 0)
     node = check("rows.node", rows.node, (batch, None), _ROWS, (torch.int32,), device)
-    check_trie(trie, trie.max_token + 1, device)
+    check_trie(trie, None, device)
     beams = _list("first", first, batch, device)
     further = (None, None, None) if others is None else _list("others", others, batch, device)
     only_leaf = trie._only_leaf if skip_forced else None
