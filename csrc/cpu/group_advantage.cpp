@@ -2,32 +2,49 @@
 
 #include "torch/group_advantage.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "common/moments.h"
+#include "cpu/simd.h"
 #include "torch/cpu.h"
 
 namespace vstar {
 
+// As moments(), but for the order of the sums.
+static Moments moments_of(const float* x, int64_t n) {
+  const double mean = simd().sum(x, n) / double(n);
+  return {mean - mean == 0 ? mean : double(NAN), simd().sum_of_squares(x, n, mean), simd().all_equal(x, n)};
+}
+
 void run(const Cpu& device, const GroupAdvantageArgs& a) {
   device.parallel_for(a.batch, 16384, a.group, [&](int64_t first, int64_t last) {
-    std::vector<double> values(a.group);
-    std::vector<int64_t> candidate(a.group);
+    std::vector<float> values(a.group), standardized(a.group);
     for (int64_t b = first; b < last; ++b) {
       float* const advantage = a.advantage + b * a.group;
-      int64_t n = 0;
-      for (int64_t g = 0; g < a.group; ++g) {
-        advantage[g] = 0.0f;
-        if (!a.mask.at(b, g)) continue;
-        values[n] = a.reward.at(b, g);
-        candidate[n++] = g;
+      const int64_t step = a.reward.stride[1];
+      const float* x = values.data();
+      int64_t n = a.group;
+      if (a.mask) {
+        n = 0;
+        a.reward.each(a.reward.offset(b), step, a.group, [&](int64_t g, float reward) {
+          values[n] = reward;
+          n += a.mask.at(b, g);
+        });
+      } else if (a.reward.type == FloatType::kFloat32 && step == 1) {
+        x = a.reward.pointer<float>(b);
+      } else {
+        a.reward.each(a.reward.offset(b), step, n, [&](int64_t g, float reward) { values[g] = reward; });
       }
-      if (n < 2) continue;
-      const Moments m = moments(n, [&](int64_t i) { return values[i]; });
+      const Moments m = n < 2 ? Moments{0, 0, true} : moments_of(x, n);
+      if (a.mask || m.equal) std::fill_n(advantage, a.group, 0.0f);
       if (m.equal) continue;
       const double scale =
           a.scaled ? standardizing_scale(m.sum_of_squares, double(n - a.ddof), a.std_floor, a.eps) : 1.0;
-      for (int64_t i = 0; i < n; ++i) advantage[candidate[i]] = float((values[i] - m.mean) * scale);
+      simd().standardize(x, n, m.mean, scale, a.mask ? standardized.data() : advantage);
+      for (int64_t g = 0, i = 0; a.mask && g < a.group; ++g) {
+        if (a.mask.at(b, g)) advantage[g] = standardized[i++];
+      }
     }
   });
 }

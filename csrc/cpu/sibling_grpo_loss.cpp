@@ -1,10 +1,11 @@
 // sibling_grpo_loss on the CPU: one request at a time, once to count its tokens and once for everything else.
 //
 // Whatever a term is divided by is known after the first pass, so the second writes the gradient along with the
-// sums. They are added up in the order of a request's tokens, and of the batch's requests.
+// sums. They are added up in an order that depends on the size of a request alone, and then in that of the requests.
 
 #include "torch/sibling_grpo_loss.h"
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -36,9 +37,9 @@ class Loss {
       Scratch scratch(size_);
       for (int64_t b = first; b < last; ++b) {
         if (prepare(b, scratch)) {
-          request<true>(b, scratch);
+          plain_request(b, scratch);
         } else {
-          request<false>(b, scratch);
+          request(b, scratch);
         }
       }
     });
@@ -51,9 +52,17 @@ class Loss {
 
  private:
   struct Scratch {
-    explicit Scratch(int64_t size)
-        : logp(size), old(size), ref(size), ratio(size, 1.0f), difference(size), exp_difference(size) {}
-    std::vector<float> logp, old, ref, ratio, difference, exp_difference;  // [G, L]
+    explicit Scratch(int64_t size) {
+      for (auto* x : {&logp, &old, &ref, &ratio, &difference, &exp_difference, &group_advantage, &advantage, &gradient}) {
+        x->resize(size + 16);  // loops work on whole vectors
+      }
+      weight.resize(size + 16);
+      node_weight.resize(size + 16);
+    }
+    // [G, L]; those of the last two lines only of plain terms
+    std::vector<float> logp, old, ref, ratio, difference, exp_difference;
+    std::vector<float> group_advantage, advantage, gradient;
+    std::vector<double> weight, node_weight;
   };
 
   void count_tokens(int64_t b) {
@@ -97,13 +106,15 @@ class Loss {
     return n == 0;
   }
 
-  // Whether the request has only plain terms, see token_terms.
+  // Whether the request has only plain terms: without dual or joint clipping, all finite.
   bool prepare(int64_t b, Scratch& s) const {
     bool plain = !a_.joint && a_.cap == INFINITY && !a_.averages_ratios() && advantages_fit(b);
     copy(a_.logp, b, s.logp.data());
     if (a_.old_logp) {
       copy(a_.old_logp, b, s.old.data());
       simd().exp_differences(s.logp.data(), s.old.data(), size_, s.ratio.data());
+    } else {
+      std::fill_n(s.ratio.begin(), size_, 1.0f);
     }
     plain = plain && all_fit(s.logp, old_logp(s));
     if (a_.ref_logp) {
@@ -124,22 +135,18 @@ class Loss {
     return sum / double(tokens);
   }
 
-  template <bool kPlain>
   TokenTerms terms(const LossToken& token, int64_t i, const Scratch& s, double average) const {
-    const Ratios<float> r{s.ratio[i], s.difference[i], false, false};
-    const auto exp_difference = [&] { return s.exp_difference[i]; };
-    if (kPlain) return token_terms<true>(a_, token, r, exp_difference);
     const double log_ratio =
         a_.averages_ratios() ? average : double(s.logp[i]) - double(old_logp(s)[i]);
     const double difference = a_.ref_logp ? double(s.ref[i]) - double(s.logp[i]) : 0;
     if (fits_float(a_, log_ratio, difference) && fits_float(token.global) && fits_float(token.sibling)) {
-      return token_terms<false>(a_, token, r, exp_difference);
+      const Ratios<float> r{s.ratio[i], s.difference[i], false, false};
+      return token_terms(a_, token, r, [&] { return s.exp_difference[i]; });
     }
     const Ratios<double> exact = exact_ratios(a_, log_ratio, difference);
-    return token_terms<false>(a_, token, exact, [&] { return exp(exact.difference); });
+    return token_terms(a_, token, exact, [&] { return exp(exact.difference); });
   }
 
-  template <bool kPlain>
   void request(int64_t b, const Scratch& scratch) {
     const double weight_of_node = node_weight(a_, count_[b].sequences, all_);
     Sums sums{};
@@ -154,11 +161,11 @@ class Loss {
         gradient = 0;
         if (!a_.mask.at(b, g, d)) continue;
         const LossToken token = loss_token(a_, b, g, d, group_advantage, weight, weight_of_node);
-        const TokenTerms t = terms<kPlain>(token, g * a_.length + d, scratch, average);
+        const TokenTerms t = terms(token, g * a_.length + d, scratch, average);
         gradient = t.gradient;
         global += t.global;
         kl += t.kl;
-        if (!kPlain) sums[kJoint] += t.joint;
+        sums[kJoint] += t.joint;
         sums[kRatio] += t.ratio;
         sums[kGlobalClipped] += t.global_clipped;
         if (!token.valid) continue;
@@ -170,6 +177,43 @@ class Loss {
       sums[kKl] += weight * kl;
     }
     sums_[b] = sums;
+  }
+
+  // The same of plain terms, many tokens at a time.
+  void plain_request(int64_t b, Scratch& s) {
+    const double weight_of_node = node_weight(a_, count_[b].sequences, all_);
+    int64_t valid = 0;
+    for (int64_t g = 0, i = 0; g < a_.group; ++g) {
+      const double weight = token_weight(a_, tokens_[b * a_.group + g], all_);
+      const float group_advantage = a_.group_advantage.at(b, g);
+      for (int64_t d = 0; d < a_.length; ++d, ++i) {
+        LossToken token{};
+        if (a_.mask.at(b, g, d)) {
+          token = loss_token(a_, b, g, d, group_advantage, weight, weight_of_node);
+        } else {
+          s.ratio[i] = 0;
+        }
+        s.weight[i] = token.weight;
+        s.node_weight[i] = token.node_weight;
+        s.group_advantage[i] = token.global;
+        s.advantage[i] = token.sibling;
+        valid += token.valid;
+      }
+    }
+    const PlainLoss loss{
+        s.ratio.data(), s.group_advantage.data(), s.advantage.data(), s.difference.data(), s.exp_difference.data(),
+        s.weight.data(), s.node_weight.data(), float(a_.low), float(a_.high), a_.global_weight, a_.sibling_weight,
+        a_.kl_weight, !a_.ref_logp ? 0 : a_.divergence == kK1 ? 1 : a_.divergence == kK2 ? 2 : 3};
+    PlainLossSums sums;
+    simd().loss_terms(loss, size_, s.gradient.data(), sums);
+    std::copy_n(s.gradient.begin(), size_, a_.gradient + b * size_);
+    sums_[b][kGlobal] = sums.global;
+    sums_[b][kSibling] = sums.sibling;
+    sums_[b][kKl] = sums.kl;
+    sums_[b][kRatio] = sums.ratio;
+    sums_[b][kGlobalClipped] = double(sums.global_clipped);
+    sums_[b][kSiblingClipped] = double(sums.sibling_clipped);
+    sums_[b][kValid] = double(valid);
   }
 
   const Cpu& device_;

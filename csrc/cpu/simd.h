@@ -39,6 +39,22 @@ struct RowGradient {
   float top, log_mass, slope, curve;
 };
 
+// Tokens of sibling_grpo_loss whose numbers are finite and small, without dual or joint clipping. Those that are not there have the ratio, advantages and
+// weights 0, those that are not valid the node weight 0.
+struct PlainLoss {
+  const float *ratio, *group_advantage, *advantage;
+  const float *difference, *exp_difference;  // of the reference; not read without an estimate
+  const double *weight, *node_weight;
+  float low, high;  // bounds of the ratio
+  double global_weight, sibling_weight, kl_weight;
+  int estimate;  // of the divergence, 1 to 3; 0: none
+};
+
+struct PlainLossSums {
+  double global, sibling, kl, ratio;
+  int64_t global_clipped, sibling_clipped;
+};
+
 // Arrays named d, extra and score are written, and may be read, up to 15 elements past their end; rows follow
 // each other without gaps, so they are processed in order.
 struct TypedLoops {
@@ -63,6 +79,15 @@ struct SimdLoops {
   void (*add_noise)(float* extra, const int32_t* token, int64_t n, uint64_t seed, uint32_t node);
   // out[i] = exp(a[i] - b[i]), of any numbers
   void (*exp_differences)(const float* a, const float* b, int64_t n, float* out);
+  // Whether n >= 1 numbers are the same; infinities are not.
+  bool (*all_equal)(const float* x, int64_t n);
+  // Sums in double, in an order that n alone decides: of n numbers, and of the squares of their distances to the mean.
+  double (*sum)(const float* x, int64_t n);
+  double (*sum_of_squares)(const float* x, int64_t n, double mean);
+  // out[i] = (x[i] - mean) * scale, in double
+  void (*standardize)(const float* x, int64_t n, double mean, double scale, float* out);
+  // The terms of sibling_grpo_loss of n tokens. All arrays are accessed up to 15 elements past n, where the read ones hold 0.
+  void (*loss_terms)(const PlainLoss& loss, int64_t n, float* gradient, PlainLossSums& sums);
   // Scores, -inf for children that can never win or do not reach the threshold. `extra`, which starts at the
   // first row's first child, may be null.
   void (*score_rows)(

@@ -64,10 +64,10 @@ VSTAR_DEVICE TokenTerms loss_terms(const LossLaunch& a, const LossToken& token, 
   if (a.averages_ratios()) log_ratio = a.averages[b * a.group + g];
   if (fits_float(a, log_ratio, difference) && fits_float(token.global) && fits_float(token.sibling)) {
     const Ratios<float> r{a.old_logp ? expf(float(log_ratio)) : 1.0f, float(difference), false, false};
-    return token_terms<false>(a, token, r, [&] { return expf(r.difference); });
+    return token_terms(a, token, r, [&] { return expf(r.difference); });
   }
   const Ratios<double> r = exact_ratios(a, log_ratio, difference);
-  return token_terms<false>(a, token, r, [&] { return exp(r.difference); });
+  return token_terms(a, token, r, [&] { return exp(r.difference); });
 }
 
 __global__ void __launch_bounds__(kLossThreads) loss_kernel(LossLaunch a) {

@@ -68,13 +68,12 @@ VSTAR_INLINE double node_weight(const SiblingGRPOLossArgs& a, int64_t sequences,
 }
 
 // A weight of 0 turns a term off, even one that is infinite.
-template <bool kFinite = false>
-VSTAR_INLINE double weighted(double weight, double x) { return !kFinite && weight == 0 ? 0 : weight * x; }
+VSTAR_INLINE double weighted(double weight, double x) { return weight == 0 ? 0 : weight * x; }
 
 // An advantage of 0 has no term, even if the ratio is infinite.
-template <bool kFinite = false, class Real>
+template <class Real>
 VSTAR_INLINE Real times(Real ratio, Real advantage) {
-  return !kFinite && advantage == 0 && ratio == ratio ? 0 : ratio * advantage;
+  return advantage == 0 && ratio == ratio ? 0 : ratio * advantage;
 }
 
 // The bound of ratio * advantage, its derivative by the log-probability, and the ratio or the bound in its place. NaN
@@ -85,14 +84,14 @@ struct Surrogate {
   bool clipped;
 };
 
-template <bool kPlain, class Real>
+template <class Real>
 VSTAR_INLINE Surrogate<Real> surrogate(const SiblingGRPOLossArgs& a, Real ratio, Real advantage) {
   const Real low = Real(a.low), high = Real(a.high), cap = Real(a.cap);
   const Real raised = ratio < low ? low : ratio, bound = high < raised ? high : raised;
-  const Real plain = times<kPlain>(ratio, advantage), bounded = bound * advantage;
+  const Real plain = times(ratio, advantage), bounded = bound * advantage;
   Surrogate<Real> s{plain, plain, ratio, false};
   if (bounded < plain) s = {bounded, 0, bound, true};
-  if (!kPlain && advantage < 0 && s.value < cap * advantage) s = {cap * advantage, 0, cap, true};
+  if (advantage < 0 && s.value < cap * advantage) s = {cap * advantage, 0, cap, true};
   return s;
 }
 
@@ -173,18 +172,17 @@ struct TokenTerms {
   float gradient;
 };
 
-// kPlain: without dual or joint clipping, all finite.
-template <bool kPlain, class Real, class Exp>
+template <class Real, class Exp>
 VSTAR_INLINE TokenTerms token_terms(
     const SiblingGRPOLossArgs& a, const LossToken& token, const Ratios<Real>& r, const Exp& exp_difference) {
   TokenTerms t{};
   t.ratio = r.ratio;
   const double global_share = a.global_weight * token.weight;
-  const double sibling_share = weighted<kPlain>(a.sibling_weight, token.node_weight);
+  const double sibling_share = weighted(a.sibling_weight, token.node_weight);
   double grad = 0;
-  if (!kPlain && a.joint) {
+  if (a.joint) {
     const double sum = weighted(global_share, token.global) + weighted(sibling_share, token.sibling);
-    const Surrogate<double> s = surrogate<kPlain>(a, double(r.ratio), sum);
+    const Surrogate<double> s = surrogate(a, double(r.ratio), sum);
     t.joint = s.value;
     t.global = times(s.factor, double(token.global));
     t.sibling = weighted(token.node_weight, times(s.factor, double(token.sibling)));
@@ -192,20 +190,20 @@ VSTAR_INLINE TokenTerms token_terms(
     t.sibling_clipped = s.clipped && token.valid;
     grad = s.slope;
   } else {
-    const Surrogate<Real> global = surrogate<kPlain>(a, r.ratio, Real(token.global));
-    const Surrogate<Real> sibling = surrogate<kPlain>(a, r.ratio, Real(token.sibling));
+    const Surrogate<Real> global = surrogate(a, r.ratio, Real(token.global));
+    const Surrogate<Real> sibling = surrogate(a, r.ratio, Real(token.sibling));
     t.global = global.value;
-    t.sibling = weighted<kPlain>(token.node_weight, sibling.value);
+    t.sibling = weighted(token.node_weight, sibling.value);
     t.global_clipped = global.clipped;
     t.sibling_clipped = sibling.clipped;
-    grad = weighted<kPlain>(global_share, global.slope);
-    grad += weighted<kPlain>(sibling_share, sibling.slope);
+    grad = weighted(global_share, global.slope);
+    grad += weighted(sibling_share, sibling.slope);
   }
   if (r.ratio_held) grad = 0;
   if (a.ref_logp) {
     const Kl kl = kl_estimate(a.divergence, r.difference, exp_difference);
     t.kl = kl.value;
-    if (!r.difference_held) grad -= weighted<kPlain>(a.kl_weight * token.weight, kl.dkl);
+    if (!r.difference_held) grad -= weighted(a.kl_weight * token.weight, kl.dkl);
   }
   t.gradient = float(0 - grad);
   return t;
