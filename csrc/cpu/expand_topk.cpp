@@ -123,12 +123,15 @@ class Expansion {
     const int64_t size = element_size(a.logits.type) * a.logits.stride[2];
     const char* row = address(a.logits, b, w);
     if (!row) return;
-    const char* first = row + a.trie.token[range.begin] * size;
-    __builtin_prefetch(first);
-    if (range.end - range.begin == 1) return;
-    const char* last = row + a.trie.token[range.end - 1] * size;
-    if (last < first || last - first > 4 * kShort) return;
-    for (const char* line = first + 64; line <= last; line += 64) __builtin_prefetch(line);
+    const int64_t n = range.end - range.begin;
+    const int32_t* const token = a.trie.token + range.begin;
+    const char *const first = row + token[0] * size, *const last = row + token[n - 1] * size;
+    if (n > kShort || last < first) return;
+    if (n * 64 <= last - first) {  // fewer children than lines
+      for (int64_t i = 0; i < n; ++i) __builtin_prefetch(row + token[i] * size);
+    } else {
+      for (const char* line = first; line <= last; line += 64) __builtin_prefetch(line);
+    }
   }
 
   bool has_extra() const { return a.child_value || a.seed; }
