@@ -682,6 +682,27 @@ def test_few_long_rows(backend):
         agree_with_reference(logits, trie, node, 20, normalize=normalize, **options)
 
 
+@pytest.mark.parametrize("k", [7, 150, 2000])
+@pytest.mark.parametrize("restricted", [False, True])
+def test_rows_of_few_children(cpu, k, restricted):
+    """Several of them are computed at once: each has the bits that it has alone."""
+    rng = np.random.default_rng(k)
+    rows = [(i, token) for i in range(60) for token in rng.permutation(80)[: 1 + i % 7]]
+    trie = Trie.from_sequences(np.array(rows))
+    if restricted:
+        trie = trie.restrict(ban=torch.from_numpy(rng.random(len(rows)) < 0.3))
+    logits = make_logits(rng, (1, 500, 80), "normal", torch.float32, "plain") * 20
+    node = torch.from_numpy(rng.integers(1, 61, (1, 500)))
+    agree_with_reference(logits, trie, node, k)
+    for junk in (NAN, INF, -INF):
+        logits[torch.from_numpy(rng.random(logits.shape) < 0.2)] = junk
+    together = expand_topk(logits, trie, node, 2000)
+    for w in range(0, 500, 7):
+        alone = expand_topk(logits[:, w : w + 1], trie, node[:, w : w + 1], 7)
+        assert torch.equal(together.entropy[:, w], alone.entropy[:, 0])
+        assert torch.equal(together.logp[together.parent == w], alone.logp[alone.parent == 0])
+
+
 # ---------------------------------------------------------------- arguments
 
 

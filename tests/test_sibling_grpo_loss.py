@@ -450,6 +450,25 @@ def test_a_weight_of_zero_turns_a_term_off(backend, clip_terms):
     assert out.loss.item() == out.sibling_term.item() == gradient == 0
 
 
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_dual_clip_out_of_reach_changes_nothing(backend, kl, masked):
+    """Without it a backend may compute many tokens at once."""
+    case = policies(21, 3, 13, 5)
+    if masked:
+        case["mask"] = torch.rand(3, 13, 5, generator=torch.Generator().manual_seed(2)) < 0.6
+    case["logp"].requires_grad_()
+    results = []
+    for dual_clip in (None, 1e6):
+        out = sibling_grpo_loss(
+            **case, kl=kl, clip=(0.2, 0.3), kl_weight=0.3, form="paper", dual_clip=dual_clip
+        )
+        results.append((torch.autograd.grad(out.loss, case["logp"])[0], torch.stack(out).detach()))
+    (gradient, sums), (want, expected) = results
+    assert torch.equal(gradient, want)
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-7)
+
+
 @JOINT_OR_NOT
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
 def test_what_takes_no_part_may_hold_anything(backend, junk, clip_terms):
