@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "cpu/simd.h"
@@ -63,6 +64,7 @@ class Loss {
     std::vector<float> logp, old, ref, ratio, difference, exp_difference;
     std::vector<float> group_advantage, advantage, gradient;
     std::vector<double> weight, node_weight;
+    int64_t valid;
   };
 
   void count_tokens(int64_t b) {
@@ -94,36 +96,61 @@ class Loss {
   }
   // On policy the old policy is this one.
   const std::vector<float>& old_logp(const Scratch& s) const { return a_.old_logp ? s.old : s.logp; }
-  // Whether advantages fit too, and their weights are finite.
-  bool advantages_fit(int64_t b) const {
+  // Whether advantages fit too, and the weights of levels are finite.
+  bool advantages_fit(const Scratch& s) const {
     int32_t n = 0;
     for (int64_t d = 0; d < a_.length; ++d) n += !std::isfinite(a_.depth_weight.at_or(1.0f, d));
-    for (int64_t g = 0; g < a_.group; ++g) {
-      n += !fits_float(a_.group_advantage.at(b, g));
-      const float* const row = a_.advantage.data + a_.advantage.offset(b, g);
-      for (int64_t d = 0; d < a_.length; ++d) n += !fits_float(row[d * a_.advantage.stride[2]]);
-    }
+    for (int64_t i = 0; i < size_; ++i) n += !fits_float(s.group_advantage[i]) + !fits_float(s.advantage[i]);
     return n == 0;
   }
 
-  // Whether the request has only plain terms: without dual or joint clipping, all finite.
+  // Read a request. Returns whether it has only plain terms: without dual or joint clipping, all finite.
   bool prepare(int64_t b, Scratch& s) const {
-    bool plain = !a_.joint && a_.cap == INFINITY && !a_.averages_ratios() && advantages_fit(b);
-    copy(a_.logp, b, s.logp.data());
+    for (const auto& [from, to] : {std::pair(&a_.logp, &s.logp), {&a_.old_logp, &s.old}, {&a_.ref_logp, &s.ref}}) {
+      if (*from) copy(*from, b, to->data());
+    }
+    for (int64_t g = 0, i = 0; a_.mask && g < a_.group; ++g) {  // what takes no part decides nothing
+      for (int64_t d = 0; d < a_.length; ++d, ++i) {
+        if (!a_.mask.at(b, g, d)) s.logp[i] = s.old[i] = s.ref[i] = 0;
+      }
+    }
     if (a_.old_logp) {
-      copy(a_.old_logp, b, s.old.data());
       simd().exp_differences(s.logp.data(), s.old.data(), size_, s.ratio.data());
     } else {
       std::fill_n(s.ratio.begin(), size_, 1.0f);
     }
-    plain = plain && all_fit(s.logp, old_logp(s));
+    bool plain = !a_.joint && a_.cap == INFINITY && !a_.averages_ratios() && all_fit(s.logp, old_logp(s));
     if (a_.ref_logp) {
-      copy(a_.ref_logp, b, s.ref.data());
       for (int64_t i = 0; i < size_; ++i) s.difference[i] = s.ref[i] - s.logp[i];
       plain = plain && all_fit(s.ref, s.logp);
       if (a_.divergence == kK3) simd().exp_differences(s.ref.data(), s.logp.data(), size_, s.exp_difference.data());
     }
-    return plain;
+    if (!plain) return false;
+    weigh(b, s);
+    return advantages_fit(s);
+  }
+
+  // Weights and advantages of all tokens.
+  void weigh(int64_t b, Scratch& s) const {
+    const double weight_of_node = node_weight(a_, count_[b].sequences, all_);
+    s.valid = 0;
+    for (int64_t g = 0, i = 0; g < a_.group; ++g) {
+      const double weight = token_weight(a_, tokens_[b * a_.group + g], all_);
+      const float group_advantage = a_.group_advantage.at(b, g);
+      for (int64_t d = 0; d < a_.length; ++d, ++i) {
+        LossToken token{};
+        if (a_.mask.at(b, g, d)) {
+          token = loss_token(a_, b, g, d, group_advantage, weight, weight_of_node);
+        } else {
+          s.ratio[i] = 0;
+        }
+        s.weight[i] = token.weight;
+        s.node_weight[i] = token.node_weight;
+        s.group_advantage[i] = token.global;
+        s.advantage[i] = token.sibling;
+        s.valid += token.valid;
+      }
+    }
   }
 
   // Of a sequence with so many tokens.
@@ -181,25 +208,6 @@ class Loss {
 
   // The same of plain terms, many tokens at a time.
   void plain_request(int64_t b, Scratch& s) {
-    const double weight_of_node = node_weight(a_, count_[b].sequences, all_);
-    int64_t valid = 0;
-    for (int64_t g = 0, i = 0; g < a_.group; ++g) {
-      const double weight = token_weight(a_, tokens_[b * a_.group + g], all_);
-      const float group_advantage = a_.group_advantage.at(b, g);
-      for (int64_t d = 0; d < a_.length; ++d, ++i) {
-        LossToken token{};
-        if (a_.mask.at(b, g, d)) {
-          token = loss_token(a_, b, g, d, group_advantage, weight, weight_of_node);
-        } else {
-          s.ratio[i] = 0;
-        }
-        s.weight[i] = token.weight;
-        s.node_weight[i] = token.node_weight;
-        s.group_advantage[i] = token.global;
-        s.advantage[i] = token.sibling;
-        valid += token.valid;
-      }
-    }
     const PlainLoss loss{
         s.ratio.data(), s.group_advantage.data(), s.advantage.data(), s.difference.data(), s.exp_difference.data(),
         s.weight.data(), s.node_weight.data(), float(a_.low), float(a_.high), a_.global_weight, a_.sibling_weight,
@@ -213,7 +221,7 @@ class Loss {
     sums_[b][kRatio] = sums.ratio;
     sums_[b][kGlobalClipped] = double(sums.global_clipped);
     sums_[b][kSiblingClipped] = double(sums.sibling_clipped);
-    sums_[b][kValid] = double(valid);
+    sums_[b][kValid] = double(s.valid);
   }
 
   const Cpu& device_;
