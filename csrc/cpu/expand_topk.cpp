@@ -14,6 +14,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/prefix_row.h"
 #include "cpu/selector.h"
 #include "torch/cpu.h"
@@ -117,9 +118,11 @@ class Expansion {
     return row >= 0 ? view.address(b, row) : nullptr;
   }
 
-  // Start to fetch the logits of a short row. Rows lie far apart, so each begins with a cache miss.
+  // Start to fetch the logits of a short row, and which of its children are alive. Rows lie far apart, so each begins with a
+  // cache miss.
   void prefetch(int64_t b, int64_t w, EdgeRange range) const {
     if (range.begin == range.end) return;
+    if (a.trie.alive) touch(a.trie.alive_of(b).bits + ((range.begin + 1) >> 5));
     const int64_t size = element_size(a.logits.type) * a.logits.stride[2];
     const char* row = address(a.logits, b, w);
     if (!row) return;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cpu/memory.h"
 #include "torch/cpu.h"
 
 namespace vstar {
@@ -16,9 +17,6 @@ constexpr auto plain = [](const int32_t* word) { return uint32_t(*word); };
 
 bool has(const int32_t* bits, int64_t i) { return uint32_t(bits[i >> 5]) >> (i & 31) & 1; }
 void flip(int32_t* bits, int64_t i) { bits[i >> 5] ^= int32_t(uint32_t(1) << (i & 31)); }
-
-// A load that nothing waits for. Of as many prefetches at once a processor leaves out most.
-void touch(const int32_t* word) { asm volatile("" : : "r"(*word)); }
 
 // Bring what lies above some items into the cache, level by level: the walks would wait for one node after the other.
 void fetch(const FilterItemsArgs& a, const int32_t* alive, const int64_t* items, int64_t number) {
