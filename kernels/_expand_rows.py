@@ -214,6 +214,11 @@ def expand_rows(
     alive += b // shared * words
     children = _children_of(offset, token, alive, here, num_nodes, num_edges, max_children, readable)
     count = children.count
+    if split == 0:
+        tl.store(trie + r * 4, children.begin.to(tl.int32))
+        tl.store(trie + r * 4 + 1, count)
+        tl.store(trie + r * 4 + 2, here.to(tl.int32))
+        tl.store(trie + r * 4 + 3, line.to(tl.int32))
     low = split * chunk
     high = tl.minimum(low + chunk, count)
     column_low = split * column_chunk
@@ -246,11 +251,6 @@ def expand_rows(
             logits, s2, column_low, column_high, columns, readable, weights.inv_temperature, c, BLOCK
         )
 
-    if split == 0:
-        tl.store(trie + r * 4, children.begin.to(tl.int32))
-        tl.store(trie + r * 4 + 1, count)
-        tl.store(trie + r * 4 + 2, here.to(tl.int32))
-        tl.store(trie + r * 4 + 3, line.to(tl.int32))
     if EXTRA | (splits == 1):
         row, entropy = finish(terms, b, w, True, row_max, total, moment, vocab_max, vocab_total)
         store_row(stats, entropies, r, row, entropy, split == 0)
