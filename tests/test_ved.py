@@ -555,6 +555,8 @@ def test_skip_forced_saves_tokens_and_nothing_else(backend, length, single, by_b
 
     A beam search of all prefixes reaches the whole tree at once, traversals one by one if no gate stops them.
     """
+    if INTERPRETING and (length, single, by_beams) != (3, 0.98, True):
+        pytest.skip("takes minutes")
     rng = np.random.default_rng([length, int(100 * single)])
     trie = random_trie(rng, length, 30, 6, single)
     model = TableModel(trie, 1)
@@ -574,6 +576,8 @@ def test_skip_forced_saves_tokens_and_nothing_else(backend, length, single, by_b
     ("promise", "changes"), [(False, {}), (True, {"normalize": "vocab"}), (True, {"evaluate_leaves": True})]
 )
 def test_when_skip_forced_has_no_effect(backend, promise, changes):
+    if INTERPRETING:
+        pytest.skip("takes minutes")
     model, context, trie = industrial_size(4, batch=4)
     model.finite_logits = promise
     config = VEDConfig(**BEST_FIRST, **changes)
