@@ -19,19 +19,14 @@ from unittest.mock import patch
 import torch
 
 from vstar_ops.collect_env import cpu_model
-from vstar_ops.ops import OPS, filter_items, ved_insert, ved_select
+from vstar_ops.ops import OPS
 from vstar_ops.ops._registry import Op
-from vstar_ops.verify import calls
+from vstar_ops.verify.calls import IN_PLACE
 from vstar_ops.verify.cases import CASES
 
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tools")]
 import cuda_emulator  # noqa: E402
-
-# What changes its arguments, in place of the call on copies that the cases make.
-IN_PLACE: dict[Any, Callable[..., Any]] = {
-    calls.select: ved_select, calls.insert: ved_insert, calls.filter_bits: filter_items,
-}  # fmt: skip
 
 
 def microseconds(call: Callable[[], Any], rounds: int) -> float:
@@ -69,7 +64,7 @@ def row(label: str, rounds: int, call: Callable[[], Any], direct: Callable[[], A
 def measure(name: str, rounds: int) -> Iterator[str]:
     """Lines of the table: one request of the plain case, and its gradient where there is one."""
     case = next(iter(CASES[name].values()))(1)
-    case = case._replace(function=IN_PLACE.get(case.function, case.function))
+    case = case._replace(function=IN_PLACE.get(name, case.function))
     cuda = OPS[name].overloads["cuda"]
     with patch.dict(OPS[name].overloads, {None: cuda}):
         yield row(f"`{name}`", rounds, case, inner(case))

@@ -19,18 +19,12 @@ from helpers import Ops, assert_same, check_every_float16, map_tensors, op_argum
 
 import vstar_ops
 from vstar_ops.ops import OPS
-from vstar_ops.ops.ved import ved_insert, ved_select
-from vstar_ops.verify.calls import Call
+from vstar_ops.verify.calls import IN_PLACE, Call
 from vstar_ops.verify.cases import CASES, LARGE
 
 NAMES = [pytest.param(op, label, id=f"{op}-{label}") for op, found in CASES.items() for label in found]
 DIFFERENTIABLE = {"token_logp": ["logp", "entropy"], "sibling_grpo_loss": ["loss"]}
 COMPILED = [x for x in NAMES if x.values[0] != "token_logp_backward"]  # compiled as token_logp's gradient
-IN_PLACE = {
-    "ved_select": ved_select,
-    "ved_insert": ved_insert,
-    "filter_items": vstar_ops.filter_items,
-}  # what changes its arguments
 NUMBERED = ["rows_to_run", "distinct_rows"]  # rows of all requests together
 OVER_THE_BATCH = ["sibling_grpo_loss", *NUMBERED]  # the loss is a mean over the requests
 every_op = pytest.mark.parametrize(("op", "label"), NAMES)

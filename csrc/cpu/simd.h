@@ -39,8 +39,8 @@ struct RowGradient {
   float top, log_mass, slope, curve;
 };
 
-// Tokens of sibling_grpo_loss whose numbers are finite and small, without dual or joint clipping. Those that are not there have the ratio, advantages and
-// weights 0, those that are not valid the node weight 0.
+// Tokens of sibling_grpo_loss whose numbers are finite and small, without dual or joint clipping. Those that are not
+// there have the ratio, advantages and weights 0, those that are not valid the node weight 0.
 struct PlainLoss {
   const float *ratio, *group_advantage, *advantage;
   const float *difference, *exp_difference;  // of the reference; not read without an estimate

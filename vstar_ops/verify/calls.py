@@ -131,6 +131,12 @@ def filter_bits(bits: ItemFilter, trie: Trie, row: Tensor | None, **options: Any
     return bits
 
 
+# What changes its arguments, in place of the calls on copies above.
+IN_PLACE: dict[str, Callable[..., Any]] = {
+    "ved_select": ved_select, "ved_insert": ved_insert, "filter_items": filter_items,
+}  # fmt: skip
+
+
 def moved(x: Tensor, device: str) -> Tensor:
     """A copy on a device. The whole storage is copied, so that strides and offset stay."""
     memory = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
