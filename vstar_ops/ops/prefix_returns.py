@@ -117,9 +117,7 @@ def prefix_returns(
     return PrefixReturns(*_op(device, tokens, embedding, target, target_embedding, mask, weight))
 
 
-def _default_weights(length: int) -> Sequence[float]:
-    if length == 3:
-        return 0.3, 0.5, 1.0
+def _default_weights(length: int) -> list[float]:
     if length == 1:
         return [1.0]
     points = [2 * depth / (length - 1) for depth in range(length)]  # 0 .. 2 on the paper's three levels
