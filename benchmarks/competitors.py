@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from vstar_ops import Trie, expand_topk
 from vstar_ops._files import replacing
@@ -223,12 +224,12 @@ class Bigrams:
         self.table = torch.randn(columns + 1, columns)
 
     def prefill(self, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.table[context], [context]
+        return embedding(context, self.table), [context]
 
     def extend(self, state: list[Tensor], parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         first = sum(map(len, state))
         state.append(token)
-        return self.table[token], torch.arange(first, first + len(token))
+        return embedding(token, self.table), torch.arange(first, first + len(token))
 
 
 def search_by(
