@@ -218,7 +218,7 @@ def one_step(
 class Bigrams:
     """A model that costs little: logits of a row of a table, by the last token."""
 
-    finite_logits = True
+    finite_logits = rows_by_request = True
 
     def __init__(self, columns: int) -> None:
         self.table = torch.randn(columns + 1, columns)
@@ -227,9 +227,9 @@ class Bigrams:
         return embedding(context, self.table), [context]
 
     def extend(self, state: list[Tensor], parent: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        first = sum(map(len, state))
+        first = sum(x.numel() for x in state)
         state.append(token)
-        return embedding(token, self.table), torch.arange(first, first + len(token))
+        return embedding(token, self.table), torch.arange(first, first + token.numel()).view_as(token)
 
 
 def search_by(
@@ -247,8 +247,7 @@ def search_by(
         above = sequence.gather(1, found.parent[:, :, None].long().expand(-1, -1, depth))
         sequence = torch.cat([above, found.token[:, :, None].long()], 2)
         if depth + 1 < len(steps):
-            logits, _ = model.extend([], found.parent.flatten(), found.token.flatten().long())
-            logits = logits.unflatten(0, (batch, -1))
+            logits, _ = model.extend([], found.parent, found.token.long())
     return sequence, logp
 
 
