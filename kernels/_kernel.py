@@ -34,6 +34,8 @@ _BOUND = {
     **{x: x for x in ("tl.float32", "tl.float64", "tl.constexpr")},
 }
 
+_INTERPRETED = interpreting()  # Triton, too, looks once
+
 BLOCKS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -69,7 +71,7 @@ def workspace(device: torch.device, *parts: tuple[int, torch.dtype]) -> list[Any
     """
     size, starts = _layout(parts)
     memory = torch.empty(size, dtype=torch.uint8, device=device)
-    if interpreting():
+    if _INTERPRETED:
         return [
             memory[start : start + count * dtype.itemsize].view(dtype)
             for start, (count, dtype) in zip(starts, parts)

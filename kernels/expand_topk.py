@@ -77,10 +77,10 @@ def expand_topk(
         value = child_value = None
     extra = seed is not None or child_value is not None or logp_weight < 0
     plan = _plan(batch, width, columns, k, vocab, max_children, extra, alive is not None)
-    score = torch.empty((batch, k), device=device)
-    parent = torch.empty((batch, k), dtype=torch.int32, device=device)
+    score = torch.empty(batch, k, device=device)
+    parent = torch.empty_like(score, dtype=torch.int32)
     logp, chosen, child = torch.empty_like(score), torch.empty_like(parent), torch.empty_like(parent)
-    count, entropy = parent.new_empty(batch), score.new_empty((batch, width))
+    count, entropy = parent.new_empty(batch), score.new_empty(batch, width)
     outputs = score, logp, parent, chosen, child, count, entropy
     if batch == 0:
         return outputs

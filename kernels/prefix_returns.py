@@ -24,8 +24,9 @@ _TILE = {"ROWS": 16, "COLUMNS": 64, "MEMBERS": 128}
 def prefix_returns(tokens, embedding, target, target_embedding, mask, weights):
     """The dispatcher's signature; see :func:`vstar_ops.prefix_returns`."""
     batch, group, length = tokens.shape
-    returns, similarity = (torch.empty(tokens.shape, device=tokens.device) for _ in range(2))
-    node, count = (torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device) for _ in range(2))
+    returns = torch.empty(batch, group, length, device=tokens.device)
+    node = torch.empty_like(returns, dtype=torch.int32)
+    similarity, count = torch.empty_like(returns), torch.empty_like(node)
     if tokens.numel():
         number_prefixes(tokens, mask, node, count)
         _prefix_returns.launch(

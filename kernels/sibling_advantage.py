@@ -50,10 +50,10 @@ _SCALES = {"siblings": 0, "group": 1, "none": 2}
 
 def sibling_advantage(tokens, rewards, mask, eps, ddof, std_floor, min_siblings, baseline, scale):
     """The dispatcher's signature; see :func:`vstar_ops.sibling_advantage`."""
-    batch, group, _ = tokens.shape
-    advantage = torch.empty(tokens.shape, device=tokens.device)
-    valid = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device)
-    node = torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device)
+    batch, group, length = tokens.shape
+    advantage = torch.empty(batch, group, length, device=tokens.device)
+    valid = torch.empty_like(advantage, dtype=torch.bool)
+    node = torch.empty_like(advantage, dtype=torch.int32)
     count = torch.empty_like(node)
     if advantage.numel():
         (request,) = workspace(tokens.device, (batch if scale == "group" else 0, torch.float64))

@@ -42,9 +42,9 @@ def sibling_grpo_loss(
 ):  # fmt: skip
     """The dispatcher's signature; see :func:`vstar_ops.sibling_grpo_loss`."""
     loss_type, kl, weighting, level, clip_terms = choices.split()
-    sizes = batch, group, _ = logp.shape
+    sizes = batch, group, length = logp.shape
     device = logp.device
-    gradient = torch.empty(logp.shape, device=device)
+    gradient = torch.empty(batch, group, length, device=device)
     if logp.numel() == 0:
         return torch.zeros((), device=device), torch.zeros(7, device=device), gradient
     loss, terms = torch.empty((), device=device), torch.empty(7, device=device)

@@ -48,8 +48,9 @@ def token_logp(logits, targets, offset, token, alive, node, temperature, max_chi
     """The dispatcher's signature; see :func:`vstar_ops.token_logp`."""
     batch, width, columns = logits.shape
     number = targets.shape[2]
-    logp = torch.empty(targets.shape, device=logits.device)
-    entropy, row_max, log_mass = (torch.empty(batch, width, device=logits.device) for _ in range(3))
+    logp = torch.empty(batch, width, number, device=logits.device)
+    entropy = logp.new_empty(batch, width)
+    row_max, log_mass = torch.empty_like(entropy), torch.empty_like(entropy)
     results = logp, entropy, row_max, log_mass
     if entropy.numel() == 0:
         return results
