@@ -333,8 +333,8 @@ def compare(case: int, **changes: Any) -> None:
 def test_same_decisions_as_the_sequential_search(block, backend):
     if INTERPRETING and block > 0:
         pytest.skip("takes minutes")
-    cases = {"cpu": 100, "triton": 2 if INTERPRETING else 20, "emulated": 8}
-    for case in range(cases.get(backend, 20)):
+    number = {"cpu": 100, "emulated": 8}.get(backend, 20)
+    for case in (1, 2) if INTERPRETING else range(number):  # small ones
         compare(1000 * block + case)
 
 
@@ -555,7 +555,7 @@ def test_skip_forced_saves_tokens_and_nothing_else(backend, length, single, by_b
 
     A beam search of all prefixes reaches the whole tree at once, traversals one by one if no gate stops them.
     """
-    if INTERPRETING and (length, single, by_beams) != (3, 0.98, True):
+    if INTERPRETING:
         pytest.skip("takes minutes")
     rng = np.random.default_rng([length, int(100 * single)])
     trie = random_trie(rng, length, 30, 6, single)
@@ -587,6 +587,8 @@ def test_when_skip_forced_has_no_effect(backend, promise, changes):
 
 
 def test_skip_forced_and_a_broken_promise_of_finite_logits(backend):
+    if INTERPRETING:
+        pytest.skip("takes minutes")
     model, context, trie = industrial_size(5, batch=4)
     model.table[:, 3] = -torch.inf
     ved(model, context, trie, num_rounds=0)
