@@ -21,6 +21,7 @@ from vstar_ops.decoding import beam_search
 from vstar_ops.integrations.transformers import TrieLogitsProcessor, prefix_model
 
 from . import harness, trainers
+from .tiny import qwen2, t5
 
 SMALL_VOCAB, BATCH, CANDIDATES = 20_000, 8, 16  # the vocabulary of T5 and of training
 PROCESSOR, PREFIX_FN = "generate(), LogitsProcessor", "generate(), prefix_allowed_tokens_fn"
@@ -31,36 +32,6 @@ SID_TOKENS = 256  # per level
 def items(vocab: int, number: int) -> Tensor:
     """A catalogue whose tokens are the last columns of the vocabulary, three levels."""
     return torch.randint(SID_TOKENS, (number, 3)) + torch.arange(3) * SID_TOKENS + vocab - 3 * SID_TOKENS
-
-
-def qwen2(vocab: int, dim: int, layers: int) -> Any:
-    """A tiny decoder under a head of ``vocab`` columns."""
-    config = transformers.Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=dim,
-        intermediate_size=3 * dim,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-    )
-    return transformers.Qwen2ForCausalLM(config).eval()
-
-
-def t5(vocab: int, spread: float = 4.0) -> Any:
-    """A tiny encoder-decoder, whose logits are the larger the greater ``spread`` is."""
-    config = transformers.T5Config(
-        vocab_size=vocab,
-        d_model=128,
-        d_kv=32,
-        d_ff=384,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        initializer_factor=spread,
-    )
-    return transformers.T5ForConditionalGeneration(config).eval()
 
 
 def dictionary(rows: Tensor) -> dict[tuple[int, ...], list[int]]:

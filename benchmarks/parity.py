@@ -94,11 +94,11 @@ def formulas(table: Table) -> None:
 
 def decoded(table: Table) -> None:
     """Beam search against ``generate()``, and packed rows against one row per candidate."""
-    from . import integrations
+    from . import integrations, tiny
 
     for name, model in (
-        ("Qwen2", integrations.qwen2(2000, 64, 2)),
-        ("T5", integrations.t5(2000, spread=1.0)),
+        ("Qwen2", tiny.qwen2(2000, 64, 2)),
+        ("T5", tiny.t5(2000, spread=1.0)),
     ):
         rows = integrations.items(2000, 5000)
         ids, mask = torch.randint(5, 1000, (4, 20)), torch.ones(4, 20, dtype=torch.int64)

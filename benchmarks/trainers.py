@@ -239,7 +239,7 @@ def trainer_of(
 
     from vstar_ops.integrations.trl import SiblingGRPOTrainer
 
-    from .integrations import qwen2
+    from .tiny import qwen2
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     names = {"pad_token": "<pad>", "eos_token": "<eos>"}

@@ -1,6 +1,6 @@
 // Mean and deviation of a group of numbers. Two passes in double over float32 data: sums of float32 rewards are exact
-// in practice, so the order of candidates does not show, and equal means compare equal. A value that is NaN or infinite makes what is
-// compared with it NaN.
+// in practice, so the order of candidates does not show, and equal means compare equal. A value that is NaN or infinite
+// makes what is compared with it NaN.
 #pragma once
 
 #include <cmath>

@@ -68,7 +68,8 @@ struct TypedLoops {
   SoftmaxSums (*block_softmax)(const void* row, int64_t stride, int64_t n, InverseTemperature inverse_temperature);
   // Write n numbers of the logits' type; 0 for logits at -inf.
   void (*softmax_gradient)(
-      const void* row, int64_t stride, int64_t n, InverseTemperature inverse_temperature, const RowGradient& gradient, void* out);
+      const void* row, int64_t stride, int64_t n, InverseTemperature inverse_temperature, const RowGradient& gradient,
+      void* out);
   // out[i] = scale * row[token[i]]
   void (*gather_scaled)(const void* row, int64_t stride, const int32_t* token, int64_t n, float scale, float* out);
 };

@@ -54,7 +54,8 @@ VSTAR_DEVICE float segment_max(float x) {
 
 // Statistics of a chunk; with `best`, also the largest logits of its segments.
 template <class T, bool kFiltered>
-VSTAR_DEVICE RowStats read_chunk(const RowReader<T, kFiltered>& reader, int32_t begin, InverseTemperature inv_temperature, float* best) {
+VSTAR_DEVICE RowStats read_chunk(
+    const RowReader<T, kFiltered>& reader, int32_t begin, InverseTemperature inv_temperature, float* best) {
   const int32_t end = reader.count - begin < kChunk ? reader.count : begin + kChunk;
   const int32_t mine = 128 * (lane() / 4) + 8 * (lane() % 4);
   RowStats s;

@@ -73,7 +73,8 @@ VSTAR_DEVICE void each_child(const ExpandLaunch& a, int64_t b, const ExpandSpace
 // A block selects a request's winners. Its rows are finished; `best` may be the same memory as space.key. Counters and
 // s.found are clear.
 template <class T, int kBits, bool kExtra, bool kFiltered>
-VSTAR_DEVICE void select_children(const ExpandLaunch& a, int64_t b, const ExpandSpace& space, const float* best, SelectScratch& s) {
+VSTAR_DEVICE void select_children(
+    const ExpandLaunch& a, int64_t b, const ExpandSpace& space, const float* best, SelectScratch& s) {
   const ExpandPlan& p = a.plan;
   const uint32_t thread = threadIdx.x, segments = uint32_t(p.segments), all_segments = uint32_t(a.width) * segments;
   const uint32_t winners = uint32_t(p.winners), span = uint32_t(a.max_children), children = uint32_t(a.width) * span;

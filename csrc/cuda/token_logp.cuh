@@ -29,7 +29,8 @@ struct TokenRow {
   int64_t stride;
   AliveNodes alive;  // kFiltered: of the legal ones
 
-  VSTAR_DEVICE TokenRow(const LogitRows& a, int64_t r) : b(r / a.width), w(r % a.width), legal(bool(a.node)), token(nullptr), count(0) {
+  VSTAR_DEVICE TokenRow(const LogitRows& a, int64_t r)
+      : b(r / a.width), w(r % a.width), legal(bool(a.node)), token(nullptr), count(0) {
     from = a.logits.pointer<T>(b, w);
     stride = a.logits.stride[2];
     if (!legal) {

@@ -237,7 +237,8 @@ VSTAR_DEVICE int32_t listed(const VedCandidatesLaunch& a, int64_t s) {
   return a.num_leaves[s] < a.slots ? a.num_leaves[s] : int32_t(a.slots);
 }
 
-// By a warp: of a list's `count` leaves a lane's best open one; it looks at every 32nd. The first time, finds out which are open.
+// By a warp: of a list's `count` leaves a lane's best open one; it looks at every 32nd. The first time, finds out which are
+// open.
 VSTAR_DEVICE Best best_open(
     const VedCandidatesLaunch& a, int64_t base, int32_t s, int32_t count, bool first_time, const LeafSpace& space) {
   const int32_t *node = a.node + base, *leaf = a.leaf_node + (base + s) * a.slots;

@@ -1,8 +1,9 @@
 // What surrounds the model's forward in a round of value-guided decoding.
 //
 // ved_evaluate_kernel: one block per row, which one warp reads, or all of them where rows are long, in the order of
-// expand_topk, so that log-probabilities have the same bits. Then the two lists are made one after the other. Of a short row all children are sorted in shared memory; of a long one first a bound is found
-// that no more reach than the list has room for, for which the children are scored several times.
+// expand_topk, so that log-probabilities have the same bits. Then the two lists are made one after the other. Of a short
+// row all children are sorted in shared memory; of a long one first a bound is found that no more reach than the list has
+// room for, for which the children are scored several times.
 //
 // ved_beams_kernel: one warp per request. The lists are a few dozen long: votes say where an entry goes.
 #pragma once

@@ -43,7 +43,8 @@ VSTAR_INLINE double request_scale(const SiblingAdvantageArgs& a, int64_t n, cons
 }
 
 // What the advantages of the children of one parent are multiplied by.
-VSTAR_INLINE double siblings_scale(const SiblingAdvantageArgs& a, int64_t siblings, double request_scale, double sum_of_squares) {
+VSTAR_INLINE double siblings_scale(
+    const SiblingAdvantageArgs& a, int64_t siblings, double request_scale, double sum_of_squares) {
   if (a.scale != Scale::kSiblings) return request_scale;
   return standardizing_scale(sum_of_squares, double(siblings - a.ddof), a.std_floor, a.eps);
 }

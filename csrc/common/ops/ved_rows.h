@@ -71,7 +71,8 @@ struct VedEvaluateArgs {
     child_node[r * children + i] = int32_t(child);
     child_logp[r * children + i] = its_logp;
   }
-  VSTAR_INLINE_MEMBER void store_leaf(int64_t r, int64_t i, int64_t child, float its_logp, float its_rank, float its_value) const {
+  VSTAR_INLINE_MEMBER void store_leaf(
+      int64_t r, int64_t i, int64_t child, float its_logp, float its_rank, float its_value) const {
     const int64_t to = r * leaves + i;
     if (!child_value) its_rank = logp_weight != 0 ? logp_weight * its_logp : 0.0f;
     leaf_node[to] = leaf_of(child);
