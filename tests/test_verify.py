@@ -27,12 +27,13 @@ from vstar_ops import Trie
 from vstar_ops.ops import OPS
 from vstar_ops.verify import sampling
 from vstar_ops.verify.__main__ import main
+from vstar_ops.verify.calls import Call, loss_and_gradient
 from vstar_ops.verify.checks import Finding, off, same_bits
 from vstar_ops.verify.judge import Problem, Verdict, Want
 from vstar_ops.verify.script import literal
 from vstar_ops.verify.shrink import sequences, size, smallest
 from vstar_ops.verify.sweep import verify
-from vstar_ops.verify.wants import ORACLES, RANKED
+from vstar_ops.verify.wants import ORACLES, RANKED, expectation
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARE = 30 / len(OPS) / 2  # of the default time, what an op gets on each of two backends
@@ -435,6 +436,19 @@ def test_verdict_of_floats():
         verdict.floats(".x", torch.tensor(got), Want(want, np.maximum(np.abs(want), 1)))
         assert (not verdict.problems) is right, (got, want)
         assert right or verdict.problems[0].where.startswith(".x")
+
+
+def test_addends_that_cancel():
+    """Advantages that are 0 in all but for rounding, times ratios of e^20 that the bound has made equal."""
+    a = {"logp": torch.zeros(1, 4, 3), "tokens": torch.zeros(1, 4, 3, dtype=torch.int64), "clip": None}
+    a |= {"rewards": torch.tensor([[2.0, 0.0, 2.0, 2.0]]), "old_logp": torch.full((1, 4, 3), -21.0)}
+    call = Call(loss_and_gradient, a | {"ref_logp": None, "mask": None, "log_ratio_bound": 20.0})
+    verdict = expectation("sibling_grpo_loss", call)
+    loss, gradient = call()
+    assert abs(loss.loss) > 1e-3
+    assert not verdict((loss, gradient)).problems
+    wrong = loss._replace(loss=loss.loss + 1e5)
+    assert [x.where for x in verdict((wrong, gradient)).problems] == ["[0].loss.item()"]
 
 
 def test_same_bits():

@@ -33,8 +33,11 @@ def whole_loss(
     loss_type: str = "grpo",
     horizon: int | None = None,
     normalizer: Sequence[int] | None = None,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """``sibling_grpo_loss`` of float64 ``logp``, sequence by sequence; autograd differentiates the loss.
+
+    Also the sums of its terms' addends without their signs: a sum is as exact as its addends are large, which
+    may cancel.
 
     A policy's ratio to itself now, ``exp(x - x.detach())``, is 1 with the derivative 1.
     """
@@ -58,7 +61,12 @@ def whole_loss(
 
     zero = logp.sum() * 0
     total = dict.fromkeys(("global_term", "sibling_term", "kl", "ratio", "joint"), zero)
-    cuts = {"global": 0, "sibling": 0, "valid": 0}
+    size, cuts = dict.fromkeys(total, 0.0), {"global": 0, "sibling": 0, "valid": 0}
+
+    def add(name: str, addends: Tensor) -> None:
+        total[name] = total[name] + addends.sum()
+        size[name] += float(addends.detach().abs().sum())
+
     for b in range(batch):
         for g in range(group_size):
             at = [d for d in range(length) if there[b, g, d]]
@@ -85,25 +93,28 @@ def whole_loss(
                 value, cut = surrogate(rho, a)
                 factor, sibling_cut = torch.where(a == 0, rho, value / a), cut
                 one, two = factor * whole, factor * apart
-                total["joint"] = total["joint"] + value.sum()
+                add("joint", value)
             else:
                 (one, cut), (two, sibling_cut) = surrogate(rho, whole), surrogate(rho, apart)
-            total["global_term"] = total["global_term"] + token_weight * one.sum()
-            total["sibling_term"] = total["sibling_term"] + (node_weight * two).sum()
-            total["ratio"] = total["ratio"] + rho.sum()
+            add("global_term", token_weight * one)
+            add("sibling_term", node_weight * two)
+            add("ratio", rho)
             cuts["global"] += int(cut.sum())
             cuts["sibling"] += int((sibling_cut & valid).sum())
             cuts["valid"] += int(valid.sum())
             if ref_logp is not None:
                 d = (ref_logp[b, g, at] - x).clamp(-bound, bound)
                 estimate = {"k1": -d, "k2": d * d / 2, "k3": d.expm1() - d}[kl]
-                total["kl"] = total["kl"] + token_weight * estimate.sum()
+                add("kl", token_weight * estimate)
 
     objective = total.pop("joint")
     if clip_terms == "separate":
         objective = global_weight * total["global_term"] + sibling_weight * total["sibling_term"]
     tokens = max(own[3], 1)
-    return {
+    size["ratio"] /= tokens
+    weights = {"kl": kl_weight, "global_term": global_weight, "sibling_term": sibling_weight}
+    size["loss"] = sum(abs(weight) * size[name] for name, weight in weights.items())
+    want = {
         "loss": kl_weight * total["kl"] - objective,
         **total,
         "ratio": total["ratio"] / tokens,
@@ -111,3 +122,4 @@ def whole_loss(
         "sibling_clip_fraction": torch.tensor(cuts["sibling"] / max(cuts["valid"], 1)),
         "valid_fraction": torch.tensor(cuts["valid"] / tokens),
     }
+    return want, size

@@ -213,18 +213,10 @@ def sibling_grpo_loss(call: Call, a: dict[str, Any]) -> Wants:
     weighting = a["weighting"] or {"centered": "candidate", "paper": "node"}[form]
     a |= {"weighting": weighting, "old_logp": others[0], "ref_logp": others[1]}
     x.requires_grad_()
-    want = whole_loss(x, siblings, torch.from_numpy(group), mask=torch.from_numpy(there), **a)
+    want, sizes = whole_loss(x, siblings, torch.from_numpy(group), mask=torch.from_numpy(there), **a)
     limit = max(limit_of(call.arguments[name], 1e-5) for name in ("logp", "rewards"))
-    # A sum is as exact as its addends are large, which may cancel: ratios of up to e^84 do. An addend is as
-    # large as its derivative by logp.
-    size = dict.fromkeys(want, 1.0) | {"ratio": max(1.0, want["ratio"].item())}
-    for name in ("global_term", "sibling_term", "kl"):
-        (slope,) = torch.autograd.grad(want[name], x, retain_graph=True, allow_unused=True)
-        large = 0.0 if slope is None else float(slope.abs().sum())
-        size[name] = max(1.0, large, abs(want[name].item()))
-        size["loss"] = max(size["loss"], size[name])
     for name, value in want.items():
-        yield f"[0].{name}", Want(value.item(), size[name], limit)
+        yield f"[0].{name}", Want(value.item(), max(1.0, sizes.get(name, 0.0)), limit)
     (gradient,) = torch.autograd.grad(want["loss"], x)
     slopes = gradient.numpy()
     least = max(0.01 * np.abs(slopes).max(initial=0), 1e-9)
