@@ -122,7 +122,11 @@ class Expansion {
   // cache miss.
   void prefetch(int64_t b, int64_t w, EdgeRange range) const {
     if (range.begin == range.end) return;
-    if (a.trie.alive) touch(a.trie.alive_of(b).bits + ((range.begin + 1) >> 5));
+    if (a.trie.alive) {
+      const int32_t* const bits = a.trie.alive_of(b).bits;
+      touch(bits + ((range.begin + 1) >> 5));
+      touch(bits + (range.end >> 5));
+    }
     const int64_t size = element_size(a.logits.type) * a.logits.stride[2];
     const char* row = address(a.logits, b, w);
     if (!row) return;
