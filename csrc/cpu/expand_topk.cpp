@@ -49,11 +49,8 @@ class Expansion {
   // Look up the children of the prefixes [begin, end) of request b and start to fetch their logits.
   void prepare(int64_t b, int64_t begin, int64_t end, std::vector<EdgeRange>& ranges) const {
     ranges.resize(end - begin);
-    for (int64_t w = begin; w < end; ++w) {
-      const EdgeRange range = a.trie.edges_within(a.node.at(b, w), a.columns);
-      ranges[w - begin] = range;
-      prefetch(b, w, range);
-    }
+    for (int64_t w = begin; w < end; ++w) ranges[w - begin] = a.trie.edges_within(a.node.at(b, w), a.columns);
+    for (int64_t w = begin; w < end; ++w) prefetch(b, w, ranges[w - begin]);
   }
 
   // Leave the k best children of the prefixes from `begin` on, prepared as scratch.ranges, in the scratch's selector.
