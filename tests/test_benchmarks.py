@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import benchmarks.__main__
 import benchmarks.gpu
 import vstar_ops
-from benchmarks import base, cases, competitors, cost_cases, harness, plots, scale, trainers, worker
+from benchmarks import base, cases, competitors, cost_cases, filters, harness, plots, scale, trainers, worker
 from benchmarks.catalogue import industrial_like
 from vstar_ops.ops import OPS
 
@@ -219,6 +220,16 @@ def test_scale_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     children = {row["step"]: row["children"] for row in found["steps"]}
     assert children["all columns legal"] == children["reading the logits"] == 16 * 128 * 64
     assert children["depth 1"] > children["depth 2"] >= children["depth 3"] > 0
+
+
+def test_filters_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind of change, and every kind of filter beside none, of a step and of a whole search."""
+    monkeypatch.setattr("sys.argv", ["filters", "--small", "--rounds", "1"])
+    filters.main()
+    out = capsys.readouterr().out
+    assert len(re.findall(r"\(.*\).* ms", out)) == 6
+    assert out.count("half allowed of each request  ") == 3 + 1
+    assert re.search(r"one step: .*x \(.* depth [012], .*\)\n  whole search: .*x \(", out)
 
 
 @pytest.mark.parametrize("package", ["verl", "trl"])

@@ -859,6 +859,24 @@ def test_a_trie_that_is_restricted_to_all_of_it(backend):
             )
 
 
+@pytest.mark.parametrize("children", [3, 5, 16, 67])
+@pytest.mark.parametrize("step", [1, 2])  # neighboring columns, others
+@pytest.mark.parametrize("logit", [0.5, INF])
+def test_dead_children_leave_no_trace(backend, children, step, logit):
+    """One child is alive, whatever the logits of the dead ones are: it is certain, and the entropy is 0."""
+    alive = torch.tensor([0, children // 2, children - 1])  # one for each request
+    trie = Trie.from_sequences(step * torch.arange(children)[:, None])
+    trie = restricted(trie, torch.eye(children)[alive].bool())
+    all_bits = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
+    dead = torch.cat([torch.tensor([NAN, INF, -INF, 1e30, 2.0]), all_bits])
+    logits = dead.repeat(children * step)[: children * step].repeat(3, 1)
+    logits[torch.arange(3), step * alive] = logit
+    out = expand_topk(logits[:, None], trie, torch.zeros(3, 1, dtype=torch.int32), 2)
+    assert out.num_valid.tolist() == [1, 1, 1]
+    assert out.node[:, 0].tolist() == (alive + 1).tolist()
+    assert out.logp[:, 0].tolist() == out.entropy[:, 0].tolist() == [0, 0, 0]
+
+
 def test_bits_that_change_are_read_at_the_next_call(backend):
     trie = restricted(CATALOGUE, torch.tensor([[True, False, True]]))
     root = torch.zeros(1, 1, dtype=torch.int32)
