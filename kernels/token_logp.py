@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference.token_logp import as_table
 from ._array import Array, array, load_float, load_int, store_float, strided
 from ._floats import InverseTemperature, cleaned, divided, inverse_of
 from ._kernel import (
@@ -46,11 +47,13 @@ _PROGRAMS = 8192  # rows are shared until there are about as many
 
 def token_logp(logits, targets, offset, token, alive, node, temperature, max_children):
     """The dispatcher's signature; see :func:`vstar_ops.token_logp`."""
+    rows = logits.shape[:-1]
+    logp = torch.empty(targets.shape, device=logits.device)
+    entropy = logp.new_empty(rows)
+    row_max, log_mass = torch.empty_like(entropy), torch.empty_like(entropy)
+    logits, targets, node = as_table(logits, rows), as_table(targets, rows, last=True), as_table(node, rows)
     batch, width, columns = logits.shape
     number = targets.shape[2]
-    logp = torch.empty(batch, width, number, device=logits.device)
-    entropy = logp.new_empty(batch, width)
-    row_max, log_mass = torch.empty_like(entropy), torch.empty_like(entropy)
     results = logp, entropy, row_max, log_mass
     if entropy.numel() == 0:
         return results
@@ -77,16 +80,18 @@ def token_logp_backward(
     log_mass, temperature, max_children,
 ):  # fmt: skip
     """The dispatcher's signature; the entropy's gradient is left out where it is None."""
-    batch, width, columns = logits.shape
-    number = targets.shape[2]
-    legal = node is not None
+    legal, rows = node is not None, logits.shape[:-1]
     make = torch.zeros if legal else torch.empty
     gradient = make(logits.shape, dtype=logits.dtype, device=logits.device)
+    logits, targets, node = as_table(logits, rows), as_table(targets, rows, last=True), as_table(node, rows)
+    batch, width, columns = logits.shape
+    number = targets.shape[2]
     if gradient.numel() == 0:
         return gradient
     inv_temperature = inverse_of(temperature)
     # All are [B, W] or [B, W, T] and small; contiguous ones need no strides.
     saved = [x.contiguous() for x in (logp, entropy, row_max, log_mass)]
+    grad_logp, grad_entropy = as_table(grad_logp, rows, last=True), as_table(grad_entropy, rows)
     given = [None if x is None else x.contiguous() for x in (targets, grad_logp, grad_entropy)]
     arrays = [part for x in given for part in array(x)]
     common = (*arrays, *saved, width, columns, number, inv_temperature)

@@ -20,7 +20,7 @@ struct Cpu {
   static int32_t index() { return 0; }
 
   // Memory of the system is zero already; pages that are not written are never fetched.
-  static Tensor zeros(Sizes sizes, int32_t dtype) {
+  static Tensor zeros(const Sizes& sizes, int32_t dtype) {
     constexpr size_t kAlign = 64;
     size_t bytes = size_t(aoti_torch_dtype_element_size(dtype));
     for (const int64_t size : sizes) bytes *= size_t(size);
@@ -30,7 +30,7 @@ struct Cpu {
     const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
     const auto type = torch::stable::detail::to<torch::headeronly::ScalarType>(torch::stable::detail::from(dtype));
     const torch::stable::Tensor tensor = torch::stable::from_blob(
-        aligned, {sizes.begin(), sizes.size()}, {ContiguousStrides(sizes).stride, sizes.size()}, cpu, type,
+        aligned, {sizes.begin(), size_t(sizes.dim)}, {ContiguousStrides(sizes).stride, size_t(sizes.dim)}, cpu, type,
         [memory](void*) { std::free(memory); });
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));

@@ -60,7 +60,7 @@ class Cuda final : public CurrentDevice, public Gpu {
   explicit Cuda(const Tensor& like) : CurrentDevice(like), Gpu(launcher()) {}
 
   // The kernels write zeros themselves.
-  Tensor zeros(Sizes sizes, int32_t dtype) const { return empty(*this, sizes, dtype); }
+  Tensor zeros(const Sizes& sizes, int32_t dtype) const { return empty(*this, sizes, dtype); }
 
   unsigned char* workspace(int64_t bytes) const override {
     if (bytes == 0) return nullptr;

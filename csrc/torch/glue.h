@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <map>
@@ -39,6 +40,23 @@ inline int32_t dtype_of(FloatType type) {
   return dispatch(type, [](auto zero) { return dtype_of<decltype(zero)>(); });
 }
 
+// Sizes of a tensor.
+struct Sizes {
+  static constexpr int64_t kMaxDim = 3;
+  int64_t size[kMaxDim] = {}, dim = 0;
+
+  Sizes(std::initializer_list<int64_t> sizes) : dim(int64_t(sizes.size())) {
+    std::copy(sizes.begin(), sizes.end(), size);
+  }
+  const int64_t* begin() const { return size; }
+  const int64_t* end() const { return size + dim; }
+  Sizes without_last() const {
+    Sizes rest = *this;
+    --rest.dim;
+    return rest;
+  }
+};
+
 // A tensor that a call owns. torch::stable::Tensor counts references, which costs an allocation per argument.
 class Tensor {
  public:
@@ -58,11 +76,17 @@ class Tensor {
 
   int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
   int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
+  int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type); }
   int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
   void* data() const { return get<void*>(torch_get_mutable_data_ptr); }
-  int64_t size(int64_t axis) const {
-    STD_TORCH_CHECK(axis < dim(), "argument ", position_, " must have more than ", axis, " dimensions");
-    return get<int64_t*>(aoti_torch_get_sizes)[axis];
+  uint64_t position() const { return position_; }
+  Sizes sizes() const {
+    Sizes sizes{};
+    sizes.dim = dim();
+    STD_TORCH_CHECK(
+        sizes.dim <= Sizes::kMaxDim, "argument ", position_, " must have at most ", Sizes::kMaxDim, " dimensions, got ", sizes.dim);
+    std::copy_n(get<int64_t*>(aoti_torch_get_sizes), sizes.dim, sizes.size);
+    return sizes;
   }
 
   template <class T>
@@ -119,7 +143,7 @@ class Tensor {
   // Returns the data.
   const void* read_strides(Strides& view) const {
     const int64_t* strides = get<int64_t*>(aoti_torch_get_strides);
-    for (int64_t i = dim() - 1; i >= 0; --i) view.stride[i] = strides[i];
+    for (int64_t i = sizes().dim - 1; i >= 0; --i) view.stride[i] = strides[i];
     return get<const void*>(torch_get_const_data_ptr);
   }
 
@@ -141,21 +165,19 @@ inline void poison(void* data, int64_t n, size_t size) {
   for (int64_t i = 0; size > 1 && i < n; ++i) bytes[size_t(i + 1) * size - 1] = 0x7F;
 }
 
-using Sizes = std::initializer_list<int64_t>;
-
 struct ContiguousStrides : Strides {
-  explicit ContiguousStrides(Sizes sizes) : Strides{} {
+  explicit ContiguousStrides(const Sizes& sizes) : Strides{} {
     int64_t next = 1;
-    for (size_t i = sizes.size(); i-- > 0; next *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1) stride[i] = next;
+    for (int64_t i = sizes.dim; i-- > 0; next *= sizes.size[i] > 0 ? sizes.size[i] : 1) stride[i] = next;
   }
 };
 
 // A new contiguous tensor, straight through the shim: the dispatcher's `empty` costs about a microsecond each.
 template <class Device>
-Tensor empty(const Device& device, Sizes sizes, int32_t dtype) {
+Tensor empty(const Device& device, const Sizes& sizes, int32_t dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.begin(), ContiguousStrides(sizes).stride, dtype, Device::type(), device.index(),
+      sizes.dim, sizes.begin(), ContiguousStrides(sizes).stride, dtype, Device::type(), device.index(),
       &handle));
   return Tensor(handle);
 }
@@ -170,21 +192,40 @@ struct Optional {
 template <class View>
 Optional<View> optional(View& view) { return {view}; }
 
-// A tensor, and where to put its sizes; null for those that are not asked for.
+// A tensor of as many dimensions, and their sizes; null for any. The first tensor that has a size says what it is, and
+// all others must agree.
 template <class View>
 struct Sized {
   View& view;
-  int64_t* size[3];
+  int64_t dim;
+  int64_t* size[Sizes::kMaxDim];
 };
-template <class View>
-Sized<View> sized(View& view, int64_t* first, int64_t* second = nullptr, int64_t* third = nullptr) {
-  return {view, {first, second, third}};
+template <class View, class... Axis>
+Sized<View> sized(View& view, Axis... size) {
+  return {view, sizeof...(size), {size...}};
 }
 // Where a `Tensor?` is absent, sizes stay as they are.
 template <class View>
 struct OptionalSized : Sized<View> {};
 template <class View>
 OptionalSized<View> optional(Sized<View> view) { return {view}; }
+
+// A table [B, W, last], of which [last] is one row and [B, last] has one row per request; or numbers [B, W], [B], [] of
+// the rows of the first such table. `given` is what the sizes were.
+template <class View>
+struct Rows {
+  View& view;
+  int64_t *batch, *width, *last;
+  Sizes* given;
+};
+template <class View>
+struct OptionalRows : Rows<View> {};
+template <class View>
+Rows<View> rows(View& view, int64_t* batch, int64_t* width, int64_t* last = nullptr, Sizes* given = nullptr) {
+  return {view, batch, width, last, given};
+}
+template <class View>
+OptionalRows<View> optional(Rows<View> rows) { return {rows}; }
 
 // A call by the dispatcher: takes the arguments from its stack and leaves the results there.
 template <class Device>
@@ -200,8 +241,15 @@ class Call {
     STD_TORCH_CHECK(inputs_ == num_inputs_, "the schema has ", num_inputs_, " arguments, the kernel ", inputs_);
   }
 
+  // Rows of tables are those of this argument, counted from 0, where it is not the first of them.
+  void rows_of(uint64_t argument) {
+    Tensor table(torch::stable::detail::to<AtenTensorHandle>(stack_[argument]), argument + 1);
+    leading_ = table.sizes().dim - 1;
+    table.release();  // it is read with the others
+  }
+
   // Make the next result.
-  void output(void*& data, Sizes sizes, int32_t dtype) {
+  void output(void*& data, const Sizes& sizes, int32_t dtype) {
     Tensor tensor = empty(device(), sizes, dtype);
     if constexpr (Device::kHostMemory) {
       const int64_t n = poison_outputs ? tensor.numel() : 0;
@@ -210,13 +258,13 @@ class Call {
     data = add(std::move(tensor));
   }
   template <class T>
-  void output(T*& elements, Sizes sizes) {
+  void output(T*& elements, const Sizes& sizes) {
     void* data;
     output(data, sizes, dtype_of<T>());
     elements = static_cast<T*>(data);
   }
   // Make it for a kernel that need not write zeros.
-  void output_zeros(void*& data, Sizes sizes, int32_t dtype) { data = add(device().zeros(sizes, dtype)); }
+  void output_zeros(void*& data, const Sizes& sizes, int32_t dtype) { data = add(device().zeros(sizes, dtype)); }
 
   // That of the tensors.
   const Device& device() const { return *device_; }
@@ -227,7 +275,7 @@ class Call {
   }
 
  private:
-  static constexpr uint64_t kMaxTensors = 40, kMaxOutputs = 9;
+  static constexpr uint64_t kMaxTensors = 40, kMaxOutputs = 9, kMaxSizes = 10;
 
   template <class T>
   T next() {
@@ -240,7 +288,14 @@ class Call {
     const AtenTensorHandle handle =
         is_optional ? next<std::optional<AtenTensorHandle>>().value_or(nullptr) : next<AtenTensorHandle>();
     tensor = Tensor(handle, inputs_);
-    if (tensor && !device_) device_.emplace(tensor);
+    if (!tensor) return tensor;
+    if (!device_) {
+      device_.emplace(tensor);
+      device_index_ = tensor.device_index();
+    }
+    STD_TORCH_CHECK(
+        tensor.device_type() == Device::type() && tensor.device_index() == device_index_,
+        "argument ", inputs_, " must be on the device of the other tensors");
     return tensor;
   }
 
@@ -270,10 +325,48 @@ class Call {
   }
   template <class View>
   void read_sized(Sized<View>& field, const Tensor& tensor) {
+    const Sizes given = tensor.sizes();
+    STD_TORCH_CHECK(
+        given.dim == field.dim, "argument ", tensor.position(), " must have ", field.dim, " dimensions, got ", given.dim);
+    for (int64_t i = 0; i < given.dim; ++i) read_size(field.size[i], given.size[i], tensor);
     tensor.read(field.view);
-    for (int64_t i = 0; i < 3; ++i) {
-      if (field.size[i]) *field.size[i] = tensor.size(i);
+  }
+  // What a size is, or whether it is what it was.
+  void read_size(int64_t* size, int64_t given, const Tensor& tensor) {
+    if (!size) return;
+    int64_t** const known = std::find(size_, size_ + sizes_, size);
+    if (known == size_ + sizes_) {
+      STD_TORCH_CHECK(sizes_ < kMaxSizes, "more than ", kMaxSizes, " sizes");
+      size_[sizes_++] = size;
+      *size = given;
     }
+    STD_TORCH_CHECK(*size == given, "argument ", tensor.position(), " must have a size of ", *size, ", got ", given);
+  }
+  template <class View>
+  void read(Rows<View>& field) { read_rows(field, next_tensor(false)); }
+  template <class View>
+  void read(OptionalRows<View>& field) {
+    const Tensor& tensor = next_tensor(true);
+    if (tensor) read_rows(field, tensor);
+  }
+  template <class View>
+  void read_rows(Rows<View>& field, const Tensor& tensor) {
+    const Sizes given = tensor.sizes();
+    if (leading_ < 0) leading_ = given.dim - 1;
+    const bool has_last = given.dim > leading_;
+    STD_TORCH_CHECK(
+        leading_ >= 0 && given.dim == leading_ + has_last && (field.last || !has_last), "argument ", tensor.position(),
+        " must have rows like the others, got ", given.dim, " dimensions");
+    tensor.read(field.view);
+    const Strides strides = field.view;
+    const auto place = [&](int64_t at, int64_t axis, bool exists, int64_t* size) {
+      field.view.stride[at] = exists ? strides.stride[axis] : 0;
+      read_size(size, exists ? given.size[axis] : 1, tensor);
+    };
+    place(0, 0, leading_ > 0, field.batch);
+    place(1, 1, leading_ > 1, field.width);
+    place(2, leading_, has_last, field.last);
+    if (field.given) *field.given = given;
   }
   void read_trie(TrieView& trie, bool is_optional) {
     const Tensor &offset = next_tensor(is_optional), &token = next_tensor(is_optional), &alive = next_tensor(true);
@@ -284,9 +377,10 @@ class Call {
     trie.num_edges = token.numel();
     if (!alive) return;
     alive.read(trie.alive);
-    const int64_t words = alive.size(1);
-    STD_TORCH_CHECK(words > (trie.num_nodes + 31) / 32, "alive must have a bit per node and a word more, got ", words, " words");
-    trie.alive_stride = alive.size(0) == 1 ? 0 : words;
+    const Sizes rows = alive.sizes();
+    const int64_t words = rows.size[1];
+    STD_TORCH_CHECK(rows.dim == 2 && words > (trie.num_nodes + 31) / 32, "alive must have a bit per node and a word more, got ", words, " words");
+    trie.alive_stride = rows.size[0] == 1 ? 0 : words;
   }
 
   void* add(Tensor tensor) {
@@ -300,7 +394,11 @@ class Call {
   const uint64_t num_inputs_, num_outputs_;
   uint64_t inputs_ = 0, tensors_ = 0, outputs_ = 0;
   Tensor tensor_[kMaxTensors], output_[kMaxOutputs];
+  int64_t* size_[kMaxSizes];
+  uint64_t sizes_ = 0;
+  int64_t leading_ = -1;  // dimensions before the last one of a table of rows
   std::optional<Device> device_;
+  int32_t device_index_ = 0;
 };
 
 // ---------------------------------------------------------------- registration

@@ -16,30 +16,33 @@ void finish_rows(LogitRows& a) {
 template <class Device>
 void token_logp(Call<Device>& call) {
   TokenLogpArgs a{};
+  Sizes logits{}, targets{};
   call.inputs(
-      sized(a.logits, &a.batch, &a.width, &a.columns), sized(a.target, nullptr, nullptr, &a.targets), optional(a.trie),
-      optional(a.node), a.temperature, a.max_children);
+      rows(a.logits, &a.batch, &a.width, &a.columns, &logits), rows(a.target, &a.batch, &a.width, &a.targets, &targets),
+      optional(a.trie), optional(rows(a.node, &a.batch, &a.width)), a.temperature, a.max_children);
   finish_rows<Device>(a);
-  call.output(a.logp, {a.batch, a.width, a.targets});
-  call.output(a.entropy, {a.batch, a.width});
-  call.output(a.top, {a.batch, a.width});
-  call.output(a.log_mass, {a.batch, a.width});
+  call.output(a.logp, targets);
+  call.output(a.entropy, logits.without_last());
+  call.output(a.top, logits.without_last());
+  call.output(a.log_mass, logits.without_last());
   run(call.device(), a);
 }
 
 template <class Device>
 void token_logp_backward(Call<Device>& call) {
   TokenLogpBackwardArgs a{};
+  Sizes logits{};
+  call.rows_of(2);
   call.inputs(
-      optional(a.grad_logp), optional(a.grad_entropy), sized(a.logits, &a.batch, &a.width, &a.columns),
-      sized(a.target, nullptr, nullptr, &a.targets), optional(a.trie), optional(a.node), a.logp, a.entropy, a.top,
-      a.log_mass, a.temperature, a.max_children);
+      optional(rows(a.grad_logp, &a.batch, &a.width, &a.targets)), optional(rows(a.grad_entropy, &a.batch, &a.width)),
+      rows(a.logits, &a.batch, &a.width, &a.columns, &logits), rows(a.target, &a.batch, &a.width, &a.targets),
+      optional(a.trie), optional(rows(a.node, &a.batch, &a.width)), a.logp, a.entropy, a.top, a.log_mass, a.temperature,
+      a.max_children);
   finish_rows<Device>(a);
-  const Sizes sizes{a.batch, a.width, a.columns};
   if (a.node) {
-    call.output_zeros(a.gradient, sizes, dtype_of(a.logits.type));
+    call.output_zeros(a.gradient, logits, dtype_of(a.logits.type));
   } else {
-    call.output(a.gradient, sizes, dtype_of(a.logits.type));
+    call.output(a.gradient, logits, dtype_of(a.logits.type));
   }
   run(call.device(), a);
 }

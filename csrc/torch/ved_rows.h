@@ -8,7 +8,9 @@ namespace vstar {
 template <class Device>
 void ved_inputs(Call<Device>& call) {
   VedInputsArgs a{};
-  call.inputs(sized(a.tree_slot, &a.batch, &a.capacity), a.token, a.parent, sized(a.node, nullptr, &a.rows));
+  call.inputs(
+      sized(a.tree_slot, &a.batch, &a.capacity), a.token, sized(a.parent, &a.batch, &a.rows),
+      sized(a.node, &a.batch, &a.rows));
   call.output(a.out_slot, {a.batch, a.rows});
   call.output(a.out_token, {a.batch, a.rows});
   call.output(a.out_unused, {a.batch, a.rows});
@@ -19,9 +21,11 @@ template <class Device>
 void ved_evaluate(Call<Device>& call) {
   VedEvaluateArgs a{};
   double temperature;
+  const auto by_row = [&](auto& array) { return sized(array, &a.batch, &a.rows); };
+  const auto by_column = [&](auto& array) { return sized(array, &a.batch, &a.rows, &a.columns); };
   call.inputs(
-      sized(a.logits, &a.batch, &a.rows, &a.columns), a.trie, optional(a.only_leaf), a.node, a.logp, optional(a.value),
-      optional(a.child_value), a.seed, a.children, a.leaves, a.value_weight, a.child_weight, a.logp_weight, temperature,
+      by_column(a.logits), a.trie, optional(a.only_leaf), by_row(a.node), by_row(a.logp), optional(by_row(a.value)),
+      optional(by_column(a.child_value)), sized(a.seed, &a.batch), a.children, a.leaves, a.value_weight, a.child_weight, a.logp_weight, temperature,
       a.vocab, a.max_children, a.first_closed, a.first_leaf, a.expand_root);
   a.inv_temperature = inverse_of(temperature);
   call.output(a.out_value, {a.batch, a.rows});
@@ -39,11 +43,12 @@ void ved_evaluate(Call<Device>& call) {
 template <class Device>
 void ved_beams(Call<Device>& call) {
   VedBeamsArgs a{};
+  const auto list = [&](auto& array, BeamList& its) { return sized(array, &a.batch, &its.size); };
   call.inputs(
-      sized(a.first.node, nullptr, &a.first.size), a.first.parent, a.first.logp, a.num_first,
-      optional(sized(a.others.node, nullptr, &a.others.size)), optional(a.others.parent), optional(a.others.logp),
-      optional(a.only_leaf),
-      sized(a.above, &a.batch, &a.rows), a.tree_size, a.width);
+      list(a.first.node, a.first), list(a.first.parent, a.first), list(a.first.logp, a.first), a.num_first,
+      optional(list(a.others.node, a.others)), optional(list(a.others.parent, a.others)),
+      optional(list(a.others.logp, a.others)), optional(a.only_leaf), sized(a.above, &a.batch, &a.rows),
+      sized(a.tree_size, &a.batch), a.width);
   call.output(a.out_node, {a.batch, a.width});
   call.output(a.out_parent, {a.batch, a.width});
   call.output(a.out_logp, {a.batch, a.width});

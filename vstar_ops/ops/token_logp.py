@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from ._checks import (
     result_dtype,
     validating,
 )
-from ._registry import Gradient, define
+from ._registry import REFUSED, Gradient, define
 
 
 class TokenLogp(NamedTuple):
@@ -31,7 +32,7 @@ class TokenLogp(NamedTuple):
 
 
 def _fake(logits: Tensor, targets: Tensor, *_: object) -> tuple[Tensor, ...]:
-    rows, dtype = logits.shape[:2], result_dtype(logits)
+    rows, dtype = logits.shape[:-1], result_dtype(logits)
     logp = logits.new_empty(targets.shape, dtype=dtype)
     return logp, *(logits.new_empty(rows, dtype=dtype) for _ in range(3))
 
@@ -131,6 +132,18 @@ def token_logp(
         tensor([[-0.2500,  0.7500, -0.2500, -0.2500],
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
+    found = REFUSED
+    if trie is None and node is None:
+        scale = check_positive("temperature", temperature)
+        found = _op.attempt(logits, targets, None, None, None, None, scale, 0)
+    if found is REFUSED:
+        found = _checked(logits, targets, trie, node, temperature)
+    return TokenLogp(found[0], found[1])
+
+
+def _checked(
+    logits: Tensor, targets: Tensor, trie: Trie | None, node: Tensor | None, temperature: float
+) -> Sequence[Tensor]:
     if not isinstance(logits, Tensor) or logits.dim() == 0:
         given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         error = ValueError if isinstance(logits, Tensor) else TypeError
@@ -158,18 +171,14 @@ def token_logp(
         if trie is not None and node is not None:
             check_nodes(node, trie)
 
-    if len(rows) == 2:  # as it lies, for a view costs a microsecond
-        each = targets if many else targets.unsqueeze(2)
-        logp, entropy, *_ = _op(device, logits, each, offset, token, alive, node, temperature, max_children)
-        return TokenLogp(logp if many else logp.squeeze(2), entropy)
+    if len(rows) <= 2:
+        return _op(device, logits, targets, offset, token, alive, node, temperature, max_children)
     if alive is not None and alive.shape[0] > 1:  # a filter per request, which is the first dimension
-        batched = logits.flatten(1, -2) if rows[1:] else logits.unsqueeze(1)
+        batched = logits.flatten(1, -2)
     else:
-        batched = logits.flatten(0, -3) if rows[1:] else logits[None] if rows else logits[None, None]
+        batched = logits.flatten(0, -3)
     flat = batched.shape[:2]
-    each = targets.reshape(*flat, targets.shape[-1] if many else 1)
-    where = None if node is None else node.reshape(*flat)
+    each = targets.reshape(*flat, targets.shape[-1]) if many else targets.reshape(flat)
+    where = None if node is None else node.reshape(flat)
     logp, entropy, *_ = _op(device, batched, each, offset, token, alive, where, temperature, max_children)
-    if not rows:
-        return TokenLogp(logp.reshape(targets.shape), entropy.reshape(()))
-    return TokenLogp(logp.reshape(*targets.shape), entropy.reshape(*rows))  # read faster than a Size
+    return logp.reshape(targets.shape), entropy.reshape(rows)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,15 +26,17 @@ def token_logp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The dispatcher's signature; see :func:`vstar_ops.token_logp`.
 
-    ``logits`` ``[B, W, V]``, ``targets`` ``[B, W, T]``. After ``logp`` and ``entropy`` come the two numbers a
-    row from which the gradient finds all probabilities again: the largest logit ``top`` and ``log_mass``,
-    :math:`\\log p_v = (z_v - top) / \\tau - log\\_mass`.
+    ``logits`` ``[B, W, V]``, ``[B, V]`` or ``[V]``, ``targets`` with or without a last axis ``T``. After ``logp``
+    and ``entropy`` come the two numbers a row from which the gradient finds all probabilities again: the largest
+    logit ``top`` and ``log_mass``, :math:`\\log p_v = (z_v - top) / \\tau - log\\_mass`.
     """
+    rows, shape = logits.shape[:-1], targets.shape
+    logits, targets, node = as_table(logits, rows), as_table(targets, rows, last=True), as_table(node, rows)
     column, legal = _domain(logits, offset, token, alive, node, max_children)
     result = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if column.shape[2] == 0:
-        chosen = torch.where(targets < 0, 0.0, _NEG_INF).to(result)
-        nothing = logits.new_zeros(logits.shape[:2], dtype=result)
+        chosen = torch.where(targets < 0, 0.0, _NEG_INF).to(result).reshape(shape)
+        nothing = logits.new_zeros(rows, dtype=result)
         return chosen, nothing, nothing + _NEG_INF, nothing.clone()
     z = _clean(logits.gather(2, column)).masked_fill(~legal, _NEG_INF)
     top = z.amax(2, keepdim=True)
@@ -43,7 +48,8 @@ def token_logp(
 
     position, found = _positions(targets, column, legal, trie=node is not None)
     chosen = torch.where(found, logp.gather(2, position), _NEG_INF)
-    outputs = torch.where(targets < 0, 0, chosen), entropy, top.squeeze(2), log_mass.squeeze(2)
+    chosen = torch.where(targets < 0, 0, chosen).reshape(shape)
+    outputs = chosen, *(x.reshape(rows) for x in (entropy, top, log_mass))
     return tuple(x.to(result) for x in outputs)  # type: ignore[return-value]
 
 
@@ -70,10 +76,14 @@ def token_logp_backward(
 
     over the targets that are in the domain and have a finite logit.
     """
+    rows, shape = logits.shape[:-1], logits.shape
+    logits, targets, logp = (as_table(x, rows, last=True) for x in (logits, targets, logp))
+    grad_logp, grad_entropy = as_table(grad_logp, rows, last=True), as_table(grad_entropy, rows)
+    node, entropy, top, log_mass = (as_table(x, rows) for x in (node, entropy, top, log_mass))
     dense = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
     column, legal = _domain(logits, offset, token, alive, node, max_children)
     if column.shape[2] == 0:
-        return dense.to(logits.dtype)
+        return dense.to(logits.dtype).reshape(shape)
     z = _clean(logits.gather(2, column)).masked_fill(~legal, _NEG_INF)
     finite_top = torch.where(top == _NEG_INF, 0, top).to(torch.float64).unsqueeze(2)
     all_logp = (z - finite_top) / temperature - log_mass.to(torch.float64).unsqueeze(2)
@@ -87,7 +97,21 @@ def token_logp_backward(
         surprise = torch.where(p > 0, all_logp, 0) + entropy.to(torch.float64).unsqueeze(2)
         gradient = gradient - grad_entropy.to(torch.float64).unsqueeze(2) * p * surprise
     gradient = torch.where(z > _NEG_INF, gradient / temperature, 0)
-    return dense.scatter_add_(2, column, gradient).to(logits.dtype)
+    return dense.scatter_add_(2, column, gradient).to(logits.dtype).reshape(shape)
+
+
+def as_table(x: Any, rows: Sequence[int], *, last: bool = False) -> Any:
+    """``[*rows]`` or ``[*rows, V or T]`` as ``[B, W]`` or ``[B, W, V or T]``: one row per request, or one in all.
+
+    With ``last`` the last axis is made where there is none.
+    """
+    if x is None:
+        return None
+    if last and x.dim() == len(rows):
+        x = x.unsqueeze(-1)
+    for axis in range(len(rows), 2):
+        x = x.unsqueeze(axis)
+    return x
 
 
 def _domain(
