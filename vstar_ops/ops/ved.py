@@ -23,8 +23,8 @@ from torch.compiler import is_dynamo_compiling
 
 from .. import reference
 from .._deprecated import renamed_field
-from ._checks import all_fit, check, check_finite, check_int, check_type
-from ._registry import define
+from ._checks import check, check_finite, check_int, check_type
+from ._registry import REFUSED, define
 
 _NODE, _CHILD, _LEAF, _TREE, _DEPTH = (
     ("B", "T"),
@@ -131,10 +131,20 @@ class SearchTrees(_Remembered):
         if is_dynamo_compiling():
             self._check_each()
             return
-        arrays, right = _every_array(self), getattr(self, "_right", None)
-        if right is None or not all(map(operator.is_, arrays, right[0])) or self._sizes(arrays) != right[1]:
+        arrays = _every_array(self)
+        if not self._known() or self._sizes(arrays) != self._right[1]:
             self._check_each()
             self._right = arrays, self._sizes(arrays)
+
+    def _known(self) -> bool:
+        """Whether the arrays are those that were found right."""
+        right = getattr(self, "_right", None)
+        return right is not None and all(map(operator.is_, _every_array(self), right[0]))
+
+    def _check_new(self) -> None:
+        """As :meth:`check`, but of the same arrays as last time the sizes are left to C++."""
+        if is_dynamo_compiling() or not self._known():
+            self.check()
 
     def _sizes(self, arrays: Sequence[Tensor]) -> tuple[Any, ...]:
         """The numbers of entries, and the shapes that a kernel reads."""
@@ -203,10 +213,9 @@ def _arrays(reference_op: Callable[..., Any], prefix: str = "") -> tuple[str, ..
     return tuple(x for x in ("node" if x == "trie_node" else x for x in names) if x in _LAYOUT)
 
 
-_SELECT, _INSERT = _arrays(reference.ved_select), _arrays(reference.ved_insert)
-_ROWS, _CANDIDATES = _arrays(reference.ved_insert, "row_"), _arrays(reference.ved_candidates)
-_ROW_DTYPES = [_LAYOUT[name][0] for name in _ROWS]
-_ROW_AXES = [_LAYOUT[name][1][2:] for name in _ROWS]
+_INSERT, _ROWS = _arrays(reference.ved_insert), _arrays(reference.ved_insert, "row_")
+_to_select, _to_insert = operator.attrgetter(*_arrays(reference.ved_select)), operator.attrgetter(*_INSERT)
+_to_rank = operator.attrgetter(*_arrays(reference.ved_candidates))
 
 
 def _select_fake(trie_node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
@@ -265,14 +274,17 @@ def ved_select(
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     check_type("trees", trees, SearchTrees)
-    trees.check()
+    trees._check_new()
     exploration = check_finite("exploration", exploration)
     if exploration < 0:
         raise ValueError(f"exploration must be >= 0, got {exploration}")
     traversals, max_idle = check_int("traversals", traversals, 1), check_int("max_idle", max_idle, 0)
-    arrays = [getattr(trees, name) for name in _SELECT]
-    levels = trees.depth_sum.shape[1] - 1
-    return SelectedRows(*_select(trees.node.device, *arrays, levels, exploration, traversals, max_idle))
+    given = *_to_select(trees), trees.depth_sum.shape[-1] - 1, exploration, traversals, max_idle
+    found = _select.attempt(*given)
+    if found is REFUSED:
+        trees.check()
+        found = _select(trees.node.device, *given)
+    return SelectedRows(*found)
 
 
 def ved_insert(
@@ -298,22 +310,22 @@ def ved_insert(
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     check_type("trees", trees, SearchTrees)
-    trees.check()
+    trees._check_new()
     check_type("rows", rows, SelectedRows)
     check_type("evaluation", evaluation, NodeEvaluation)
     weights = check_finite("logp_weight", logp_weight), check_finite("entropy_weight", entropy_weight)
+    given: tuple[Any, ...] = (*rows, *evaluation)
+    if _insert.attempt(*_to_insert(trees), *given, *weights) is not REFUSED:
+        return
+    trees.check()  # their sizes, if they have changed
     device = trees.node.device
     row = check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", (torch.int32,), device).shape
     ends = {(): row, ("C",): (*row, trees.child_node.shape[2]), ("D",): (*row, trees.leaf_node.shape[2])}
-    given: tuple[Any, ...] = (*rows, *evaluation)
-    shapes = [ends[axes] for axes in _ROW_AXES]
-    if not all_fit(given, shapes, _ROW_DTYPES, device):
-        given = tuple(
-            check(name, x, shape, _AXES[_LAYOUT[name][1]].replace("T", "P"), (dtype,), device).contiguous()
-            for name, x, shape, dtype in zip(_ROWS, given, shapes, _ROW_DTYPES, strict=True)
-        )
-    arrays = [getattr(trees, name) for name in _INSERT]
-    _insert(device, *arrays, *given, *weights)
+    given = tuple(
+        check(name, x, ends[axes[2:]], _AXES[axes].replace("T", "P"), (dtype,), device).contiguous()
+        for name, x, (dtype, axes, _) in zip(_ROWS, given, map(_LAYOUT.get, _ROWS), strict=True)
+    )
+    _insert(device, *_to_insert(trees), *given, *weights)
 
 
 def ved_candidates(trees: SearchTrees, length: int, k: int, *, logp_weight: float = 0.0) -> LeafCandidates:
@@ -331,8 +343,11 @@ def ved_candidates(trees: SearchTrees, length: int, k: int, *, logp_weight: floa
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     check_type("trees", trees, SearchTrees)
-    trees.check()
+    trees._check_new()
     length, k = check_int("length", length, 1), check_int("k", k, 1)
-    arrays = [getattr(trees, name) for name in _CANDIDATES]
-    logp_weight = check_finite("logp_weight", logp_weight)
-    return LeafCandidates(*_candidates(trees.node.device, *arrays, length, k, logp_weight))
+    given = *_to_rank(trees), length, k, check_finite("logp_weight", logp_weight)
+    found = _candidates.attempt(*given)
+    if found is REFUSED:
+        trees.check()
+        found = _candidates(trees.node.device, *given)
+    return LeafCandidates(*found)
