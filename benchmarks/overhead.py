@@ -37,13 +37,13 @@ def microseconds(call: Callable[[], Any], rounds: int) -> float:
 def inner(call: Callable[[], Any]) -> Callable[[], Any]:
     """The last call of an op that a call makes, past what torch does in Python before the kernel."""
     found: list[tuple[Op, tuple[Any, ...]]] = []
-    run = Op.__call__
+    run = Op.run
 
-    def recorded(op: Op, device: torch.device, *arguments: Any) -> Any:
+    def recorded(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> Any:
         found.append((op, arguments))
-        return run(op, device, *arguments)
+        return run(op, backend, arguments)
 
-    with patch.object(Op, "__call__", recorded):
+    with patch.object(Op, "run", recorded):
         call()
     op, arguments = found[-1]
     return lambda: op.overloads["cuda"](*arguments)

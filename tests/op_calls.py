@@ -12,7 +12,7 @@ import torch
 
 import vstar_ops
 from vstar_ops.ops import OPS
-from vstar_ops.ops._registry import Op
+from vstar_ops.ops._registry import REFUSED, Op
 from vstar_ops.verify.calls import moved
 
 calls: Counter[tuple[str, str]] = Counter()  # backend, op
@@ -22,11 +22,11 @@ interpreted = 0  # Triton kernels since the tests began
 
 def route(monkeypatch: pytest.MonkeyPatch, backend: str, kernel: Callable[[Op], Callable[..., Any]]) -> None:
     """Let ``kernel(op)`` stand in for every op, save for ``use_backend`` inside a test; count launches."""
-    call = Op.__call__
+    run = Op.run
 
-    def routed(op: Op, device: torch.device, *arguments: Any) -> Any:
-        if vstar_ops._backends.active_backend(device) not in (None, backend):
-            return call(op, device, *arguments)
+    def routed(op: Op, asked: str | None, arguments: tuple[Any, ...]) -> Any:
+        if asked not in (None, backend):
+            return run(op, asked, arguments)
         before = launched(backend)
         try:
             return kernel(op)(*arguments)
@@ -34,7 +34,9 @@ def route(monkeypatch: pytest.MonkeyPatch, backend: str, kernel: Callable[[Op], 
             calls[backend, op.name] += 1
             launches[backend, op.name] += launched(backend) - before
 
-    monkeypatch.setattr(Op, "__call__", routed)
+    monkeypatch.setattr(Op, "run", routed)
+    if backend == "triton":  # which leaves all checks to Python
+        monkeypatch.setattr(Op, "attempt", lambda *_: REFUSED)
 
 
 def counts_launches(backend: str) -> bool:

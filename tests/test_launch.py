@@ -83,7 +83,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     monkeypatch.setattr(driver, "_active", Driver())
     monkeypatch.setattr(JITFunction, "_do_compile", compiled)
     monkeypatch.setattr(JITFunction, "run", counted)
-    monkeypatch.setattr(Op, "__call__", lambda op, device, *arguments: op.overloads["triton"](*arguments))
+    monkeypatch.setattr(Op, "run", lambda op, backend, arguments: op.overloads["triton"](*arguments))
     yield made
     for kernel in touched:
         kernel.device_caches.pop(DEVICE, None)

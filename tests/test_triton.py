@@ -208,9 +208,7 @@ def compiled_anew(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any
         launched.append(variant(self, arguments, options))
 
     monkeypatch.setattr(JITFunction, "run", run)  # which remembers no variant
-    monkeypatch.setattr(
-        Op, "__call__", lambda op, device, *arguments: _triton.run(op.name, op.module, *arguments)
-    )
+    monkeypatch.setattr(Op, "run", lambda op, backend, arguments: _triton.run(op.name, op.module, *arguments))
 
     def anew(call: Callable[[], Any]) -> list[str]:
         launched.clear()

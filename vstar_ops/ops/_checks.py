@@ -21,7 +21,7 @@ _validate = os.environ.get("VSTAR_OPS_VALIDATE", "0") not in ("", "0")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS_OR_DOUBLE = (*FLOATS, torch.float64)  # of an argument that Op.double lists
 INTS = (torch.int32, torch.int64)
-_INTEGERS = (*INTS, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (*INTS, torch.int16, torch.int8, torch.uint8)
 _NUMBERS = (int, float)
 _LOWEST = -sys.float_info.max
 
@@ -95,7 +95,7 @@ def check_tokens(
     name: str, value: Any, shape: tuple[int | None, ...], axes: str, device: torch.device | None = None
 ) -> Tensor:
     """Token ids of any integer type, as int32 or int64."""
-    check(name, value, shape, axes, _INTEGERS, device)
+    check(name, value, shape, axes, INTEGERS, device)
     return value if value.dtype in INTS else value.to(torch.int32)
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -52,7 +53,6 @@ _libraries = {
         ("cuda", "vstar_ops_cuda"),
     )
 }
-_PLAIN = frozenset((Tensor, type(None), bool, int, float, str))
 _DYNAMIC = "_dynamic"
 _libraries[None].define("simd_level() -> str")
 _libraries[None].define("poison_outputs(bool enabled) -> ()")
@@ -97,6 +97,7 @@ class Op:
         self.module = reference.__module__.rpartition(".")[2]
         parameters = list(inspect.signature(reference).parameters)
         self.mutates = [parameters.index(name) for name in mutates]
+        self._changed = operator.itemgetter(*self.mutates) if mutates else None
         self.differentiable = differentiable
         self.cuda_backends = cuda_backends
         self.double = [(name, parameters.index(name)) for name in double]
@@ -115,30 +116,33 @@ class Op:
             The result; or :data:`REFUSED` if something else would run, or C++ did not like what it was given.
             Checks in Python then make it right or say what is wrong, before an ordinary call.
         """
-        if is_dynamo_compiling() or validating() or not _PLAIN.issuperset(map(type, arguments)):
+        first = arguments[0]
+        if is_dynamo_compiling() or validating() or type(first) is not Tensor:
             return REFUSED
         if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
             return REFUSED
-        first = arguments[0]
-        if type(first) is not Tensor or (self.double and first.dtype is torch.float64):
+        if self.double and first.dtype is torch.float64:
             return REFUSED
         device = first.device
         backend = active_backend(device)
         if backend != "cuda" and (backend not in (None, "cpu") or device.type not in self.in_cpp):
             return REFUSED
         try:
-            return self(device, *arguments)
+            return self.run(backend, arguments)
         except RuntimeError:
             return REFUSED
 
     def __call__(self, device: torch.device, *arguments: Any) -> Any:
+        return self.run(active_backend(device), arguments)
+
+    def run(self, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+        """Call the op on a backend; None: what the dispatcher chooses, or the reference for float64."""
         compiling, past_python = is_dynamo_compiling(), False
         if self.differentiable or self.mutates:
             transforms = not compiling and torch._C._are_functorch_transforms_active()
             past_python = not (compiling or transforms)
             if self.differentiable and (transforms or forward_ad._current_level >= 0):
                 self._refuse_transforms(arguments, transforms)
-        backend = active_backend(device)
         for name, position in self.double:
             if backend != "reference" and arguments[position].dtype is torch.float64:
                 if backend is not None:
@@ -154,7 +158,7 @@ class Op:
     def _past_python(self, overload: Any, arguments: tuple[Any, ...]) -> Any:
         """Call a dispatcher op past what :func:`_implement` puts in its way in Python, 5 to 8 us per call."""
         if self.mutates:
-            torch.autograd.graph.increment_version([arguments[i] for i in self.mutates])
+            torch.autograd.graph.increment_version(self._changed(arguments))
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 return overload(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):

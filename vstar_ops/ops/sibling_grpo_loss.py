@@ -15,6 +15,7 @@ from ..trie import Trie
 from ._checks import (
     FLOATS,
     FLOATS_OR_DOUBLE,
+    INTEGERS,
     INTS,
     check,
     check_choice,
@@ -247,7 +248,8 @@ def sibling_grpo_loss(
     there = _tokens_there(mask, shape, device)
     chosen = (scale, clip_terms, importance_sampling_level, kl, loss_type)
     for choice, (name, choices) in zip(chosen, _CHOICES):
-        check_choice(name, choice, choices)
+        if choice not in choices:
+            check_choice(name, choice, choices)
     options, weighting = sibling_form(form, weighting)
     advantages = _advantages(sibling_advantage, group_advantage, tokens, rewards, mask, options, scale, logp)
     if normalizer is not None:
@@ -326,22 +328,24 @@ def _advantages(
     if siblings is None:
         if tokens is None:
             raise ValueError("tokens must be given where sibling_advantage is not, got None")
-        check("tokens", tokens, shape, _AXES, (*INTS, torch.int16, torch.int8, torch.uint8), device)
+        check("tokens", tokens, shape, _AXES, INTEGERS, device)
         if scale == "none":
             options = {**options, "scale": scale}
         siblings = _sibling_advantage(tokens, rewards, mask, **options)  # type: ignore[arg-type]
     else:
         check_type("sibling_advantage", siblings, SiblingAdvantage)
+        check("sibling_advantage.advantage", siblings.advantage, shape, _AXES, _ADVANTAGES, device)
+        check("sibling_advantage.valid", siblings.valid, shape, _AXES, (torch.bool,), device)
+        counts = siblings.num_candidates
+        check("sibling_advantage.num_candidates", counts, shape, _AXES, (torch.int32,), device)
     advantage, valid, _, count = siblings
-    check("sibling_advantage.advantage", advantage, shape, _AXES, _ADVANTAGES, device)
-    check("sibling_advantage.valid", valid, shape, _AXES, (torch.bool,), device)
-    check("sibling_advantage.num_candidates", count, shape, _AXES, (torch.int32,), device)
     if group is None:
         check("rewards", rewards, shape[:2], "[B, G]", FLOATS_OR_DOUBLE, device)
         candidates = mask.any(2) if mask is not None and mask.dim() == 3 else mask
         group_scale = "group" if scale == "std" else scale
         group = _group_advantage(rewards, candidates, scale=group_scale)  # type: ignore[arg-type]
-    check("group_advantage", group, shape[:2], "[B, G]", _ADVANTAGES, device)
+    else:
+        check("group_advantage", group, shape[:2], "[B, G]", _ADVANTAGES, device)
     dtype = result_dtype(logp)
     if advantage.dtype is not dtype:
         advantage = advantage.to(dtype)

@@ -123,35 +123,32 @@ class SearchTrees(_Remembered):
             arrays["budget"].fill_(capacity if budget is None else budget)
         return cls(**arrays)
 
-    def check(self) -> None:
-        """Raise where an array's shape, dtype, device or layout is not what the class says.
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        object.__setattr__(self, "_right", None)  # another array is checked
 
-        Of the same arrays as last time only the sizes are looked at, by which kernels address them.
-        """
-        if is_dynamo_compiling():
-            self._check_each()
-            return
-        arrays = _every_array(self)
-        if not self._known() or self._sizes(arrays) != self._right[1]:
-            self._check_each()
-            self._right = arrays, self._sizes(arrays)
-
-    def _known(self) -> bool:
-        """Whether the arrays are those that were found right."""
+    def _checked(self) -> _Right:
+        """The arrays as the ops take them, looked at once: sizes that change later are left to C++."""
         right = getattr(self, "_right", None)
-        return right is not None and all(map(operator.is_, _every_array(self), right[0]))
+        if right is None or is_dynamo_compiling():
+            self.check()
+            lists = [x.shape[-1] for x in (self.child_node, self.leaf_node, self.depth_sum)]
+            arrays = _to_select(self), _to_insert(self), _to_rank(self)
+            right = _Right(self._sizes(), *arrays, self.size.shape[0], self.size.device, *lists)
+            if not is_dynamo_compiling():
+                object.__setattr__(self, "_right", right)
+        return right
 
-    def _check_new(self) -> None:
-        """As :meth:`check`, but of the same arrays as last time the sizes are left to C++."""
-        if is_dynamo_compiling() or not self._known():
+    def _check_sizes(self, right: _Right) -> None:
+        """Check the arrays again if the sizes of one have changed in place."""
+        if self._sizes() != right.sizes:
             self.check()
 
-    def _sizes(self, arrays: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The numbers of entries, and the shapes that a kernel reads."""
-        shapes = self.node.shape, self.child_node.shape, self.leaf_node.shape, self.depth_sum.shape
-        return *shapes, *map(Tensor.numel, arrays)
+    def _sizes(self) -> list[torch.Size]:
+        return [x.shape for x in _every_array(self)]
 
-    def _check_each(self) -> None:
+    def check(self) -> None:
+        """Raise where an array's shape, dtype, device or layout is not what the class says."""
         sizes: dict[str, int] = {}
         device = None
         for name, (dtype, axes, _fill) in _LAYOUT.items():
@@ -168,6 +165,20 @@ class SearchTrees(_Remembered):
 _LAYOUT = {name: hint.__metadata__ for name, hint in get_type_hints(SearchTrees, include_extras=True).items()}
 _AXES = {axes: f"[{', '.join(axes)}]" for _, axes, _ in _LAYOUT.values()}
 _every_array = operator.attrgetter(*_LAYOUT)
+
+
+class _Right(NamedTuple):
+    """What the ops take of trees whose arrays were found right."""
+
+    sizes: list[torch.Size]
+    to_select: tuple[Tensor, ...]
+    to_insert: tuple[Tensor, ...]
+    to_rank: tuple[Tensor, ...]
+    batch: int
+    device: torch.device
+    children: int
+    leaves: int
+    depths: int
 
 
 class SelectedRows(NamedTuple):
@@ -213,9 +224,9 @@ def _arrays(reference_op: Callable[..., Any], prefix: str = "") -> tuple[str, ..
     return tuple(x for x in ("node" if x == "trie_node" else x for x in names) if x in _LAYOUT)
 
 
-_INSERT, _ROWS = _arrays(reference.ved_insert), _arrays(reference.ved_insert, "row_")
-_to_select, _to_insert = operator.attrgetter(*_arrays(reference.ved_select)), operator.attrgetter(*_INSERT)
-_to_rank = operator.attrgetter(*_arrays(reference.ved_candidates))
+_SELECT, _INSERT = _arrays(reference.ved_select), _arrays(reference.ved_insert)
+_ROWS, _CANDIDATES = _arrays(reference.ved_insert, "row_"), _arrays(reference.ved_candidates)
+_to_select, _to_insert, _to_rank = (operator.attrgetter(*x) for x in (_SELECT, _INSERT, _CANDIDATES))
 
 
 def _select_fake(trie_node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
@@ -274,16 +285,16 @@ def ved_select(
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     check_type("trees", trees, SearchTrees)
-    trees._check_new()
+    right = trees._checked()
     exploration = check_finite("exploration", exploration)
     if exploration < 0:
         raise ValueError(f"exploration must be >= 0, got {exploration}")
     traversals, max_idle = check_int("traversals", traversals, 1), check_int("max_idle", max_idle, 0)
-    given = *_to_select(trees), trees.depth_sum.shape[-1] - 1, exploration, traversals, max_idle
+    given = *right.to_select, right.depths - 1, exploration, traversals, max_idle
     found = _select.attempt(*given)
     if found is REFUSED:
-        trees.check()
-        found = _select(trees.node.device, *given)
+        trees._check_sizes(right)
+        found = _select(right.device, *given)
     return SelectedRows(*found)
 
 
@@ -310,14 +321,14 @@ def ved_insert(
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     check_type("trees", trees, SearchTrees)
-    trees._check_new()
+    right = trees._checked()
     check_type("rows", rows, SelectedRows)
     check_type("evaluation", evaluation, NodeEvaluation)
     weights = check_finite("logp_weight", logp_weight), check_finite("entropy_weight", entropy_weight)
     given: tuple[Any, ...] = (*rows, *evaluation)
-    if _insert.attempt(*_to_insert(trees), *given, *weights) is not REFUSED:
+    if _insert.attempt(*right.to_insert, *given, *weights) is not REFUSED:
         return
-    trees.check()  # their sizes, if they have changed
+    trees._check_sizes(right)
     device = trees.node.device
     row = check("rows.node", rows.node, (trees.node.shape[0], None), "[B, P]", (torch.int32,), device).shape
     ends = {(): row, ("C",): (*row, trees.child_node.shape[2]), ("D",): (*row, trees.leaf_node.shape[2])}
@@ -325,7 +336,7 @@ def ved_insert(
         check(name, x, ends[axes[2:]], _AXES[axes].replace("T", "P"), (dtype,), device).contiguous()
         for name, x, (dtype, axes, _) in zip(_ROWS, given, map(_LAYOUT.get, _ROWS), strict=True)
     )
-    _insert(device, *_to_insert(trees), *given, *weights)
+    _insert(device, *right.to_insert, *given, *weights)
 
 
 def ved_candidates(trees: SearchTrees, length: int, k: int, *, logp_weight: float = 0.0) -> LeafCandidates:
@@ -343,11 +354,11 @@ def ved_candidates(trees: SearchTrees, length: int, k: int, *, logp_weight: floa
         TypeError, ValueError: an argument's type, shape, device or value, by name.
     """
     check_type("trees", trees, SearchTrees)
-    trees._check_new()
+    right = trees._checked()
     length, k = check_int("length", length, 1), check_int("k", k, 1)
-    given = *_to_rank(trees), length, k, check_finite("logp_weight", logp_weight)
+    given = *right.to_rank, length, k, check_finite("logp_weight", logp_weight)
     found = _candidates.attempt(*given)
     if found is REFUSED:
-        trees.check()
-        found = _candidates(trees.node.device, *given)
+        trees._check_sizes(right)
+        found = _candidates(right.device, *given)
     return LeafCandidates(*found)

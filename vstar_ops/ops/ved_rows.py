@@ -26,9 +26,9 @@ from ._checks import (
     check_type,
     validating,
 )
-from ._registry import define
+from ._registry import REFUSED, define
 from .expand_topk import ExpandTopK
-from .ved import _AXES, _LAYOUT, NodeEvaluation, SearchTrees, SelectedRows
+from .ved import NodeEvaluation, SearchTrees, SelectedRows
 
 _ROWS = "[B, P]"
 
@@ -110,23 +110,11 @@ def ved_inputs(trees: SearchTrees, trie: Trie, rows: SelectedRows) -> ModelInput
     return ModelInputs(*_inputs(device, slot, trie.token, parent, node))
 
 
-# Arrays of the trees whose last axis says how long lists are, and what check() is told of them.
-_SIZED = [
-    (name, f"trees.{name}", (None,) * len(axes), _AXES[axes], (dtype,))
-    for name, (dtype, axes, _) in _LAYOUT.items()
-    if name in ("child_node", "leaf_node", "depth_sum")
-]
-
-
-def _sizes(trees: SearchTrees) -> list[int]:
-    """Of the last axes of these arrays, which are not empty."""
-    sizes = []
-    for name, label, shape, axes, dtypes in _SIZED:
-        *_, size = given = check(label, getattr(trees, name), shape, axes, dtypes).shape
-        if size == 0:
-            raise ValueError(f"{label} must have at least one place in its last axis, got {tuple(given)}")
-        sizes.append(size)
-    return sizes
+def _no_room(trees: SearchTrees) -> None:
+    for name in ("child_node", "leaf_node", "depth_sum"):
+        given = tuple(getattr(trees, name).shape)
+        if given[-1] == 0:
+            raise ValueError(f"trees.{name} must have at least one place in its last axis, got {given}")
 
 
 def ved_evaluate(
@@ -186,22 +174,15 @@ def ved_evaluate(
     """
     check_type("trees", trees, SearchTrees)
     check_type("rows", rows, SelectedRows)
-    size = check("trees.size", trees.size, (None,), "[B]", (torch.int32,))
-    (batch,), device = size.shape, size.device
-    children, leaves, levels = _sizes(trees)
-    levels -= 1
+    right = trees._checked()
+    batch, device, levels = right.batch, right.device, right.depths - 1
+    if not (right.children and right.leaves and right.depths):
+        _no_room(trees)
     _, number, columns = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device).shape
     shape = batch, number
     check_trie(trie, columns, device)
     check_alive(trie, batch)
-    node = check("rows.node", rows.node, shape, _ROWS, (torch.int32,), device)
-    logp = check("rows.logp", rows.logp, shape, _ROWS, (torch.float32,), device)
     check("slot", slot, shape, _ROWS, (torch.int64,), device)
-    check("seeds", seeds, (batch,), "[B]", (torch.int64,), device)
-    if value is not None:
-        check("value", value, shape, _ROWS, FLOATS, device)
-    if child_value is not None:
-        check("child_value", child_value, logits.shape, "[B, P, V]", FLOATS, device)
     if normalize not in ("legal", "vocab"):
         raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
     value_weight = check_finite("value_weight", value_weight)
@@ -209,17 +190,27 @@ def ved_evaluate(
         check_finite("logp_weight", logp_weight),
         check_positive("temperature", temperature),
     )
-    if validating():
-        check_nodes(node, trie)
     if levels > trie.length:
         raise ValueError(f"trees must have at most the trie's {trie.length} levels, got {levels}")
     first_of_level = trie.level_offset
-    lists = _evaluate(
-        device, logits, trie.offset, trie.token, trie.alive, trie._only_leaf if skip_forced else None, node,
-        logp, value, child_value, seeds, children, leaves, value_weight,
+    given = (
+        logits, trie.offset, trie.token, trie.alive, trie._only_leaf if skip_forced else None, rows.node,
+        rows.logp, value, child_value, seeds, right.children, right.leaves, value_weight,
         value_weight or 1.0, logp_weight, temperature, normalize == "vocab", trie.max_children,
         first_of_level[levels], first_of_level[-2], expand_root,
     )  # fmt: skip
+    lists = _evaluate.attempt(*given)
+    if lists is REFUSED:
+        node = check("rows.node", rows.node, shape, _ROWS, (torch.int32,), device)
+        check("rows.logp", rows.logp, shape, _ROWS, (torch.float32,), device)
+        check("seeds", seeds, (batch,), "[B]", (torch.int64,), device)
+        if value is not None:
+            check("value", value, shape, _ROWS, FLOATS, device)
+        if child_value is not None:
+            check("child_value", child_value, logits.shape, "[B, P, V]", FLOATS, device)
+        if validating():
+            check_nodes(node, trie)
+        lists = _evaluate(device, *given)
     return NodeEvaluation(slot, *lists)
 
 
