@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cuda_emulator
 import op_calls
 import pytest
 import torch
+from conftest import BACKENDS
 from helpers import Ops, assert_same, check_every_float16, map_tensors, op_arguments, steps, tensors
 
 import vstar_ops
@@ -224,13 +226,13 @@ def test_what_goes_to_a_gpu_keeps_its_strides(monkeypatch):
 
 # Functions that the host may run in a call: what its checks cost on any machine.
 STEPS = {
-    "expand_topk": 36, "filter_items": 51, "group_advantage": 24, "sibling_advantage": 34,
-    "prefix_returns": 47, "prefix_tree": 22, "advance_beams": 34, "rows_to_run": 34, "draw_children": 34,
-    "distinct_rows": 26, "token_logp": 42, "sibling_grpo_loss": 118, "ved_select": 48, "ved_insert": 72,
-    "ved_candidates": 36, "ved_inputs": 34, "ved_evaluate": 70, "ved_beams": 50,
+    "expand_topk": 36, "filter_items": 51, "group_advantage": 24, "sibling_advantage": 33,
+    "prefix_returns": 50, "prefix_tree": 22, "advance_beams": 33, "rows_to_run": 34, "draw_children": 33,
+    "distinct_rows": 26, "token_logp": 24, "sibling_grpo_loss": 95, "ved_select": 35, "ved_insert": 32,
+    "ved_candidates": 30, "ved_inputs": 36, "ved_evaluate": 42, "ved_beams": 36,
 }  # fmt: skip
-RECORDED = {"token_logp": 82, "sibling_grpo_loss": 190}  # where a gradient is asked for
-OTHER_OPS = {"token_logp": 4, "sibling_grpo_loss": 3}  # views of [N, V] as [B, W, V]; advantages, terms
+RECORDED = {"token_logp": 60, "sibling_grpo_loss": 156}  # where a gradient is asked for
+OTHER_OPS = {"sibling_grpo_loss": 3}  # advantages, terms
 PUBLIC = [x for x in CASES if x != "token_logp_backward"]
 
 
@@ -261,12 +263,45 @@ def test_a_call_is_one_op(cpu, op):
     assert len(ops.names) == 1 + OTHER_OPS.get(op, 0)
 
 
-def test_rows_of_requests_are_read_without_views(cpu):
-    """``token_logp`` of [B, W, V] and [B, W, T]."""
-    logits, targets = torch.randn(2, 3, 9), torch.zeros(2, 3, 1, dtype=torch.int64)
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("targets", [(), (4,)])
+def test_rows_are_read_without_views(cpu, rows, targets):
+    """``token_logp`` of [V], [N, V] and [B, W, V], of one target or several."""
+    logits, targets = torch.randn(*rows, 9), torch.zeros((*rows, *targets), dtype=torch.int64)
     with Ops() as ops:
         vstar_ops.token_logp(logits, targets)
     assert ops.names == ["vstar_ops::token_logp"]
+
+
+# What C++ is asked first looks at all tensors itself, but for those of the trie. Axes of any size, from the last:
+ASKED = {"token_logp": {"logits -1", "targets -1"}, "ved_evaluate": {"logits -1"}, "ved_beams": {"above -1"}}
+ASKED |= {"ved_select": set(), "ved_insert": set(), "ved_candidates": set()}
+OF_THE_TRIE = {"offset", "token", "alive", "only_leaf"}
+
+
+@pytest.mark.parametrize(
+    ("op", "label"), [pytest.param(op, label, id=f"{op}-{label}") for op in ASKED for label in CASES[op]]
+)
+@pytest.mark.parametrize("module", [x for x in BACKENDS if x in ("cpu", "emulated")])
+def test_what_is_not_checked_in_python_is_refused(module, op, label):
+    """Another size, number of axes, dtype or device of any tensor is an error of the op itself."""
+    if module == "emulated":
+        cuda_emulator.load()
+    overload = OPS[op].overloads["cpu" if module == "cpu" else "cuda"]
+    given = op_arguments(op, case(op, label))
+    for i, x in enumerate(given):
+        name = overload._schema.arguments[i].name
+        if not isinstance(x, torch.Tensor) or name in OF_THE_TRIE:
+            continue
+        wrong = [x[None], x.to(torch.int16), x.to("meta")]
+        wrong += [
+            x.narrow(axis, 0, size - 1).contiguous()
+            for axis, size in enumerate(x.shape)
+            if f"{name} {axis - x.dim()}" not in ASKED[op]
+        ]
+        for other in wrong:
+            with pytest.raises(RuntimeError, match="argument|one device|sums of one more|must be int32"):
+                overload(*given[:i], other, *given[i + 1 :])
 
 
 @pytest.mark.parametrize(("op", "label"), COMPILED)

@@ -700,8 +700,14 @@ def test_errors_of_the_ops():
         ved_insert(trees, rows, evaluation)
 
 
-def test_trees_that_changed_are_checked_again():
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_trees_that_changed_are_checked_again(name):
     """What was found right is not looked at again, unless it is another tensor or has another shape."""
+    with vstar_ops.use_backend(name):
+        _change_trees()
+
+
+def _change_trees():
     trees = SearchTrees.empty(2, 5, 3, children=2, leaves=2)
     for other in (torch.zeros(2, 4), torch.zeros(2, 5).double(), torch.zeros(5, 2).t(), [0.0]):
         value = trees.value

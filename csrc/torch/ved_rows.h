@@ -5,6 +5,12 @@
 
 namespace vstar {
 
+// Views that take int64 too.
+template <class... View>
+void must_be_int32(const View&... view) {
+  STD_TORCH_CHECK((!view.wide && ...), "nodes and parents must be int32");
+}
+
 template <class Device>
 void ved_inputs(Call<Device>& call) {
   VedInputsArgs a{};
@@ -27,6 +33,7 @@ void ved_evaluate(Call<Device>& call) {
       by_column(a.logits), a.trie, optional(a.only_leaf), by_row(a.node), by_row(a.logp), optional(by_row(a.value)),
       optional(by_column(a.child_value)), sized(a.seed, &a.batch), a.children, a.leaves, a.value_weight, a.child_weight, a.logp_weight, temperature,
       a.vocab, a.max_children, a.first_closed, a.first_leaf, a.expand_root);
+  must_be_int32(a.node);
   a.inv_temperature = inverse_of(temperature);
   call.output(a.out_value, {a.batch, a.rows});
   call.output(a.out_entropy, {a.batch, a.rows});
@@ -49,6 +56,7 @@ void ved_beams(Call<Device>& call) {
       optional(list(a.others.node, a.others)), optional(list(a.others.parent, a.others)),
       optional(list(a.others.logp, a.others)), optional(a.only_leaf), sized(a.above, &a.batch, &a.rows),
       sized(a.tree_size, &a.batch), a.width);
+  must_be_int32(a.first.node, a.first.parent, a.others.node, a.others.parent, a.above);
   call.output(a.out_node, {a.batch, a.width});
   call.output(a.out_parent, {a.batch, a.width});
   call.output(a.out_logp, {a.batch, a.width});

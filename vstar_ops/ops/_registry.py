@@ -40,7 +40,7 @@ from .._backends import active_backend, backends, turn_off
 from ._checks import as_tensor, validating, varies
 
 OPS: dict[str, Op] = {}
-REFUSED = object()  # what Op.attempt() returns in place of a result
+REFUSED: Any = object()  # what Op.attempt() returns in place of a result
 
 _log = logging.getLogger("vstar_ops")
 _passed_over: set[tuple[str, str]] = set()  # op, backend
@@ -97,7 +97,7 @@ class Op:
         self.module = reference.__module__.rpartition(".")[2]
         parameters = list(inspect.signature(reference).parameters)
         self.mutates = [parameters.index(name) for name in mutates]
-        self._changed = operator.itemgetter(*self.mutates) if mutates else None
+        self._changed: Any = operator.itemgetter(*self.mutates) if mutates else None
         self.differentiable = differentiable
         self.cuda_backends = cuda_backends
         self.double = [(name, parameters.index(name)) for name in double]
@@ -110,11 +110,13 @@ class Op:
         return {"cpu"} if backends()["cpu"].available else set()
 
     def attempt(self, *arguments: Any) -> Any:
-        """Call the op where C++ runs it, which looks at shapes, dtypes and devices by itself, 20 times as fast.
+        """Call the op where C++ runs it, whose own look at sizes, dtypes and devices costs nearly nothing.
+
+        Only for ops whose ``csrc/torch`` header compares all tensors that the function does not check.
 
         Returns:
-            The result; or :data:`REFUSED` if something else would run, or C++ did not like what it was given.
-            Checks in Python then make it right or say what is wrong, before an ordinary call.
+            The result; or :data:`REFUSED` if something else would run, or the call has failed. Checks in
+            Python then make the arguments right or say what is wrong, before an ordinary call.
         """
         first = arguments[0]
         if is_dynamo_compiling() or validating() or type(first) is not Tensor:

@@ -12,8 +12,7 @@ threads. Statistics are float64 over float32 data.
 from __future__ import annotations
 
 import inspect
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -133,7 +132,7 @@ class SearchTrees(_Remembered):
         if right is None or is_dynamo_compiling():
             self.check()
             lists = [x.shape[-1] for x in (self.child_node, self.leaf_node, self.depth_sum)]
-            arrays = _to_select(self), _to_insert(self), _to_rank(self)
+            arrays = self._arrays(_SELECT), self._arrays(_INSERT), self._arrays(_CANDIDATES)
             right = _Right(self._sizes(), *arrays, self.size.shape[0], self.size.device, *lists)
             if not is_dynamo_compiling():
                 object.__setattr__(self, "_right", right)
@@ -144,8 +143,11 @@ class SearchTrees(_Remembered):
         if self._sizes() != right.sizes:
             self.check()
 
+    def _arrays(self, names: Iterable[str]) -> tuple[Tensor, ...]:
+        return tuple([getattr(self, name) for name in names])
+
     def _sizes(self) -> list[torch.Size]:
-        return [x.shape for x in _every_array(self)]
+        return [x.shape for x in self._arrays(_LAYOUT)]
 
     def check(self) -> None:
         """Raise where an array's shape, dtype, device or layout is not what the class says."""
@@ -156,6 +158,9 @@ class SearchTrees(_Remembered):
             check(f"trees.{name}", array, shape, _AXES[axes], (dtype,), device)
             if not array.is_contiguous():
                 raise ValueError(f"trees.{name} must be contiguous, got strides {array.stride()}")
+            if axes in (_CHILD, _LEAF, _DEPTH) and array.shape[-1] == 0:
+                given = tuple(array.shape)
+                raise ValueError(f"trees.{name} must have at least one place in its last axis, got {given}")
             if None in shape:
                 sizes.update(zip(axes, array.shape))
                 device = array.device
@@ -164,7 +169,6 @@ class SearchTrees(_Remembered):
 # Array of SearchTrees -> dtype, axes, and what it holds in a tree without nodes.
 _LAYOUT = {name: hint.__metadata__ for name, hint in get_type_hints(SearchTrees, include_extras=True).items()}
 _AXES = {axes: f"[{', '.join(axes)}]" for _, axes, _ in _LAYOUT.values()}
-_every_array = operator.attrgetter(*_LAYOUT)
 
 
 class _Right(NamedTuple):
@@ -226,7 +230,6 @@ def _arrays(reference_op: Callable[..., Any], prefix: str = "") -> tuple[str, ..
 
 _SELECT, _INSERT = _arrays(reference.ved_select), _arrays(reference.ved_insert)
 _ROWS, _CANDIDATES = _arrays(reference.ved_insert, "row_"), _arrays(reference.ved_candidates)
-_to_select, _to_insert, _to_rank = (operator.attrgetter(*x) for x in (_SELECT, _INSERT, _CANDIDATES))
 
 
 def _select_fake(trie_node: Tensor, *arguments: object) -> tuple[Tensor, ...]:
@@ -334,7 +337,7 @@ def ved_insert(
     ends = {(): row, ("C",): (*row, trees.child_node.shape[2]), ("D",): (*row, trees.leaf_node.shape[2])}
     given = tuple(
         check(name, x, ends[axes[2:]], _AXES[axes].replace("T", "P"), (dtype,), device).contiguous()
-        for name, x, (dtype, axes, _) in zip(_ROWS, given, map(_LAYOUT.get, _ROWS), strict=True)
+        for name, x, (dtype, axes, _) in zip(_ROWS, given, map(_LAYOUT.__getitem__, _ROWS), strict=True)
     )
     _insert(device, *right.to_insert, *given, *weights)
 

@@ -110,13 +110,6 @@ def ved_inputs(trees: SearchTrees, trie: Trie, rows: SelectedRows) -> ModelInput
     return ModelInputs(*_inputs(device, slot, trie.token, parent, node))
 
 
-def _no_room(trees: SearchTrees) -> None:
-    for name in ("child_node", "leaf_node", "depth_sum"):
-        given = tuple(getattr(trees, name).shape)
-        if given[-1] == 0:
-            raise ValueError(f"trees.{name} must have at least one place in its last axis, got {given}")
-
-
 def ved_evaluate(
     trees: SearchTrees,
     trie: Trie,
@@ -176,8 +169,6 @@ def ved_evaluate(
     check_type("rows", rows, SelectedRows)
     right = trees._checked()
     batch, device, levels = right.batch, right.device, right.depths - 1
-    if not (right.children and right.leaves and right.depths):
-        _no_room(trees)
     _, number, columns = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device).shape
     shape = batch, number
     check_trie(trie, columns, device)
@@ -214,12 +205,11 @@ def ved_evaluate(
     return NodeEvaluation(slot, *lists)
 
 
-def _list(name: str, found: ExpandTopK, batch: int, device: torch.device) -> list[Tensor]:
+def _check_list(name: str, found: ExpandTopK, batch: int, device: torch.device) -> None:
     """What :func:`ved_beams` reads of a list, all of one shape."""
-    check_type(name, found, ExpandTopK)
     node = check(f"{name}.node", found.node, (batch, None), "[B, K]", (torch.int32,), device)
-    parent = check(f"{name}.parent", found.parent, node.shape, "[B, K]", (torch.int32,), device)
-    return [node, parent, check(f"{name}.logp", found.logp, node.shape, "[B, K]", (torch.float32,), device)]
+    check(f"{name}.parent", found.parent, node.shape, "[B, K]", (torch.int32,), device)
+    check(f"{name}.logp", found.logp, node.shape, "[B, K]", (torch.float32,), device)
 
 
 def ved_beams(
@@ -253,14 +243,23 @@ def ved_beams(
     """
     check_type("trees", trees, SearchTrees)
     check_type("rows", rows, SelectedRows)
-    size = check("trees.size", trees.size, (None,), "[B]", (torch.int32,)).contiguous()
-    batch, device = size.shape[0], size.device
+    check_type("first", first, ExpandTopK)
+    if others is not None:
+        check_type("others", others, ExpandTopK)
     check_int("width", width, 1)
     num_first = width if num_first is None else check_int("num_first", num_first, 0)
-    node = check("rows.node", rows.node, (batch, None), _ROWS, (torch.int32,), device)
-    check_trie(trie, None, device)
-    beams = _list("first", first, batch, device)
-    further = (None, None, None) if others is None else _list("others", others, batch, device)
+    size = check("trees.size", trees.size, (None,), "[B]", (torch.int32,)).contiguous()
+    check_trie(trie, None, size.device)
+    further = (None, None, None) if others is None else (others.node, others.parent, others.logp)
     only_leaf = trie._only_leaf if skip_forced else None
-    node, parent, logp = _beams(device, *beams, num_first, *further, only_leaf, node, size, width)
+    given = first.node, first.parent, first.logp, num_first, *further, only_leaf, rows.node, size, width
+    found = _beams.attempt(*given)
+    if found is REFUSED:
+        batch, device = size.shape[0], size.device
+        check("rows.node", rows.node, (batch, None), _ROWS, (torch.int32,), device)
+        _check_list("first", first, batch, device)
+        if others is not None:
+            _check_list("others", others, batch, device)
+        found = _beams(device, *given)
+    node, parent, logp = found
     return SelectedRows(parent, node, logp)

@@ -26,9 +26,9 @@ def token_logp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The dispatcher's signature; see :func:`vstar_ops.token_logp`.
 
-    ``logits`` ``[B, W, V]``, ``[B, V]`` or ``[V]``, ``targets`` with or without a last axis ``T``. After ``logp``
-    and ``entropy`` come the two numbers a row from which the gradient finds all probabilities again: the largest
-    logit ``top`` and ``log_mass``, :math:`\\log p_v = (z_v - top) / \\tau - log\\_mass`.
+    ``logits`` ``[B, W, V]``, ``[B, V]`` or ``[V]``, ``targets`` with or without a last axis ``T``. After
+    ``logp`` and ``entropy`` come the two numbers a row from which the gradient finds all probabilities again:
+    the largest logit ``top`` and ``log_mass``, :math:`\\log p_v = (z_v - top) / \\tau - log\\_mass`.
     """
     rows, shape = logits.shape[:-1], targets.shape
     logits, targets, node = as_table(logits, rows), as_table(targets, rows, last=True), as_table(node, rows)
@@ -101,7 +101,7 @@ def token_logp_backward(
 
 
 def as_table(x: Any, rows: Sequence[int], *, last: bool = False) -> Any:
-    """``[*rows]`` or ``[*rows, V or T]`` as ``[B, W]`` or ``[B, W, V or T]``: one row per request, or one in all.
+    """``[*rows]`` or ``[*rows, n]`` as ``[B, W]`` or ``[B, W, n]``: one row per request, or one in all.
 
     With ``last`` the last axis is made where there is none.
     """
