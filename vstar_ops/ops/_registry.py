@@ -125,9 +125,9 @@ class Op:
             return REFUSED
         if self.double and first.dtype is torch.float64:
             return REFUSED
-        device = first.device
-        backend = active_backend(device)
-        if backend != "cuda" and (backend not in (None, "cpu") or device.type not in self.in_cpp):
+        backend = active_backend(first.device)
+        kind = "cpu" if first.is_cpu else "cuda" if first.is_cuda else ""  # a device makes its type anew
+        if backend != "cuda" and (backend not in (None, "cpu") or kind not in self.in_cpp):
             return REFUSED
         try:
             return self.run(backend, arguments)
@@ -160,9 +160,10 @@ class Op:
     def _past_python(self, overload: Any, arguments: tuple[Any, ...]) -> Any:
         """Call a dispatcher op past what :func:`_implement` puts in its way in Python, 5 to 8 us per call."""
         if self.mutates:
-            torch.autograd.graph.increment_version(self._changed(arguments))
             with torch._C._AutoDispatchBelowADInplaceOrView():
-                return overload(*arguments)
+                result = overload(*arguments)
+            torch.autograd.graph.increment_version(self._changed(arguments))  # not of what is refused
+            return result
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return overload(*arguments)
         with torch._C._AutoDispatchBelowAutograd():

@@ -126,19 +126,19 @@ class SearchTrees(_Remembered):
         object.__setattr__(self, name, value)
         object.__setattr__(self, "_right", None)  # another array is checked
 
-    def _checked(self) -> _Right:
+    def _checked(self) -> Right:
         """The arrays as the ops take them, looked at once: sizes that change later are left to C++."""
         right = getattr(self, "_right", None)
         if right is None or is_dynamo_compiling():
             self.check()
             lists = [x.shape[-1] for x in (self.child_node, self.leaf_node, self.depth_sum)]
             arrays = self._arrays(_SELECT), self._arrays(_INSERT), self._arrays(_CANDIDATES)
-            right = _Right(self._sizes(), *arrays, self.size.shape[0], self.size.device, *lists)
+            right = Right(self._sizes(), *arrays, self.size.shape[0], self.size.device, *lists)
             if not is_dynamo_compiling():
                 object.__setattr__(self, "_right", right)
         return right
 
-    def _check_sizes(self, right: _Right) -> None:
+    def _check_sizes(self, right: Right) -> None:
         """Check the arrays again if the sizes of one have changed in place."""
         if self._sizes() != right.sizes:
             self.check()
@@ -171,7 +171,7 @@ _LAYOUT = {name: hint.__metadata__ for name, hint in get_type_hints(SearchTrees,
 _AXES = {axes: f"[{', '.join(axes)}]" for _, axes, _ in _LAYOUT.values()}
 
 
-class _Right(NamedTuple):
+class Right(NamedTuple):
     """What the ops take of trees whose arrays were found right."""
 
     sizes: list[torch.Size]

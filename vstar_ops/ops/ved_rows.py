@@ -28,7 +28,7 @@ from ._checks import (
 )
 from ._registry import REFUSED, define
 from .expand_topk import ExpandTopK
-from .ved import NodeEvaluation, SearchTrees, SelectedRows
+from .ved import NodeEvaluation, Right, SearchTrees, SelectedRows
 
 _ROWS = "[B, P]"
 
@@ -167,20 +167,15 @@ def ved_evaluate(
     """
     check_type("trees", trees, SearchTrees)
     check_type("rows", rows, SelectedRows)
+    check_type("trie", trie, Trie)
     right = trees._checked()
-    batch, device, levels = right.batch, right.device, right.depths - 1
-    _, number, columns = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device).shape
-    shape = batch, number
-    check_trie(trie, columns, device)
-    check_alive(trie, batch)
-    check("slot", slot, shape, _ROWS, (torch.int64,), device)
+    levels = right.depths - 1
+    check_alive(trie, right.batch)
     if normalize not in ("legal", "vocab"):
         raise ValueError(f"normalize must be 'legal' or 'vocab', got {normalize!r}")
     value_weight = check_finite("value_weight", value_weight)
-    logp_weight, temperature = (
-        check_finite("logp_weight", logp_weight),
-        check_positive("temperature", temperature),
-    )
+    logp_weight = check_finite("logp_weight", logp_weight)
+    temperature = check_positive("temperature", temperature)
     if levels > trie.length:
         raise ValueError(f"trees must have at most the trie's {trie.length} levels, got {levels}")
     first_of_level = trie.level_offset
@@ -191,18 +186,36 @@ def ved_evaluate(
         first_of_level[levels], first_of_level[-2], expand_root,
     )  # fmt: skip
     lists = _evaluate.attempt(*given)
-    if lists is REFUSED:
-        node = check("rows.node", rows.node, shape, _ROWS, (torch.int32,), device)
-        check("rows.logp", rows.logp, shape, _ROWS, (torch.float32,), device)
-        check("seeds", seeds, (batch,), "[B]", (torch.int64,), device)
-        if value is not None:
-            check("value", value, shape, _ROWS, FLOATS, device)
-        if child_value is not None:
-            check("child_value", child_value, logits.shape, "[B, P, V]", FLOATS, device)
-        if validating():
-            check_nodes(node, trie)
-        lists = _evaluate(device, *given)
+    if lists is REFUSED or logits.shape[0] != right.batch or logits.shape[2] <= trie.max_token:
+        _check_evaluated(right, trie, rows, logits, seeds, value, child_value)
+        lists = _evaluate(right.device, *given)
+    check("slot", slot, lists[0].shape, _ROWS, (torch.int64,), right.device)
     return NodeEvaluation(slot, *lists)
+
+
+def _check_evaluated(
+    right: Right,
+    trie: Trie,
+    rows: SelectedRows,
+    logits: Tensor,
+    seeds: Tensor,
+    value: Tensor | None,
+    child_value: Tensor | None,
+) -> None:
+    """The tensors of :func:`ved_evaluate` that C++ looks at by itself."""
+    batch, device = right.batch, right.device
+    _, number, columns = check("logits", logits, (batch, None, None), "[B, P, V]", FLOATS, device).shape
+    shape = batch, number
+    check_trie(trie, columns, device)
+    node = check("rows.node", rows.node, shape, _ROWS, (torch.int32,), device)
+    check("rows.logp", rows.logp, shape, _ROWS, (torch.float32,), device)
+    check("seeds", seeds, (batch,), "[B]", (torch.int64,), device)
+    if value is not None:
+        check("value", value, shape, _ROWS, FLOATS, device)
+    if child_value is not None:
+        check("child_value", child_value, logits.shape, "[B, P, V]", FLOATS, device)
+    if validating():
+        check_nodes(node, trie)
 
 
 def _check_list(name: str, found: ExpandTopK, batch: int, device: torch.device) -> None:
