@@ -273,7 +273,7 @@ def test_rows_are_read_without_views(cpu, rows, targets):
     assert ops.names == ["vstar_ops::token_logp"]
 
 
-# Where C++ is asked first it looks at all tensors but those of the trie. Axes that have any size, from the last:
+# Where C++ is asked first it looks at all tensors but those of the trie. Axes of any size, from the last one:
 ASKED = {"token_logp": {"logits -1", "targets -1"}, "ved_evaluate": {"logits -1"}, "ved_beams": {"above -1"}}
 ASKED |= {"ved_select": set(), "ved_insert": set(), "ved_candidates": set()}
 OF_THE_TRIE = {"offset", "token", "alive", "only_leaf"}

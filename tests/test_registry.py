@@ -224,6 +224,18 @@ def test_double_backward_is_refused(backend):
                 second()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_call_is_recorded_for_its_first_input(backend):
+    """Not for others that ask for a gradient, of which there is none."""
+    logp, other = torch.zeros(1, 3, 2), torch.zeros(1, 3, 2, requires_grad=True)
+    tokens, rewards = torch.tensor([[[1, 5], [1, 6], [2, 5]]]), torch.rand(1, 3, requires_grad=True)
+    with vstar_ops.use_backend(backend):
+        for options in ({}, {"old_logp": other, "ref_logp": other}):
+            for x in (logp, other):
+                loss = vstar_ops.sibling_grpo_loss(x, tokens, rewards, **options).loss
+                assert loss.requires_grad == (x is other)
+
+
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_an_op_changes_has_a_new_version(backend, direct):

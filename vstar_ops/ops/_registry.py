@@ -164,7 +164,7 @@ class Op:
                 result = overload(*arguments)
             torch.autograd.graph.increment_version(self._changed(arguments))  # not of what is refused
             return result
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if torch.is_grad_enabled() and arguments[0].requires_grad:
             return overload(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*arguments)
@@ -187,7 +187,7 @@ class Op:
 
 
 class Gradient(NamedTuple):
-    """How an op is differentiated, once.
+    """How an op is differentiated, once and by its first input.
 
     Attributes:
         op: computes the gradient, on the backend that computed the result. None if ``backward`` needs no op.
@@ -371,7 +371,7 @@ def _differentiable(
     function: Any = type(overload._opname, (torch.autograd.Function,), methods)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if torch.is_grad_enabled() and arguments[0].requires_grad:
             return function.apply(*arguments, keyset)
         return run(keyset, arguments)
 
