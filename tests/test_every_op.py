@@ -293,15 +293,17 @@ def test_what_is_not_checked_in_python_is_refused(module, op, label):
         name = overload._schema.arguments[i].name
         if not isinstance(x, torch.Tensor) or name in OF_THE_TRIE:
             continue
-        wrong = [x[None], x.to(torch.int16), x.to("meta")]
+        wrong = [x[None].clone(), x.to(torch.int16), x.to("meta")]
         wrong += [
-            x.narrow(axis, 0, size - 1).contiguous()
+            x.narrow(axis, 0, size - 1).clone()
             for axis, size in enumerate(x.shape)
             if f"{name} {axis - x.dim()}" not in ASKED[op]
         ]
         for other in wrong:
             with pytest.raises(RuntimeError, match="argument|one device|sums of one more|must be int32"):
                 overload(*given[:i], other, *given[i + 1 :])
+    kept = {x._use_count() for x in tensors(given)}
+    assert kept == {1}, "a refused call has kept a tensor"
 
 
 @pytest.mark.parametrize(("op", "label"), COMPILED)

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <initializer_list>
 #include <map>
 #include <optional>
@@ -84,7 +85,8 @@ class Tensor {
     Sizes sizes{};
     sizes.dim = dim();
     STD_TORCH_CHECK(
-        sizes.dim <= Sizes::kMaxDim, "argument ", position_, " must have at most ", Sizes::kMaxDim, " dimensions, got ", sizes.dim);
+        sizes.dim <= Sizes::kMaxDim, "argument ", position_, " must have at most ", Sizes::kMaxDim, " dimensions, got ",
+        sizes.dim);
     std::copy_n(get<int64_t*>(aoti_torch_get_sizes), sizes.dim, sizes.size);
     return sizes;
   }
@@ -234,17 +236,24 @@ class Call {
   Call(StableIValue* stack, uint64_t inputs, uint64_t outputs)
       : stack_(stack), num_inputs_(inputs), num_outputs_(outputs) {}
 
-  // Read all arguments, in the order of the schema.
+  // Read all arguments, in the order of the schema. A wrong one is told when all are read: what is not read is not freed.
   template <class... Fields>
   void inputs(Fields&&... fields) {
-    (read(fields), ...);
+    (try_read(fields), ...);
+    if (failure_) std::rethrow_exception(failure_);
+    for (uint64_t i = 0; i < tensors_; ++i) {
+      const Tensor& tensor = tensor_[i];
+      STD_TORCH_CHECK(
+          !tensor || (tensor.device_type() == Device::type() && tensor.device_index() == device_index_), "argument ",
+          tensor.position(), " must be on the device of the other tensors");
+    }
     STD_TORCH_CHECK(inputs_ == num_inputs_, "the schema has ", num_inputs_, " arguments, the kernel ", inputs_);
   }
 
   // Rows of tables are those of this argument, counted from 0, where it is not the first of them.
   void rows_of(uint64_t argument) {
     Tensor table(torch::stable::detail::to<AtenTensorHandle>(stack_[argument]), argument + 1);
-    leading_ = table.sizes().dim - 1;
+    leading_ = table.dim() - 1;
     table.release();  // it is read with the others
   }
 
@@ -288,17 +297,21 @@ class Call {
     const AtenTensorHandle handle =
         is_optional ? next<std::optional<AtenTensorHandle>>().value_or(nullptr) : next<AtenTensorHandle>();
     tensor = Tensor(handle, inputs_);
-    if (!tensor) return tensor;
-    if (!device_) {
+    if (tensor && !device_) {
       device_.emplace(tensor);
       device_index_ = tensor.device_index();
     }
-    STD_TORCH_CHECK(
-        tensor.device_type() == Device::type() && tensor.device_index() == device_index_,
-        "argument ", inputs_, " must be on the device of the other tensors");
     return tensor;
   }
 
+  template <class Field>
+  void try_read(Field& field) {
+    try {
+      read(field);
+    } catch (...) {
+      if (!failure_) failure_ = std::current_exception();
+    }
+  }
   void read(std::string& text) { text = next<std::string>(); }
   void read(float& number) { number = float(next<double>()); }
   void read(TrieView& trie) { read_trie(trie, false); }
@@ -379,7 +392,9 @@ class Call {
     alive.read(trie.alive);
     const Sizes rows = alive.sizes();
     const int64_t words = rows.size[1];
-    STD_TORCH_CHECK(rows.dim == 2 && words > (trie.num_nodes + 31) / 32, "alive must have a bit per node and a word more, got ", words, " words");
+    STD_TORCH_CHECK(
+        rows.dim == 2 && words > (trie.num_nodes + 31) / 32, "alive must have a bit per node and a word more, got ", words,
+        " words");
     trie.alive_stride = rows.size[0] == 1 ? 0 : words;
   }
 
@@ -399,6 +414,7 @@ class Call {
   int64_t leading_ = -1;  // dimensions before the last one of a table of rows
   std::optional<Device> device_;
   int32_t device_index_ = 0;
+  std::exception_ptr failure_;
 };
 
 // ---------------------------------------------------------------- registration

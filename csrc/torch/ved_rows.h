@@ -31,8 +31,8 @@ void ved_evaluate(Call<Device>& call) {
   const auto by_column = [&](auto& array) { return sized(array, &a.batch, &a.rows, &a.columns); };
   call.inputs(
       by_column(a.logits), a.trie, optional(a.only_leaf), by_row(a.node), by_row(a.logp), optional(by_row(a.value)),
-      optional(by_column(a.child_value)), sized(a.seed, &a.batch), a.children, a.leaves, a.value_weight, a.child_weight, a.logp_weight, temperature,
-      a.vocab, a.max_children, a.first_closed, a.first_leaf, a.expand_root);
+      optional(by_column(a.child_value)), sized(a.seed, &a.batch), a.children, a.leaves, a.value_weight, a.child_weight,
+      a.logp_weight, temperature, a.vocab, a.max_children, a.first_closed, a.first_leaf, a.expand_root);
   must_be_int32(a.node);
   a.inv_temperature = inverse_of(temperature);
   call.output(a.out_value, {a.batch, a.rows});
