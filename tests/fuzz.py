@@ -91,9 +91,11 @@ def damaged(rng: np.random.Generator, x: Any) -> Any:
         return float(rng.choice(FLOATS))
     chosen, seen = rng.random(), Counter[str]()
 
-    def one(tensor: Tensor) -> Tensor:
+    def one(tensor: Tensor) -> Any:
         seen["tensors"] += 1
-        return damaged(rng, tensor) if rng.random() < max(chosen, 0.1) else tensor
+        if rng.random() >= max(chosen, 0.1):
+            return tensor
+        return None if rng.random() < 0.1 else damaged(rng, tensor)
 
     return map_tensors(one, x)
 

@@ -277,6 +277,7 @@ def test_rows_are_read_without_views(cpu, rows, targets):
 ASKED = {"token_logp": {"logits -1", "targets -1"}, "ved_evaluate": {"logits -1"}, "ved_beams": {"above -1"}}
 ASKED |= {"ved_select": set(), "ved_insert": set(), "ved_candidates": set()}
 OF_THE_TRIE = {"offset", "token", "alive", "only_leaf"}
+TOGETHER = [{"offset", "token", "node"}, {"other_node", "other_parent", "other_logp"}]  # all of them, or none
 
 
 @pytest.mark.parametrize(
@@ -304,6 +305,24 @@ def test_what_is_not_checked_in_python_is_refused(module, op, label):
                 overload(*given[:i], other, *given[i + 1 :])
     kept = {x._use_count() for x in tensors(given)}
     assert kept == {1}, "a refused call has kept a tensor"
+
+
+@pytest.mark.parametrize("module", [x for x in BACKENDS if x in ("cpu", "emulated")])
+@every_op
+def test_an_optional_tensor_that_is_absent(module, op, label):
+    """Whatever else is there, the op itself gives a result or refuses: it reads nothing that is not there."""
+    if module == "emulated":
+        cuda_emulator.load()
+    overload = OPS[op].overloads["cpu" if module == "cpu" else "cuda"]
+    given, there, refused = op_arguments(op, case(op, label)), set(), set()
+    for i, argument in enumerate(overload._schema.arguments):
+        if isinstance(argument.type, torch.OptionalType) and given[i] is not None:
+            there.add(argument.name)
+            try:
+                overload(*given[:i], None, *given[i + 1 :])
+            except RuntimeError:
+                refused.add(argument.name)
+    assert refused == set().union(*(names for names in TOGETHER if names <= there))
 
 
 @pytest.mark.parametrize(("op", "label"), COMPILED)

@@ -383,6 +383,7 @@ class Call {
   }
   void read_trie(TrieView& trie, bool is_optional) {
     const Tensor &offset = next_tensor(is_optional), &token = next_tensor(is_optional), &alive = next_tensor(true);
+    STD_TORCH_CHECK(bool(offset) == bool(token), "argument ", token.position(), " must be given where offset is");
     if (!offset) return;
     offset.read(trie.offset);
     token.read(trie.token);

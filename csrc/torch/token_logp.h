@@ -8,6 +8,7 @@ namespace vstar {
 template <class Device>
 void finish_rows(LogitRows& a) {
   a.inv_temperature = inverse_of(a.temperature);
+  STD_TORCH_CHECK(a.rows() == 0 || bool(a.node) == bool(a.trie.offset), "node must be given where a trie is");
   STD_TORCH_CHECK(
       a.columns < Device::kMaxGrid && a.rows() < Device::kMaxGrid,
       "logits must have fewer than 2^31 columns and rows, got V = ", a.columns, " and ", a.rows(), " rows");

@@ -57,6 +57,9 @@ void ved_beams(Call<Device>& call) {
       optional(list(a.others.logp, a.others)), optional(a.only_leaf), sized(a.above, &a.batch, &a.rows),
       sized(a.tree_size, &a.batch), a.width);
   must_be_int32(a.first.node, a.first.parent, a.others.node, a.others.parent, a.above);
+  STD_TORCH_CHECK(
+      a.batch * a.others.size == 0 || (a.others.node && a.others.parent && a.others.logp),
+      "further beams must have nodes, parents and log-probabilities");
   call.output(a.out_node, {a.batch, a.width});
   call.output(a.out_parent, {a.batch, a.width});
   call.output(a.out_logp, {a.batch, a.width});
