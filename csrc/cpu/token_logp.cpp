@@ -10,7 +10,6 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/memory.h"
 #include "cpu/simd.h"
 #include "torch/cpu.h"
 
@@ -153,7 +152,6 @@ class Backward {
   void dense(const Cpu& device, T* out) const {
     const TypedLoops& loops = simd().typed[int(a.logits.type)];
     const int64_t blocks = (a.columns + kBlock - 1) / kBlock;
-    in_large_pages(out, size_t(a.rows() * a.columns) * sizeof(T));
     for_blocks(device, a, blocks, [&](const LogitRow& row, int64_t, int64_t begin, int64_t n) {
       T* to = out + row.r * a.columns + begin;
       if (coefficients_[row.r].none()) {
