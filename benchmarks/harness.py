@@ -227,7 +227,7 @@ class Report:
 
 def times(ratio: float) -> str:
     """``12.3x``"""
-    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
+    return f"{ratio:.0f}x" if ratio >= 99.95 else f"{ratio:.3g}x"
 
 
 def _known(side: str, cost: Cost | None) -> dict[str, object]:
@@ -238,6 +238,6 @@ def _known(side: str, cost: Cost | None) -> dict[str, object]:
 
 def _seconds(value: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if value * scale >= 1:
+        if value * scale >= 0.9995:  # which three digits round to 1
             return f"{value * scale:.3g} {unit}"
     return f"{value * 1e9:.3g} ns"

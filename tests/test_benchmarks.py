@@ -222,6 +222,15 @@ def test_scale_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert children["depth 1"] > children["depth 2"] >= children["depth 3"] > 0
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.9996, "1 s"), (0.9994, "999 ms"), (12.34, "12.3 s"), (1.5e-6, "1.5 us"), (3e-8, "30 ns")],
+)
+def test_seconds_are_printed_without_an_exponent(seconds: float, text: str) -> None:
+    assert harness._seconds(seconds) == text
+    assert [harness.times(x) for x in (99.94, 99.96, 1234.5)] == ["99.9x", "100x", "1234x"]
+
+
 def test_filters_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every kind of change, and every kind of filter beside none, of a step and of a whole search."""
     monkeypatch.setattr("sys.argv", ["filters", "--small", "--rounds", "1"])
