@@ -13,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import vstar_ops
-from vstar_ops.ops import OPS
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/oracles.py
 
@@ -76,11 +75,8 @@ if vstar_ops._backends.interpreting():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: tests of a file run in one process, slow ones anywhere, and these begin first."""
+    """For pytest-xdist: slow tests begin first."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items:
-        if not any(map(item.get_closest_marker, ("slow", "xdist_group"))):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -103,29 +99,36 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         op_calls.route(monkeypatch, name, lambda op: op_calls.through_gpu(op, name))
     elif name == "triton":
         op_calls.route(monkeypatch, name, lambda op: op.overloads[name])
-    ran_on.add(name)
+    op_calls.calls[op_calls.file, name, ""] += 1
     with vstar_ops.use_backend("auto" if name in {"emulated", *ON_GPU} else name):
         yield name
 
 
-ran_on: set[str] = set()  # backends of the tests of this file
-left: dict[str, list[Any]] = {}  # by file, what was counted: a worker may leave a file and come back to it
-
-
 @pytest.fixture(scope="module", autouse=True)
-def every_op_was_launched(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The tests of an op fail where its kernels should have run and none was launched."""
-    counted = (ran_on, op_calls.calls, op_calls.launches)
-    for found, before in zip(counted, left.get(request.module.__name__, [()] * 3)):
-        found.clear()
-        found.update(before)
-    yield
-    left[request.module.__name__] = [found.copy() for found in counted]
-    module = request.module.__name__.removeprefix("test_")
-    if module in {op.module for op in OPS.values()}:
-        for backend in filter(op_calls.counts_launches, ran_on):
-            missing = op_calls.not_launched(module, backend)
-            assert not missing, f"the tests of {missing} on {backend!r} have launched no kernel"
+def counted_by_file(request: pytest.FixtureRequest) -> None:
+    """Calls and launches are those of this file."""
+    op_calls.file = request.module.__name__.removeprefix("test_")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The tests of an op fail where its kernels should have run and none was launched, by any process of
+    pytest-xdist, which has a part of each file.
+    """
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["calls"] = [
+            [*x, n, op_calls.launches[x]] for x, n in op_calls.calls.items()
+        ]
+    elif missing := op_calls.not_launched():
+        print(f"\nFAILED: these tests have launched no kernel: {'; '.join(missing)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what a process of pytest-xdist has counted."""
+    for *key, number, launches in getattr(node, "workeroutput", {}).get("calls", []):
+        op_calls.calls[tuple(key)] += number
+        op_calls.launches[tuple(key)] += launches
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from vstar_ops.ops import OPS
 from vstar_ops.ops._registry import REFUSED, Op
 from vstar_ops.verify.calls import moved
 
-calls: Counter[tuple[str, str]] = Counter()  # backend, op
-launches: Counter[tuple[str, str]] = Counter()  # of kernels, likewise
+file = ""  # whose tests run, without test_ and .py
+calls: Counter[tuple[str, str, str]] = Counter()  # by file, backend and op; under the op "" its tests
+launches: Counter[tuple[str, str, str]] = Counter()  # of kernels, likewise
 interpreted = 0  # Triton kernels since the tests began
 
 
@@ -31,8 +32,8 @@ def route(monkeypatch: pytest.MonkeyPatch, backend: str, kernel: Callable[[Op], 
         try:
             return kernel(op)(*arguments)
         finally:
-            calls[backend, op.name] += 1
-            launches[backend, op.name] += launched(backend) - before
+            calls[file, backend, op.name] += 1
+            launches[file, backend, op.name] += launched(backend) - before
 
     monkeypatch.setattr(Op, "run", routed)
     if backend == "triton":  # which leaves all checks to Python
@@ -49,11 +50,15 @@ def launched(backend: str) -> int:
     return cuda_emulator.counts().launches if backend == "emulated" else interpreted
 
 
-def not_launched(module: str, backend: str) -> list[str]:
-    """Ops of ``tests/test_<module>.py`` whose tests have launched no kernel of the backend."""
-    ops = [op.name for op in OPS.values() if op.module == module]
-    called = [name for name in ops if calls[backend, name]]
-    return [name for name in called or ops if not launches[backend, name]]
+def not_launched() -> list[str]:
+    """File, backend and op where the tests of ``tests/test_<module>.py`` have launched no kernel."""
+    found = []
+    for module, backend in sorted({key[:2] for key in calls if counts_launches(key[1])}):
+        ops = [op.name for op in OPS.values() if op.module == module]
+        called = [name for name in ops if calls[module, backend, name]]
+        missing = [name for name in called or ops if not launches[module, backend, name]]
+        found += [f"test_{module}.py, {backend}, {name}" for name in missing]
+    return found
 
 
 class Moved(torch.autograd.Function):

@@ -109,7 +109,7 @@ def test_a_request_alone(backend, op, label):
         assert_same(call.request(b)(), map_tensors(lambda x, b=b: x[b : b + 1], together))
     if op_calls.counts_launches(backend):
         counted = op.removesuffix("_backward")  # autograd calls the backward op past the counter
-        assert op_calls.launches[backend, counted], "no kernel was launched"
+        assert op_calls.launches["every_op", backend, counted], "no kernel was launched"
 
 
 @pytest.mark.parametrize(
