@@ -451,6 +451,16 @@ def test_addends_that_cancel():
     assert [x.where for x in verdict((wrong, gradient)).problems] == ["[0].loss.item()"]
 
 
+def test_a_ratio_on_the_bounds_of_the_clip_has_its_gradient():
+    """As before torch 2.14, whose clamp has the derivative 0 there."""
+    a = {"logp": torch.zeros(1, 2, 1), "tokens": torch.tensor([[[1], [2]]]), "clip": (0.0, 0.0)}
+    a |= {"rewards": torch.tensor([[2.0, 0.0]]), "old_logp": None, "ref_logp": None, "mask": None}
+    call = Call(loss_and_gradient, a)
+    loss, gradient = call()
+    assert gradient.abs().min() > 0.1
+    assert not expectation("sibling_grpo_loss", call)((loss, gradient)).problems
+
+
 def test_same_bits():
     x = torch.tensor([1.0, float("nan"), 0.0])
     assert same_bits(x, x.clone()) and same_bits(x[1::2], x[1:2])  # of one number, the strides are anything

@@ -54,7 +54,7 @@ def whole_loss(
     def surrogate(rho: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         value = plain = rho * a
         if clip is not None:
-            value = torch.minimum(value, rho.clamp(1 - clip[0], 1 + clip[1]) * a)
+            value = torch.minimum(value, _bounded(rho, 1 - clip[0], 1 + clip[1]) * a)
         if dual_clip is not None:
             value = torch.where(a < 0, torch.maximum(value, dual_clip * a), value)
         return value, value != plain
@@ -81,7 +81,7 @@ def whole_loss(
             log_ratio = x - (x.detach() if old_logp is None else old_logp[b, g, at])
             if importance_sampling_level == "sequence":
                 log_ratio = log_ratio.detach().mean() + x - x.detach()
-            rho = log_ratio.clamp(-bound, bound).exp()
+            rho = _bounded(log_ratio, -bound, bound).exp()
             whole = group[b, g].double().expand(len(at))
             apart = torch.where(valid, sibling.advantage[b, g, at].double(), 0)
             if weighting == "node":
@@ -103,7 +103,7 @@ def whole_loss(
             cuts["sibling"] += int((sibling_cut & valid).sum())
             cuts["valid"] += int(valid.sum())
             if ref_logp is not None:
-                d = (ref_logp[b, g, at] - x).clamp(-bound, bound)
+                d = _bounded(ref_logp[b, g, at] - x, -bound, bound)
                 estimate = {"k1": -d, "k2": d * d / 2, "k3": d.expm1() - d}[kl]
                 add("kl", token_weight * estimate)
 
@@ -123,3 +123,8 @@ def whole_loss(
         "valid_fraction": torch.tensor(cuts["valid"] / tokens),
     }
     return want, size
+
+
+def _bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """``x.clamp(low, high)`` whose derivative on the bounds is 1; torch's has become 0 in 2.14."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
