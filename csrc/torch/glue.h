@@ -186,13 +186,13 @@ Tensor empty(const Device& device, const Sizes& sizes, int32_t dtype) {
 
 // ---------------------------------------------------------------- calls
 
-// A `Tensor?` of the schema.
-template <class View>
+// A `Tensor?` of the schema; where it is absent, the field and its sizes stay as they are.
+template <class Field>
 struct Optional {
-  View& view;
+  Field field;
 };
 template <class View>
-Optional<View> optional(View& view) { return {view}; }
+Optional<View&> optional(View& view) { return {view}; }
 
 // A tensor of as many dimensions, and their sizes; null for any. The first tensor that has a size says what it is, and
 // all others must agree.
@@ -206,11 +206,8 @@ template <class View, class... Axis>
 Sized<View> sized(View& view, Axis... size) {
   return {view, sizeof...(size), {size...}};
 }
-// Where a `Tensor?` is absent, sizes stay as they are.
 template <class View>
-struct OptionalSized : Sized<View> {};
-template <class View>
-OptionalSized<View> optional(Sized<View> view) { return {view}; }
+Optional<Sized<View>> optional(Sized<View> field) { return {field}; }
 
 // A table [B, W, last], of which [last] is one row and [B, last] has one row per request; or numbers [B, W], [B], [] of
 // the rows of the first such table. `given` is what the sizes were.
@@ -221,13 +218,11 @@ struct Rows {
   Sizes* given;
 };
 template <class View>
-struct OptionalRows : Rows<View> {};
-template <class View>
 Rows<View> rows(View& view, int64_t* batch, int64_t* width, int64_t* last = nullptr, Sizes* given = nullptr) {
   return {view, batch, width, last, given};
 }
 template <class View>
-OptionalRows<View> optional(Rows<View> rows) { return {rows}; }
+Optional<Rows<View>> optional(Rows<View> field) { return {field}; }
 
 // A call by the dispatcher: takes the arguments from its stack and leaves the results there.
 template <class Device>
@@ -315,29 +310,24 @@ class Call {
   void read(std::string& text) { text = next<std::string>(); }
   void read(float& number) { number = float(next<double>()); }
   void read(TrieView& trie) { read_trie(trie, false); }
-  void read(Optional<TrieView>& trie) { read_trie(trie.view, true); }
+  void read(Optional<TrieView&>& trie) { read_trie(trie.field, true); }
   template <class T>
   void read(T& field) {
     if constexpr (std::is_arithmetic_v<T>) {
       field = next<T>();
     } else {
-      next_tensor(false).read(field);
+      read_tensor(field, next_tensor(false));
     }
   }
-  template <class View>
-  void read(Optional<View>& field) {
+  template <class Field>
+  void read(Optional<Field>& optional) {
     const Tensor& tensor = next_tensor(true);
-    if (tensor) tensor.read(field.view);
+    if (tensor) read_tensor(optional.field, tensor);
   }
   template <class View>
-  void read(Sized<View>& field) { read_sized(field, next_tensor(false)); }
+  void read_tensor(View& view, const Tensor& tensor) { tensor.read(view); }
   template <class View>
-  void read(OptionalSized<View>& field) {
-    const Tensor& tensor = next_tensor(true);
-    if (tensor) read_sized(field, tensor);
-  }
-  template <class View>
-  void read_sized(Sized<View>& field, const Tensor& tensor) {
+  void read_tensor(Sized<View>& field, const Tensor& tensor) {
     const Sizes given = tensor.sizes();
     STD_TORCH_CHECK(
         given.dim == field.dim, "argument ", tensor.position(), " must have ", field.dim, " dimensions, got ", given.dim);
@@ -356,14 +346,7 @@ class Call {
     STD_TORCH_CHECK(*size == given, "argument ", tensor.position(), " must have a size of ", *size, ", got ", given);
   }
   template <class View>
-  void read(Rows<View>& field) { read_rows(field, next_tensor(false)); }
-  template <class View>
-  void read(OptionalRows<View>& field) {
-    const Tensor& tensor = next_tensor(true);
-    if (tensor) read_rows(field, tensor);
-  }
-  template <class View>
-  void read_rows(Rows<View>& field, const Tensor& tensor) {
+  void read_tensor(Rows<View>& field, const Tensor& tensor) {
     const Sizes given = tensor.sizes();
     if (leading_ < 0) leading_ = given.dim - 1;
     const bool has_last = given.dim > leading_;
