@@ -159,7 +159,10 @@ def copy_bandwidth(clock: Clock, device: str, size: int) -> float:
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes by which the process grew at most during a call, in whole pages; None where nobody tells."""
+    """Bytes by which the process grew at most during a call, in whole pages; None where nobody tells.
+
+    The first call of its kind counts the code that it loads.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)  # or a call may use what others have left
