@@ -6,6 +6,9 @@
 // comes from the maxima of k classes of the batch; what beats it goes to the selector, which keeps at least
 // the k best and raises the threshold whenever it is full. Keys carry the enumeration order, so the
 // selection follows the total order whatever the partition.
+//
+// Requests with few children, as on deep levels, are scored several at a time, so that the softmaxes of their short rows
+// fill whole vectors, and all of their children are ranked.
 
 #include "torch/expand_topk.h"
 
@@ -25,14 +28,22 @@ namespace {
 constexpr float kInf = INFINITY;
 constexpr int64_t kWork = 2048;  // logits that are worth another thread: a few microseconds
 
+// Consecutive requests whose prefixes have been looked up: several with few children each, or one.
+struct Group {
+  int64_t begin, end;
+  bool few;
+  std::vector<EdgeRange> ranges;  // [requests, W]
+};
+
 struct Scratch {
-  std::vector<EdgeRange> ranges, next_ranges;
+  Group group, next;
   std::vector<PrefixRow> rows;
   std::vector<float> d, extra, score;
   std::vector<int32_t> index;
   Selector selector;
 
-  void reserve(int64_t children) {
+  void reserve(int64_t children, int64_t prefixes) {
+    if (int64_t(rows.size()) < prefixes) rows.resize(prefixes);
     const size_t size = size_t(children) + 16;  // loops work on whole vectors
     if (score.size() >= size) return;
     d.resize(size);
@@ -46,68 +57,142 @@ class Expansion {
  public:
   explicit Expansion(const ExpandTopKArgs& args) : a(args) {}
 
-  // Look up the children of the prefixes [begin, end) of request b and start to fetch their logits.
-  void prepare(int64_t b, int64_t begin, int64_t end, std::vector<EdgeRange>& ranges) const {
-    ranges.resize(end - begin);
-    for (int64_t w = begin; w < end; ++w) ranges[w - begin] = a.trie.edges_within(a.node.at(b, w), a.columns);
-    for (int64_t w = begin; w < end; ++w) prefetch(b, w, ranges[w - begin]);
+  // Look up the children of n prefixes from `begin` on. Returns how many there are.
+  int64_t look_up(int64_t b, int64_t begin, EdgeRange* ranges, int64_t n) const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const EdgeRange range = a.trie.edges_within(a.node.at(b, begin + i), a.columns);
+      ranges[i].begin = range.begin;  // not as a whole, which would be read again before it is written
+      ranges[i].end = range.end;
+      total += range.end - range.begin;
+    }
+    return total;
   }
 
-  // Leave the k best children of the prefixes from `begin` on, prepared as scratch.ranges, in the scratch's selector.
-  void run(int64_t b, int64_t begin, Scratch& scratch) const {
+  // Look up the first requests of [begin, last), as many as are scored together, and start to fetch their logits.
+  void prepare(int64_t begin, int64_t last, Group& group) const {
+    const bool alone = a.trie.alive_stride != 0;  // other requests have other nodes alive
+    const auto ranges_of = [&](int64_t b) { return group.ranges.data() + (b - begin) * a.width; };
+    group.begin = group.end = begin;
+    int64_t size = 0;
+    do {
+      const size_t needed = size_t((group.end - begin + 1) * a.width);
+      if (group.ranges.size() < needed) group.ranges.resize(2 * needed);
+      const int64_t children = look_up(group.end, 0, ranges_of(group.end), a.width);
+      const bool few = children <= kMostRanked;
+      if (!few && group.end > begin) break;  // it comes next
+      group.few = few;
+      size += 1 + a.width + children;
+    } while (++group.end < last && group.few && !alone && size < kGroup);
+    for (int64_t b = begin; b < group.end; ++b) prefetch(b, 0, ranges_of(b), a.width);
+  }
+
+  // Start to fetch what n prefixes from `begin` on need.
+  void prefetch(int64_t b, int64_t begin, const EdgeRange* ranges, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) prefetch(b, begin + i, ranges[i]);
+  }
+
+  // Leave the k best children of the n prefixes from `begin` on in the scratch's selector.
+  void run(int64_t b, int64_t begin, const EdgeRange* ranges, int64_t n, Scratch& scratch) const {
     int64_t total = 0, widest = 0;
-    for (const EdgeRange& range : scratch.ranges) {
-      total += range.end - range.begin;
-      widest = std::max(widest, range.end - range.begin);
+    for (int64_t i = 0; i < n; ++i) {
+      total += ranges[i].end - ranges[i].begin;
+      widest = std::max(widest, ranges[i].end - ranges[i].begin);
     }
     // At most `total` children can win, however large k is: this bounds the buffers.
     Selector& selector = scratch.selector;
     selector.reset(std::min(a.k, std::max<int64_t>(total, 1)));
-    scratch.reserve(std::min(total, kBatch + widest));
-    const int64_t width = int64_t(scratch.ranges.size());
-    if (int64_t(scratch.rows.size()) < width) scratch.rows.resize(width);
+    scratch.reserve(std::min(total, kBatch + widest), n);
     int64_t batched = 0, rows = 0;
-    for (int64_t i = 0; i < width; ++i) {
-      const int64_t w = begin + i, n = scratch.ranges[i].end - scratch.ranges[i].begin;
-      a.entropy[b * a.width + w] = 0.0f;
-      if (n > 0) {
-        PrefixRow& row = scratch.rows[rows++];  // filled in place: a copy would wait for these stores
-        row.logits = address(a.logits, b, w);
-        row.ahead = n > kShort && i + 1 < width ? address(a.logits, b, w + 1) : nullptr;
-        row.token = a.trie.token + scratch.ranges[i].begin;
-        row.children = n;
-        row.position = batched;
-        row.parent = int32_t(w);
-        row.cum_logp = a.cum_logp.at_or(0.0f, b, w);
-        row.log_mass = 0;
-        batched += n;
-      }
-      if (batched < kBatch && i + 1 < width) continue;
-      if (summarize(b, rows, scratch)) {
-        if (scores_rise(scratch.selector.threshold())) {
+    for (int64_t i = 0; i < n; ++i) {
+      add_row(b, begin + i, ranges[i], i + 1 < n, scratch.rows.data(), rows, batched);
+      if (batched < kBatch && i + 1 < n) continue;
+      softmaxes(b, rows, scratch);
+      if (finish(b, scratch.rows.data(), rows, selector.threshold())) {
+        if (scores_rise(selector.threshold())) {
           select_rows(rows, scratch);
         } else {
-          score(b, rows, scratch);
+          score(b, scratch.rows.data(), rows, selector.threshold(), scratch);
           select(batched, rows, scratch);
         }
       }
-      if (i + 1 < width) selector.tighten();
+      if (i + 1 < n) selector.tighten();
       batched = rows = 0;
+    }
+  }
+
+  // Write the winners of a group of requests with few children.
+  void run_few(const Group& group, Scratch& scratch) const {
+    scratch.reserve(kGroup + kMostRanked, (group.end - group.begin) * a.width);
+    PrefixRow* const row = scratch.rows.data();
+    int32_t row_of[kGroup + kMostRanked + 16];  // of each child
+    struct Ends {
+      int64_t row, child;
+    } ends[kGroup + 1];  // of each request
+    ends[0] = {0, 0};
+    int64_t rows = 0, children = 0;
+    for (int64_t b = group.begin, i = 0; b < group.end; ++b) {
+      for (int64_t w = 0; w < a.width; ++w, ++i) {
+        const EdgeRange range = group.ranges[i];
+        // Some too many, in place of a loop whose end nobody can predict.
+        for (int64_t j = 0; j < range.end - range.begin; j += 16) std::fill_n(row_of + children + j, 16, int32_t(rows));
+        add_row(b, w, range, false, row, rows, children);
+      }
+      ends[b - group.begin + 1] = {rows, children};
+    }
+    softmaxes(group.begin, rows, scratch);
+    for (int64_t b = group.begin; b < group.end; ++b) {
+      const Ends *const first = ends + (b - group.begin), *const last = first + 1;
+      finish(b, row + first->row, last->row - first->row, -kInf);
+      if (has_extra()) score(b, row + first->row, last->row - first->row, -kInf, scratch);
+    }
+    if (!has_extra()) score(group.begin, row, rows, -kInf, scratch);
+    for (int64_t b = group.begin; b < group.end; ++b) {
+      const int64_t first = ends[b - group.begin].child, n = ends[b - group.begin + 1].child - first;
+      int32_t order[kMostRanked];
+      simd().rank(scratch.score.data() + first, n, order);
+      int64_t found = 0;
+      for (const int64_t most = std::min(n, a.k); found < most; ++found) {
+        const int64_t position = first + order[found];
+        const float its_score = scratch.score[position];
+        if (its_score == -kInf) break;
+        const PrefixRow& parent = row[row_of[position]];
+        store(b, found, its_score, logp(parent, position, scratch), parent.parent, edge(parent, position));
+      }
+      store_rest(b, found);
     }
   }
 
   // Write the winners of request b.
   void store(int64_t b, Selector& selector) const {
     const int64_t found = selector.finish([&](int64_t rank, float score, const Candidate& candidate) {
-      a.store(b, rank, score, candidate.logp, candidate.parent, a.trie.token[candidate.edge], candidate.edge);
+      store(b, rank, score, candidate.logp, candidate.parent, candidate.edge);
     });
-    for (int64_t i = found; i < a.k; ++i) a.store_none(b, i);
-    a.num_valid[b] = int32_t(found);
+    store_rest(b, found);
   }
 
  private:
   static constexpr int64_t kBatch = 4096;  // children
+  static constexpr int64_t kGroup = 128;   // prefixes and children of requests that are scored together
   static constexpr int64_t kShort = 512;   // children; longer rows are fetched by the hardware and `ahead`
+
+  // The row of a prefix, if it has children.
+  void add_row(
+      int64_t b, int64_t w, EdgeRange range, bool has_successor, PrefixRow* all, int64_t& rows, int64_t& batched) const {
+    const int64_t n = range.end - range.begin;
+    a.entropy[b * a.width + w] = 0.0f;
+    if (n == 0) return;
+    PrefixRow& row = all[rows++];  // filled in place: a copy would wait for these stores
+    row.logits = address(a.logits, b, w);
+    row.ahead = n > kShort && has_successor ? address(a.logits, b, w + 1) : nullptr;
+    row.token = a.trie.token + range.begin;
+    row.children = n;
+    row.position = batched;
+    row.parent = int32_t(w);
+    row.cum_logp = a.cum_logp.at_or(0.0f, b, w);
+    row.log_mass = 0;
+    batched += n;
+  }
 
   // A prefix's row of logits or child values; null: all of them are 0.
   const char* address(const FloatView& view, int64_t b, int64_t w) const {
@@ -129,6 +214,10 @@ class Expansion {
     if (!row) return;
     const int64_t n = range.end - range.begin;
     const int32_t* const token = a.trie.token + range.begin;
+    if (n <= 3) {  // without a loop whose end nobody can predict
+      for (const int64_t i : {int64_t(0), n >> 1, n - 1}) __builtin_prefetch(row + token[i] * size);
+      return;
+    }
     const char *const first = row + token[0] * size, *const last = row + token[n - 1] * size;
     if (n > kShort || last < first) return;
     if (n * 64 <= last - first) {  // fewer children than lines
@@ -143,12 +232,14 @@ class Expansion {
   // Whether a threshold for scores is one for d too.
   bool scores_rise(float threshold) const { return threshold > -kInf && a.logp_weight > 0 && !has_extra(); }
 
-  // Softmaxes and entropies of the batched prefixes; false if none of their children can win.
-  bool summarize(int64_t b, int64_t count, Scratch& scratch) const {
-    PrefixRow* const rows = scratch.rows.data();
-    float* d = scratch.d.data();
-    loops_of(a.logits).legal_softmaxes(rows, count, a.logits.stride[2], a.inv_temperature, a.trie.alive_of(b), d);
-    const float threshold = scratch.selector.threshold();
+  // Sums over the legal logits of rows, of request b or of others with the same nodes alive.
+  void softmaxes(int64_t b, int64_t count, Scratch& scratch) const {
+    loops_of(a.logits).legal_softmaxes(
+        scratch.rows.data(), count, a.logits.stride[2], a.inv_temperature, a.trie.alive_of(b), scratch.d.data());
+  }
+
+  // Entropies of rows, and what their scores have in common; false if no child can beat the threshold.
+  bool finish(int64_t b, PrefixRow* rows, int64_t count, float threshold) const {
     bool can_win = false;
     for (int64_t r = 0; r < count; ++r) {
       PrefixRow& row = rows[r];
@@ -161,13 +252,11 @@ class Expansion {
     return can_win;
   }
 
-  // Scores of all children of the batched prefixes.
-  void score(int64_t b, int64_t count, Scratch& scratch) const {
+  // Scores of all children of rows: of request b, or of several where there is nothing extra.
+  void score(int64_t b, const PrefixRow* rows, int64_t count, float threshold, Scratch& scratch) const {
     const SimdLoops& loops = simd();
-    const PrefixRow* const rows = scratch.rows.data();
     const float* d = scratch.d.data();
     float* scores = scratch.score.data();
-    const float threshold = scratch.selector.threshold();
     if (has_extra()) {
       for (int64_t r = 0; r < count; ++r) {
         loops.score_rows(rows + r, 1, d, extras(b, rows[r], scratch), a.logp_weight, threshold, scores);
@@ -227,9 +316,23 @@ class Expansion {
 
   // Offer the child at a position of the batch to the selector.
   void push(const PrefixRow& row, int64_t position, float score, Scratch& scratch) const {
-    const float logp = row.cum_logp + (scratch.d[position] - row.log_mass);
-    const int64_t edge = row.token - a.trie.token + (position - row.position);
-    scratch.selector.push(score, {logp, row.parent, int32_t(edge)});
+    scratch.selector.push(score, {logp(row, position, scratch), row.parent, edge(row, position)});
+  }
+
+  float logp(const PrefixRow& row, int64_t position, const Scratch& scratch) const {
+    return row.cum_logp + (scratch.d[position] - row.log_mass);
+  }
+  int32_t edge(const PrefixRow& row, int64_t position) const {
+    return int32_t(row.token - a.trie.token + (position - row.position));
+  }
+
+  void store(int64_t b, int64_t rank, float score, float logp, int32_t parent, int32_t edge) const {
+    a.store(b, rank, score, logp, parent, a.trie.token[edge], edge);
+  }
+  // Behind the winners.
+  void store_rest(int64_t b, int64_t found) const {
+    for (int64_t i = found; i < a.k; ++i) a.store_none(b, i);
+    a.num_valid[b] = int32_t(found);
   }
 
   const ExpandTopKArgs& a;
@@ -247,12 +350,17 @@ void run_requests(const Cpu& device, const ExpandTopKArgs& a, int64_t row_work) 
   const Expansion expansion(a);
   device.parallel_for(a.batch, kWork, row_work * a.width, [&](int64_t first, int64_t last) {
     Scratch& mine = scratch();
-    expansion.prepare(first, 0, a.width, mine.next_ranges);
-    for (int64_t b = first; b < last; ++b) {
-      mine.ranges.swap(mine.next_ranges);
-      if (b + 1 < last) expansion.prepare(b + 1, 0, a.width, mine.next_ranges);
-      expansion.run(b, 0, mine);
-      expansion.store(b, mine.selector);
+    expansion.prepare(first, last, mine.next);
+    for (int64_t b = first; b < last; b = mine.group.end) {
+      std::swap(mine.group, mine.next);
+      const Group& group = mine.group;
+      if (group.end < last) expansion.prepare(group.end, last, mine.next);
+      if (group.few) {
+        expansion.run_few(group, mine);
+      } else {
+        expansion.run(b, 0, group.ranges.data(), a.width, mine);
+        expansion.store(b, mine.selector);
+      }
     }
   });
 }
@@ -270,8 +378,12 @@ void run_blocks(const Cpu& device, const ExpandTopKArgs& a, int64_t row_work, in
     Scratch& mine = scratch();
     for (int64_t task = first; task < last; ++task) {
       const int64_t b = task / blocks, begin = std::min(a.width, task % blocks * block_width);
-      expansion.prepare(b, begin, std::min(a.width, begin + block_width), mine.ranges);
-      expansion.run(b, begin, mine);
+      std::vector<EdgeRange>& ranges = mine.group.ranges;
+      const int64_t n = std::min(a.width - begin, block_width);
+      if (int64_t(ranges.size()) < n) ranges.resize(n);
+      expansion.look_up(b, begin, ranges.data(), n);
+      expansion.prefetch(b, begin, ranges.data(), n);
+      expansion.run(b, begin, ranges.data(), n, mine);
       std::vector<Winner>& sorted = winners[task];
       sorted.resize(std::min(a.k, mine.selector.size()));
       mine.selector.finish([&](int64_t rank, float score, const Candidate& candidate) {

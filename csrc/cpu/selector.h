@@ -24,11 +24,10 @@ class Selector {
     capacity_ = k + std::max<int64_t>(k, 64);
     size_ = 0;
     threshold_ = -__builtin_inff();
-    if (int64_t(keys_.size()) < capacity_ + 16) {  // rank_keys works on whole vectors
-      keys_.resize(capacity_ + 16);
-      candidates_.resize(capacity_);
-      renumbered_.assign(capacity_, kDropped);
-    }
+    if (int64_t(candidates_.size()) >= capacity_) return;
+    scores_.resize(capacity_ + 16);  // rank() reads whole vectors
+    keys_.resize(capacity_);
+    candidates_.resize(capacity_);
   }
 
   int64_t k() const { return k_; }
@@ -43,57 +42,59 @@ class Selector {
   void push(float score, const Candidate& candidate) {
     if (size_ == capacity_) shrink();
     if (!(score > threshold_)) return;
-    keys_[size_] = candidate_key(score, uint32_t(size_));
+    scores_[size_] = score;
     candidates_[size_] = candidate;
     ++size_;
   }
 
-  // Call visit(rank, score, candidate) for each winner, in any order; returns how many there are.
+  // Call visit(rank, score, candidate) for each winner in their order; returns how many there are.
   template <class Visit>
   int64_t finish(const Visit& visit) {
     const int64_t count = std::min(size_, k_);
-    const auto first = keys_.begin();
-    if (size_ <= kSmall) {
-      simd().rank_keys(keys_.data(), size_, rank_.data());
-      for (int64_t i = 0; i < size_; ++i) {
-        if (rank_[i] < count) visit(rank_[i], key_score(keys_[i]), candidates_[key_sequence(keys_[i])]);
-      }
+    if (size_ <= kMostRanked) {
+      int32_t order[kMostRanked];
+      simd().rank(scores_.data(), size_, order);
+      for (int64_t i = 0; i < count; ++i) visit(i, scores_[order[i]], candidates_[order[i]]);
       return count;
     }
-    if (size_ > k_) std::nth_element(first, first + k_ - 1, first + size_, std::greater<>());
-    std::sort(first, first + count, std::greater<>());
+    if (size_ > k_) {
+      partition();
+    } else {
+      make_keys();
+    }
+    std::sort(keys_.begin(), keys_.begin() + count, std::greater<>());
     for (int64_t i = 0; i < count; ++i) visit(i, key_score(keys_[i]), candidates_[key_sequence(keys_[i])]);
     return count;
   }
 
  private:
-  static constexpr uint32_t kDropped = ~0u;
-  static constexpr int64_t kSmall = 96;
+  void make_keys() {
+    for (int64_t i = 0; i < size_; ++i) keys_[i] = candidate_key(scores_[i], uint32_t(i));
+  }
+  // Bring the keys of the k best to the front; returns the least of them.
+  uint64_t partition() {
+    make_keys();
+    std::nth_element(keys_.begin(), keys_.begin() + k_ - 1, keys_.begin() + size_, std::greater<>());
+    return keys_[k_ - 1];
+  }
 
-  // Keep the k best and renumber them in enumeration order, so that numbers stay below the capacity.
+  // Keep the k best, in enumeration order.
   void shrink() {
-    const auto first = keys_.begin();
-    std::nth_element(first, first + k_ - 1, first + size_, std::greater<>());
-    threshold_ = key_score(keys_[k_ - 1]);
-    for (int64_t i = 0; i < k_; ++i) renumbered_[key_sequence(keys_[i])] = 0;
-    uint32_t next = 0;
-    for (int64_t i = 0; i < size_; ++i) {
-      if (renumbered_[i] == kDropped) continue;
+    const uint64_t last = partition();
+    threshold_ = key_score(last);
+    int64_t next = 0;
+    for (int64_t i = 0; next < k_; ++i) {
+      const bool kept = candidate_key(scores_[i], uint32_t(i)) >= last;
+      scores_[next] = scores_[i];
       candidates_[next] = candidates_[i];
-      renumbered_[i] = next++;
+      next += kept;
     }
-    for (int64_t i = 0; i < k_; ++i) {
-      const uint32_t old = key_sequence(keys_[i]);
-      keys_[i] = candidate_key(key_score(keys_[i]), renumbered_[old]);
-    }
-    std::fill_n(renumbered_.begin(), size_, kDropped);
     size_ = k_;
   }
 
-  std::vector<uint64_t> keys_;
+  std::vector<float> scores_;  // in enumeration order, as the candidates
   std::vector<Candidate> candidates_;
-  std::vector<uint32_t> renumbered_;
-  std::vector<int32_t> rank_ = std::vector<int32_t>(kSmall + 16);
+  std::vector<uint64_t> keys_;
   int64_t k_ = 0, capacity_ = 0, size_ = 0;
   float threshold_ = -__builtin_inff();
 };

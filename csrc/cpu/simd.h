@@ -74,6 +74,8 @@ struct TypedLoops {
   void (*gather_scaled)(const void* row, int64_t stride, const int32_t* token, int64_t n, float scale, float* out);
 };
 
+constexpr int64_t kMostRanked = 96;  // scores, for rank(), which is faster than std::sort up to here
+
 struct SimdLoops {
   TypedLoops typed[3];  // by FloatType
   // extra[i] += Gumbel noise of (seed, node, token[i])
@@ -102,8 +104,9 @@ struct SimdLoops {
   float (*reached_by)(const float* score, int64_t n, int64_t k);
   // Indices of the scores above the threshold, ascending. `index` has room for 16 more than n.
   int64_t (*filter)(const float* score, int64_t n, float threshold, int32_t* index);
-  // How many of n distinct keys are larger than each. Both arrays are accessed up to 15 elements past n.
-  void (*rank_keys)(const uint64_t* key, int64_t n, int32_t* rank);
+  // The indices of n <= kMostRanked scores, none of them NaN, the largest first, equal ones ascending. Both arrays are
+  // accessed up to the next multiple of 16.
+  void (*rank)(const float* score, int64_t n, int32_t* order);
 };
 
 const SimdLoops& simd();
