@@ -703,6 +703,34 @@ def test_rows_of_few_children(cpu, k, restricted):
         assert torch.equal(together.logp[together.parent == w], alone.logp[alone.parent == 0])
 
 
+@pytest.mark.parametrize("width", [0, 1, 6, 40])
+@pytest.mark.parametrize("restricted", ["", "for all", "per request"])
+@pytest.mark.parametrize("extra", [False, True])
+def test_requests_of_few_and_of_many_children(cpu, width, restricted, extra):
+    """Neighbors with few are computed at once: each has the bits that it has alone."""
+    rng = np.random.default_rng(width)
+    children = [1, 2, 3, 4, 5, 17, 95, 96, 97, 120]
+    trie = Trie.from_sequences([(i, token) for i, n in enumerate(children) for token in range(n)])
+    batch = 150
+    node = rng.choice(len(children) + 1, (batch, width), p=[0.5, *[0.09] * 5, *[0.01] * 5])
+    node[rng.random((batch, width)) < 0.3] = -1
+    node = torch.from_numpy(node)
+    logits = make_logits(rng, (batch, width, 128), "ties", torch.float32, "plain")
+    options = {"gumbel_seed": torch.arange(batch)} if extra else {}
+    if restricted:
+        bits = rng.random((batch, trie.num_items)) < 0.7
+        its_tries = [trie.restrict(torch.from_numpy(row)) for row in bits]
+        trie = trie.restrict(torch.from_numpy(bits)) if restricted == "per request" else its_tries[0]
+    together = expand_topk(logits, trie, node, 20, **options)
+    agree_with_reference(logits, trie, node, 20, **options)
+    for b in range(batch):
+        its_trie = its_tries[b] if restricted == "per request" else trie
+        its_options = {name: x[b : b + 1] for name, x in options.items()}
+        alone = expand_topk(logits[b : b + 1], its_trie, node[b : b + 1], 20, **its_options)
+        for name, mine, other in zip(alone._fields, together, alone):
+            assert torch.equal(mine[b : b + 1], other), name
+
+
 # ---------------------------------------------------------------- arguments
 
 
