@@ -104,9 +104,13 @@ struct SimdLoops {
   float (*reached_by)(const float* score, int64_t n, int64_t k);
   // Indices of the scores above the threshold, ascending. `index` has room for 16 more than n.
   int64_t (*filter)(const float* score, int64_t n, float threshold, int32_t* index);
-  // The indices of n <= kMostRanked scores, none of them NaN, the largest first, equal ones ascending. Both arrays are
-  // accessed up to the next multiple of 16.
+  // The indices of n <= kMostRanked scores, none of them NaN, the largest first, equal ones ascending. The scores are read up
+  // to 15 elements past n.
   void (*rank)(const float* score, int64_t n, int32_t* order);
+  // The indices of n different keys below INT64_MAX, the smallest first. Up to the next multiple of 8 INT64_MAX follows them.
+  // Faster than std::sort up to most_keys_ranked.
+  void (*rank_keys)(const int64_t* key, int64_t n, int32_t* order);
+  int64_t most_keys_ranked;
 };
 
 const SimdLoops& simd();
