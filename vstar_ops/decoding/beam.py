@@ -84,8 +84,8 @@ def beam_search(
     batch, device = len(logits), logits.device
     # The empty prefix of request b is in slot b.
     node = token = torch.zeros(batch, 1, dtype=torch.int32, device=device)
-    sequence, slot = node.new_empty(batch, 1, 0), torch.arange(batch, device=device)[:, None]
-    frontier = logits[:, None]
+    sequence, slot = node.new_empty(batch, 1, 0), torch.arange(batch, device=device).unsqueeze(1)
+    frontier = logits.unsqueeze(1)
     evaluated = row = row_slot = logp = None
     forward_tokens = torch.ones(batch, dtype=torch.int32, device=device)
     for depth in range(trie.length):

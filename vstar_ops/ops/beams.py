@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..trie import Trie
 from ._checks import INTS, check, check_nodes, check_range, check_type, validating
-from ._registry import define
+from ._registry import REFUSED, define
 
 
 class AdvancedBeams(NamedTuple):
@@ -109,25 +109,43 @@ def advance_beams(
         >>> beams.sequence.tolist(), beams.slot.tolist(), beams.token.tolist()
         ([[[4, 5], [3, 6], [-1, -1]]], [[11, 10, -1]], [[5, 6, 0]])
     """
+    if (row is None) != (row_slot is None):
+        names = ("row", "row_slot") if row is None else ("row_slot", "row")
+        raise ValueError("{} must be given where {} is, got None".format(*names))
+    given = parent, token, node, sequence, slot, evaluated, row, row_slot
+    found = _advance.attempt(*given)
+    if found is REFUSED:
+        _check_winners(*given)
+        found = _advance(parent.device, *given)
+    return AdvancedBeams(*found)
+
+
+def _check_winners(
+    parent: Tensor,
+    token: Tensor,
+    node: Tensor,
+    sequence: Tensor,
+    slot: Tensor,
+    evaluated: Tensor | None,
+    row: Tensor | None,
+    row_slot: Tensor | None,
+) -> None:
+    """What C++ may have refused, and under validation values."""
     batch, winners = check("parent", parent, (None, None), "[B, K]", INTS).shape
     device = parent.device
     for name, x in (("token", token), ("node", node)):
         check(name, x, (batch, winners), "[B, K]", INTS, device)
     beams = check("sequence", sequence, (batch, None, None), "[B, W, l]", INTS, device).shape[:2]
     check("slot", slot, beams, "[B, W]", INTS, device)
-    if evaluated is not None:
-        check("evaluated", evaluated, beams, "[B, W]", INTS, device)
-    if (row is None) != (row_slot is None):
-        names = ("row", "row_slot") if row is None else ("row_slot", "row")
-        raise ValueError("{} must be given where {} is, got None".format(*names))
-    if row is not None and row_slot is not None:
-        check("row", row, beams, "[B, W]", INTS, device)
+    for name, optional in (("evaluated", evaluated), ("row", row)):
+        if optional is not None:
+            check(name, optional, beams, "[B, W]", INTS, device)
+    if row_slot is not None:
         check("row_slot", row_slot, (None,), "[R]", INTS, device)
     if validating():
         check_range("parent", parent, beams[1])
         if row is not None and row_slot is not None:
             check_range("row", row, len(row_slot))
-    return AdvancedBeams(*_advance(device, parent, token, node, sequence, slot, evaluated, row, row_slot))
 
 
 def rows_to_run(trie: Trie, node: Tensor, sequence: Tensor, slot: Tensor, evaluated: Tensor) -> RowsToRun:
@@ -170,11 +188,15 @@ def rows_to_run(trie: Trie, node: Tensor, sequence: Tensor, slot: Tensor, evalua
         ([[0, -1]], [1, 1], [0, 3])
     """
     check_type("trie", trie, Trie)
-    device = trie.device
-    beams = check("node", node, (None, None), "[B, W]", INTS, device).shape
-    check("sequence", sequence, (*beams, None), "[B, W, l]", INTS, device)
-    check("slot", slot, beams, "[B, W]", INTS, device)
-    check("evaluated", evaluated, beams, "[B, W]", INTS, device)
-    if validating():
-        check_nodes(node, trie)
-    return RowsToRun(*_rows(device, trie.offset, node, sequence, slot, evaluated))
+    given = trie.offset, node, sequence, slot, evaluated
+    found = _rows.attempt(*given)
+    if found is REFUSED:
+        device = trie.device
+        beams = check("node", node, (None, None), "[B, W]", INTS, device).shape
+        check("sequence", sequence, (*beams, None), "[B, W, l]", INTS, device)
+        check("slot", slot, beams, "[B, W]", INTS, device)
+        check("evaluated", evaluated, beams, "[B, W]", INTS, device)
+        if validating():
+            check_nodes(node, trie)
+        found = _rows(device, *given)
+    return RowsToRun(*found)
