@@ -434,6 +434,33 @@ def test_negative_zero_ties_with_zero(backend):
     assert out.token.tolist() == [[0, 1, 2, 0, 1, 2]]
 
 
+@pytest.mark.parametrize("width", [1, 96, 97, 200])
+def test_a_score_of_zero_is_positive(backend, width):
+    trie = Trie.from_sequences([[0, 0], [1, 0], [2, 0]])
+    options = {
+        "value": torch.zeros(1, width), "value_weight": -0.5, "bonus": torch.full((1, width), -0.0),
+        "logp_weight": -1.0,
+    }  # fmt: skip
+    out = expand_topk(torch.zeros(1, width, 3), trie, torch.ones(1, width).int(), 100, **options)
+    assert out.num_valid.tolist() == [min(width, 100)]
+    assert not out.score[0, : min(width, 100)].signbit().any()
+
+
+@pytest.fixture
+def no_denormals():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("items", [20, 2000])
+def test_ties_at_zero_without_denormals(cpu, no_denormals, items):
+    trie = Trie.from_sequences(torch.arange(items)[:, None])
+    out = expand_topk(torch.zeros(1, 1, items), trie, torch.zeros(1, 1).int(), 10, logp_weight=0.0)
+    assert out.token.tolist() == [list(range(10))]
+
+
 @pytest.mark.parametrize("logit", [0.0, 3.7, -1e30, 3e38, INF])
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_a_single_child_is_certain(backend, logit, temperature):

@@ -154,7 +154,7 @@ class Expansion {
       int64_t found = 0;
       for (const int64_t most = std::min(n, a.k); found < most; ++found) {
         const int64_t position = first + order[found];
-        const float its_score = scratch.score[position];
+        const float its_score = scratch.score[position] + 0.0f;  // -0 is 0, as from the selector
         if (its_score == -kInf) break;
         const PrefixRow& parent = row[row_of[position]];
         store(b, found, its_score, logp(parent, position, scratch), parent.parent, edge(parent, position));
@@ -290,7 +290,7 @@ class Expansion {
     float threshold = selector.threshold();
     if (threshold == -kInf) {
       const float reached = simd().reached_by(score, batched, selector.k());
-      if (reached > -kInf) threshold = std::nextafter(reached, -kInf);  // ties with it may win
+      if (reached > -kInf) threshold = just_below(reached);  // ties with it may win
     }
     const int64_t found = simd().filter(score, batched, threshold, scratch.index.data());
     int64_t r = 0;

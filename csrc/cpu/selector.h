@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #include "common/order.h"
@@ -15,6 +17,12 @@ struct Candidate {
   int32_t parent;
   int32_t edge;
 };
+
+// A threshold that a score passes. No denormal number, which is 0 to a processor under torch.set_flush_denormal.
+inline float just_below(float score) {
+  const float below = std::nextafter(score, -__builtin_inff());
+  return std::abs(below) < std::numeric_limits<float>::min() ? -std::numeric_limits<float>::min() : below;
+}
 
 // The k best candidates pushed, in the total order.
 class Selector {
@@ -47,14 +55,14 @@ class Selector {
     ++size_;
   }
 
-  // Call visit(rank, score, candidate) for each winner in their order; returns how many there are.
+  // Call visit(rank, score, candidate) for each winner in their order, a score of -0 as 0; returns how many there are.
   template <class Visit>
   int64_t finish(const Visit& visit) {
     const int64_t count = std::min(size_, k_);
     if (size_ <= kMostRanked) {
       int32_t order[kMostRanked];
       simd().rank(scores_.data(), size_, order);
-      for (int64_t i = 0; i < count; ++i) visit(i, scores_[order[i]], candidates_[order[i]]);
+      for (int64_t i = 0; i < count; ++i) visit(i, scores_[order[i]] + 0.0f, candidates_[order[i]]);
       return count;
     }
     if (size_ > k_) {
