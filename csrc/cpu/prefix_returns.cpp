@@ -14,27 +14,6 @@
 namespace vstar {
 namespace {
 
-struct Products {
-  double square, dot;
-};
-
-// x.x and x.y in one pass, each in four interleaved sums: a fixed order that the compiler can vectorize.
-Products products(const double* x, const double* y, int64_t n) {
-  double square[4] = {}, dot[4] = {};
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    for (int64_t j = 0; j < 4; ++j) {
-      square[j] += x[i + j] * x[i + j];
-      dot[j] += x[i + j] * y[i + j];
-    }
-  }
-  for (; i < n; ++i) {
-    square[i % 4] += x[i] * x[i];
-    dot[i % 4] += x[i] * y[i];
-  }
-  return {(square[0] + square[2]) + (square[1] + square[3]), (dot[0] + dot[2]) + (dot[1] + dot[3])};
-}
-
 // The open prefix of a depth.
 struct Bucket {
   double* sum;     // [E] of the embeddings of its candidates, those below open prefixes not counted in yet
@@ -56,7 +35,7 @@ class Sweep {
     n = sort_candidates(a, b, r);
     a.target_embedding.each(
         a.target_embedding.offset(b), a.target_embedding.stride[1], a.width, [&](int64_t e, float x) { target[e] = x; });
-    target_norm = std::sqrt(products(target.data(), target.data(), a.width).square);
+    target_norm = std::sqrt(simd().dot(target.data(), target.data(), a.width));
 
     // Nodes are numbered level by level: a level's numbers begin where those of the levels above end.
     int32_t begin = 0;
@@ -84,8 +63,8 @@ class Sweep {
     if (d + 1 < a.length && bucket[d + 1].closed == mine.count) {
       mine.cosine = bucket[d + 1].cosine;  // its only child has the same candidates
     } else {
-      const Products p = products(mine.sum, target.data(), a.width);
-      mine.cosine = bucket_cosine(p.dot, p.square, target_norm);
+      const double dot = simd().dot(mine.sum, target.data(), a.width), square = simd().dot(mine.sum, mine.sum, a.width);
+      mine.cosine = bucket_cosine(dot, square, target_norm);
     }
     bool matches = true;
     for (int64_t t = 0; matches && t <= d; ++t) matches = r.column[t * n + r.order[i - 1]] == a.target.at(b, t);
@@ -99,9 +78,7 @@ class Sweep {
     if (above.count == 0) {
       std::swap(mine.sum, above.sum);
     } else {
-      const double* from = mine.sum;
-      double* to = above.sum;
-      for (int64_t e = 0; e < a.width; ++e) to[e] += from[e];
+      simd().add(mine.sum, a.width, above.sum);
     }
     above.count += mine.count;
   }
@@ -117,13 +94,9 @@ class Sweep {
     while (end < a.length && a.mask.at(b, r.sorted[i], end)) ++end;
     if (end == 0) return;
     Bucket& longest = bucket[end - 1];
-    double* const sum = longest.sum;
-    const int64_t from = a.embedding.offset(b, r.sorted[i]), step = a.embedding.stride[2];
-    if (longest.count++ == 0) {
-      a.embedding.each(from, step, a.width, [&](int64_t e, float x) { sum[e] = x; });
-    } else {
-      a.embedding.each(from, step, a.width, [&](int64_t e, float x) { sum[e] += x; });
-    }
+    simd().typed[int(a.embedding.type)].accumulate(
+        a.embedding.address(b, r.sorted[i]), a.embedding.stride[2], a.width, longest.count == 0, longest.sum);
+    ++longest.count;
   }
 
   const PrefixReturnsArgs& a;

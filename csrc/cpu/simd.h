@@ -70,6 +70,8 @@ struct TypedLoops {
   void (*softmax_gradient)(
       const void* row, int64_t stride, int64_t n, InverseTemperature inverse_temperature, const RowGradient& gradient,
       void* out);
+  // to[i] += row[i], or = row[i] if it begins with this row
+  void (*accumulate)(const void* row, int64_t stride, int64_t n, bool begins, double* to);
   // out[i] = scale * row[token[i]]
   void (*gather_scaled)(const void* row, int64_t stride, const int32_t* token, int64_t n, float scale, float* out);
 };
@@ -84,9 +86,12 @@ struct SimdLoops {
   void (*exp_differences)(const float* a, const float* b, int64_t n, float* out);
   // Whether n >= 1 numbers are the same; infinities are not.
   bool (*all_equal)(const float* x, int64_t n);
-  // Sums in double, in an order that n alone decides: of n numbers, and of the squares of their distances to the mean.
+  // Sums in double, in an order that n alone decides: of n numbers, of the squares of their distances to the mean, of products.
   double (*sum)(const float* x, int64_t n);
   double (*sum_of_squares)(const float* x, int64_t n, double mean);
+  double (*dot)(const double* x, const double* y, int64_t n);
+  // to[i] += x[i]
+  void (*add)(const double* x, int64_t n, double* to);
   // out[i] = (x[i] - mean) * scale, in double
   void (*standardize)(const float* x, int64_t n, double mean, double scale, float* out);
   // The terms of sibling_grpo_loss of n tokens. All arrays are accessed up to 15 elements past n, where the read ones hold 0.
