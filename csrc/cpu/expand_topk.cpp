@@ -77,7 +77,7 @@ class Expansion {
     int64_t size = 0;
     do {
       const size_t needed = size_t((group.end - begin + 1) * a.width);
-      if (group.ranges.size() < needed) group.ranges.resize(2 * needed);
+      if (group.ranges.size() < needed) group.ranges.resize(needed);
       const int64_t children = look_up(group.end, 0, ranges_of(group.end), a.width);
       const bool few = children <= kMostRanked;
       if (!few && group.end > begin) break;  // it comes next
@@ -144,9 +144,9 @@ class Expansion {
     for (int64_t b = group.begin; b < group.end; ++b) {
       const Ends *const first = ends + (b - group.begin), *const last = first + 1;
       finish(b, row + first->row, last->row - first->row, -kInf);
-      if (has_extra()) score(b, row + first->row, last->row - first->row, -kInf, scratch);
+      score(b, row + first->row, last->row - first->row, -kInf, scratch);
     }
-    if (!has_extra()) score(group.begin, row, rows, -kInf, scratch);
+    // In a loop of its own: to read scores as vectors right after they are written would wait for them.
     for (int64_t b = group.begin; b < group.end; ++b) {
       const int64_t first = ends[b - group.begin].child, n = ends[b - group.begin + 1].child - first;
       int32_t order[kMostRanked];
@@ -252,7 +252,7 @@ class Expansion {
     return can_win;
   }
 
-  // Scores of all children of rows: of request b, or of several where there is nothing extra.
+  // Scores of all children of rows of request b.
   void score(int64_t b, const PrefixRow* rows, int64_t count, float threshold, Scratch& scratch) const {
     const SimdLoops& loops = simd();
     const float* d = scratch.d.data();
@@ -288,10 +288,7 @@ class Expansion {
     Selector& selector = scratch.selector;
     const float* score = scratch.score.data();
     float threshold = selector.threshold();
-    if (threshold == -kInf) {
-      const float reached = simd().reached_by(score, batched, selector.k());
-      if (reached > -kInf) threshold = just_below(reached);  // ties with it may win
-    }
+    if (threshold == -kInf) threshold = just_below(simd().reached_by(score, batched, selector.k()));  // ties may win
     const int64_t found = simd().filter(score, batched, threshold, scratch.index.data());
     int64_t r = 0;
     for (int64_t i = 0; i < found; ++i) {

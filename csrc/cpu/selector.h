@@ -18,7 +18,7 @@ struct Candidate {
   int32_t edge;
 };
 
-// A threshold that a score passes. No denormal number, which is 0 to a processor under torch.set_flush_denormal.
+// A threshold that a score passes; of -inf itself. No denormal number, which is 0 to a processor under torch.set_flush_denormal.
 inline float just_below(float score) {
   const float below = std::nextafter(score, -__builtin_inff());
   return std::abs(below) < std::numeric_limits<float>::min() ? -std::numeric_limits<float>::min() : below;

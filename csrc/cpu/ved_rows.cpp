@@ -84,8 +84,7 @@ class Lists {
       if (!a.listed(edges_.begin + i + 1, among_leaves)) score[i] = -kInf;
     }
     selector_.reset(std::min(k, n));
-    const float reached = simd().reached_by(score, n, selector_.k());
-    const float threshold = reached > -kInf ? just_below(reached) : reached;  // ties with it may win
+    const float threshold = just_below(simd().reached_by(score, n, selector_.k()));  // ties may win
     const int64_t found = simd().filter(score, n, threshold, index_.data());
     for (int64_t j = 0; j < found; ++j) {
       const int64_t i = index_[j];
